@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The errors that polytmpd answers with, each with the name it has on the bus.
+
+Not here: OSError, which is what kernel/ and storage raise and which the executor turns into one of these.
+"""
+
+from enum import StrEnum
+
+
+class ErrorName(StrEnum):
+    """D-Bus error names; part of the contract that others script against."""
+
+    NO_SUCH_INSTANCE = "org.polytmp1.Error.NoSuchInstance"
+    EXEMPT = "org.polytmp1.Error.Exempt"
+    BUSY = "org.polytmp1.Error.Busy"
+    NOT_POLYINSTANTIATED = "org.polytmp1.Error.NotPolyinstantiated"
+    FAILED = "org.polytmp1.Error.Failed"
+    INVALID_ARGS = "org.freedesktop.DBus.Error.InvalidArgs"
+    ACCESS_DENIED = "org.freedesktop.DBus.Error.AccessDenied"
+
+
+class PolytmpError(Exception):
+    """Something the caller is told: what is wrong, and where there is one, the remedy."""
+
+    name = ErrorName.FAILED
+
+
+class NoSuchInstanceError(PolytmpError):
+    name = ErrorName.NO_SUCH_INSTANCE
+
+
+class ExemptError(PolytmpError):
+    name = ErrorName.EXEMPT
+
+
+class BusyError(PolytmpError):
+    name = ErrorName.BUSY
+
+
+class NotPolyinstantiatedError(PolytmpError):
+    name = ErrorName.NOT_POLYINSTANTIATED
+
+
+class InvalidArgsError(PolytmpError):
+    name = ErrorName.INVALID_ARGS
+
+
+class AccessDeniedError(PolytmpError):
+    name = ErrorName.ACCESS_DENIED
+
+
+class ConfigError(Exception):
+    """A configuration file that makes no sense; the text names file, line and remedy."""
