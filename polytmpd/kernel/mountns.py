@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Makes a mount namespace in which some directories are private and every other mount stays the host's peer.
+
+Not here: which directories, whose they are, how long the namespace lives.
+
+Hard facts
+- A thread may unshare(CLONE_FS | CLONE_NEWNS) for itself alone; nothing else in the process moves. Such a
+  thread is thrown away afterwards: it must never come back to a pool.
+- unshare(CLONE_NEWNS) copies all mounts as *peers* of the host's (mount_namespaces(7), "shared subtrees").
+  util-linux's unshare(1) makes them private by default; the system call does not.
+- Making a mount private and putting it back: move_mount(2) with MOVE_MOUNT_SET_GROUP, Linux 5.15. Source and
+  target must both be roots of mounts, the target must be private.
+- Mounts that lie below /tmp on the host are copied too and would stay behind, hidden and busy, when the host
+  unmounts them: below a private parent nothing propagates. So they are detached here. Private first,
+  recursively: MNT_DETACH of a shared subtree would propagate to the host.
+- open_tree(OPEN_TREE_CLONE) and move_mount() act only on mounts of the caller's own namespace (check_mnt in
+  fs/namespace.c), so the sources are opened after unshare() and compared by inode with what storage made.
+- Any descriptor that was opened through a mount of the new namespace keeps that mount's file system busy.
+  None may survive this module, or the sentinel would never report the end.
+- fs.mount-max (100000 by default) makes unshare() fail with ENOSPC, user.max_mnt_namespaces likewise.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from polytmpd.kernel import mountinfo
+from polytmpd.kernel.mountinfo import Mount
+from polytmpd.kernel.syscalls import (
+    AT_EMPTY_PATH,
+    AT_FDCWD,
+    CLONE_FS,
+    CLONE_NEWNS,
+    MNT_DETACH,
+    MOVE_MOUNT_SET_GROUP,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_REC,
+    OPEN_TREE_CLONE,
+    UMOUNT_NOFOLLOW,
+    get_nstype,
+    mount,
+    move_mount,
+    open_tree,
+    setns,
+    umount2,
+    unshare,
+)
+
+HOST: Final = "/proc/1"
+SENTINEL_SOURCE: Final = "polytmp-sentinel"
+_BUILDS_AT_MOST: Final = 8
+_READS_AT_MOST: Final = 50
+_O_DIRECTORY_PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateDirectory:
+    """One directory to make private.
+
+    path: absolute path on the host, no symlink in it, e.g. /tmp.
+    source: what takes its place, relative to path, e.g. polytmp-…/tmp.
+    identity: (st_dev, st_ino) that the source must have; anything else in its place is refused.
+    shared: names in path that stay the host's own directories, e.g. .X11-unix; they must exist in source
+    too.
+    """
+
+    path: str
+    source: str
+    identity: tuple[int, int]
+    shared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A new mount namespace:
+
+    its descriptor (the caller's to close), its inode, and the sentinel's watch descriptor.
+    """
+
+    fd: int
+    inode: int
+    watch: int
+
+
+class _HostChangedError(Exception):
+    """A mount event of the host may have been missed; build again."""
+
+
+def build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[str], int]) -> Namespace:
+    """Make the namespace from PID 1's, whatever the calling process's own is. Blocking, about a millisecond.
+
+    watch_sentinel gets the path of the sentinel's root, valid during the call only, and returns a watch
+    descriptor. Needs CAP_SYS_ADMIN, CAP_SYS_CHROOT and CAP_SYS_PTRACE. Raises OSError; nothing is left
+    behind then.
+    """
+    if not directories:
+        raise OSError(errno.EINVAL, "no directory to make private")
+    for _ in range(_BUILDS_AT_MOST):
+        try:
+            return _in_disposable_thread(lambda: _build(directories, watch_sentinel))
+        except _HostChangedError:
+            continue
+    raise OSError(
+        errno.EAGAIN, "the host's mounts change too fast to make a namespace that agrees with them"
+    )
+
+
+def _in_disposable_thread(work: Callable[[], Namespace]) -> Namespace:
+    results: list[Namespace] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # handed to the caller, whatever it is
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="mountns")
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def open_host_namespace() -> int:
+    """A descriptor of PID 1's mount namespace, the caller's to close."""
+    return os.open(f"{HOST}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def host_namespace_inode() -> int:
+    """The inode of PID 1's mount namespace."""
+    return os.stat(f"{HOST}/ns/mnt").st_ino
+
+
+def namespace_inode(fd: int) -> int:
+    """The inode of a mount namespace. Raises OSError (EINVAL) where the descriptor is none."""
+    if get_nstype(fd) != CLONE_NEWNS:
+        raise OSError(errno.EINVAL, f"descriptor {fd} is a namespace, but not a mount namespace")
+    return os.fstat(fd).st_ino
+
+
+@dataclass(frozen=True, slots=True)
+class _Containing:
+    """The mount in which a private directory lies:
+
+    its mount point, and the host's own mount as a descriptor.
+    """
+
+    mount: Mount
+    host_fd: int
+
+
+def _build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[str], int]) -> Namespace:
+    with contextlib.ExitStack() as fds:
+
+        def owned(fd: int) -> int:
+            fds.callback(os.close, fd)
+            return fd
+
+        host_ns = owned(open_host_namespace())
+        unshare(CLONE_FS)
+        setns(host_ns, CLONE_NEWNS)
+        containing = _find_containing(directories, owned)
+        unshare(CLONE_NEWNS)
+        for mount_point in containing:
+            mount("none", mount_point, None, MS_PRIVATE)
+        table = mountinfo.read()
+        watch = -1
+        for number, directory in enumerate(directories):
+            source = owned(_open_source(directory))
+            shared = [(name, owned(_clone_shared(directory, name))) for name in directory.shared]
+            _detach_below(table, directory.path)
+            if number == 0:
+                watch = _mount_sentinel(directory.path, watch_sentinel)
+            target = owned(os.open(directory.path, _O_DIRECTORY_PATH | os.O_NOFOLLOW))
+            move_mount(source, target)
+            for name, tree in shared:
+                place = owned(os.open(f"{directory.path}/{name}", _O_DIRECTORY_PATH | os.O_NOFOLLOW))
+                move_mount(tree, place)
+        own_mounts = {directory.path for directory in directories}
+        for mount_point, holder in containing.items():
+            if mount_point not in own_mounts and holder.mount.propagates:
+                root = owned(os.open(mount_point, _O_DIRECTORY_PATH))
+                move_mount(holder.host_fd, root, MOVE_MOUNT_SET_GROUP)
+        _compare_with_host(directories, containing)
+        fd = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        return Namespace(fd, os.fstat(fd).st_ino, watch)
+
+
+def _find_containing(
+    directories: Sequence[PrivateDirectory], owned: Callable[[int], int]
+) -> dict[str, _Containing]:
+    """The mounts that hold the directories, by mount point.
+
+    Runs in the host's namespace, before unshare().
+    """
+    by_id = {entry.mount_id: entry for entry in mountinfo.read()}
+    found: dict[str, _Containing] = {}
+    for directory in directories:
+        fd = owned(os.open(directory.path, _O_DIRECTORY_PATH | os.O_NOFOLLOW))
+        entry = by_id.get(mountinfo.mount_id_of(fd))
+        if entry is None:
+            raise _HostChangedError
+        if entry.mount_point in found:
+            continue
+        root = owned(os.open(entry.mount_point, _O_DIRECTORY_PATH))
+        if mountinfo.mount_id_of(root) != entry.mount_id:
+            raise OSError(
+                errno.EBUSY,
+                f"the mount that holds {directory.path} is covered by another mount; unmount that one",
+                entry.mount_point,
+            )
+        found[entry.mount_point] = _Containing(entry, root)
+    return found
+
+
+def _open_source(directory: PrivateDirectory) -> int:
+    path = f"{directory.path}/{directory.source}"
+    fd = open_tree(AT_FDCWD, path, OPEN_TREE_CLONE)
+    status = os.fstat(fd)
+    if (status.st_dev, status.st_ino) != directory.identity or not stat.S_ISDIR(status.st_mode):
+        os.close(fd)
+        raise OSError(errno.ESTALE, "not the instance directory that was made a moment ago", path)
+    return fd
+
+
+def _clone_shared(directory: PrivateDirectory, name: str) -> int:
+    path = f"{directory.path}/{name}"
+    fd = os.open(path, _O_DIRECTORY_PATH | os.O_NOFOLLOW)
+    try:
+        return open_tree(fd, "", OPEN_TREE_CLONE | AT_EMPTY_PATH)
+    finally:
+        os.close(fd)
+
+
+def _detach_below(table: Sequence[Mount], path: str) -> None:
+    below = [entry.mount_point for entry in table if mountinfo.is_below(entry.mount_point, path)]
+    for mount_point in sorted(point for point in set(below) if point != path):
+        # A mount that went with its parent, or that something else covers, is not there any more: fine.
+        with contextlib.suppress(FileNotFoundError, OSError):
+            mount("none", mount_point, None, MS_PRIVATE | MS_REC)
+            umount2(mount_point, MNT_DETACH | UMOUNT_NOFOLLOW)
+
+
+def _mount_sentinel(path: str, watch_sentinel: Callable[[str], int]) -> int:
+    # One inode, one page at most, no access for anybody: it only has to end with the namespace.
+    mount(SENTINEL_SOURCE, path, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=4k,nr_inodes=2,mode=0000")
+    root = os.open(path, _O_DIRECTORY_PATH | os.O_NOFOLLOW)
+    try:
+        return watch_sentinel(f"/proc/self/fd/{root}")
+    finally:
+        os.close(root)
+
+
+def _compare_with_host(directories: Sequence[PrivateDirectory], containing: dict[str, _Containing]) -> None:
+    """Raise _HostChangedError unless this namespace has just the mounts of the host outside of the
+    directories.
+
+    Between MS_PRIVATE and MOVE_MOUNT_SET_GROUP an event of the host could be missed, for good. Read twice
+    around our own table: only where the host stood still does a difference mean something.
+    """
+    if all(mount_point in {directory.path for directory in directories} for mount_point in containing):
+        return
+    paths = [directory.path for directory in directories]
+    for _ in range(_READS_AT_MOST):
+        before = mountinfo.outside(mountinfo.read("1"), paths)
+        own = mountinfo.outside(mountinfo.read(), paths)
+        after = mountinfo.outside(mountinfo.read("1"), paths)
+        if before == own:
+            return
+        if before == after:
+            raise _HostChangedError
+    raise _HostChangedError

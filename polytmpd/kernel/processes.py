@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which processes live in which mount namespace, and in which cgroup.
+
+Not here: what follows from it. A scan of /proc is used to answer questions and to join a namespace again,
+never to decide that nobody is left: a process may come and go between two reads.
+
+Hard facts
+- /proc/PID/ns/mnt is the thread group leader's. A leader that ended while other threads live has none
+  (ENOENT or EINVAL): /proc/PID/task/TID/ns/mnt of a living thread has.
+- Pids are used again. A namespace descriptor is checked by its inode after it was opened: then it is the
+  right one, whoever's it was.
+- Reading another user's ns links needs CAP_SYS_PTRACE (PTRACE_MODE_READ_FSCREDS).
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process as a listing shows it: pid, and its command line, or [comm] where it has none."""
+
+    pid: int
+    command: str
+
+
+def pids() -> Iterator[int]:
+    """All processes of this pid namespace, in no order."""
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            if entry.name.isdecimal():
+                yield int(entry.name)
+
+
+def namespace_paths(pid: int) -> Iterator[str]:
+    """Paths under which a process's mount namespaces can be opened: the leader's, then every thread's."""
+    yield f"/proc/{pid}/ns/mnt"
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            if int(task) != pid:
+                yield f"/proc/{pid}/task/{task}/ns/mnt"
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
+
+
+def in_namespace(pid: int, inode: int) -> bool:
+    """Whether the process, or any thread of it, lives in the mount namespace with that inode now."""
+    return any(_inode(path) == inode for path in namespace_paths(pid))
+
+
+def open_namespace(inode: int) -> int | None:
+    """A descriptor of the mount namespace with that inode, through any process that lives in it or holds it
+    open.
+
+    The caller closes it. None where nobody was found. Blocking: reads all of /proc.
+    """
+    for pid in pids():
+        for path in namespace_paths(pid):
+            if _inode(path) == inode and (fd := _open_checked(path, inode)) is not None:
+                return fd
+    for pid in pids():  # a namespace can be held by an open descriptor alone
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                path = f"/proc/{pid}/fd/{name}"
+                if os.readlink(path) == f"mnt:[{inode}]" and (fd := _open_checked(path, inode)) is not None:
+                    return fd
+    return None
+
+
+def _open_checked(path: str, inode: int) -> int | None:
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if os.fstat(fd).st_ino == inode:
+            return fd
+        os.close(fd)
+    return None
+
+
+def command(pid: int) -> str:
+    """The command line on one line, unprintable characters replaced; [comm] for those without one."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        text = b" ".join(words).decode(errors="replace").strip()
+        if not text:
+            text = "[" + Path(f"/proc/{pid}/comm").read_text(errors="replace").strip() + "]"
+        return "".join(character if character.isprintable() else "?" for character in text)
+    return "?"
+
+
+def living_in(inode: int) -> list[Process]:
+    """The processes with at least one thread in that mount namespace. Blocking: reads all of /proc."""
+    return [Process(pid, command(pid)) for pid in sorted(pids()) if in_namespace(pid, inode)]
+
+
+def in_cgroup(directory: str) -> list[Process]:
+    """The processes in a cgroup and below it (its path in /sys/fs/cgroup).
+
+    Empty where there is no such cgroup.
+    """
+    found: set[int] = set()
+    for path, _, files in os.walk(directory):
+        if "cgroup.procs" in files:
+            with contextlib.suppress(OSError):
+                found.update(map(int, Path(path, "cgroup.procs").read_text().split()))
+    return [Process(pid, command(pid)) for pid in sorted(found - {0})]

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""System calls that Python 3.11 does not wrap, under the kernel's names.
+
+Each wrapper is named after its man page, takes bytes or str paths and integer descriptors, and raises
+OSError with the path in it. Nothing here decides anything. Descriptors that are returned are O_CLOEXEC and
+belong to the caller.
+
+Hard facts
+- libc calls go through one CDLL handle with use_errno: ctypes releases the GIL around each, so a call that
+  hangs (a dead NFS server, say) stops one thread and not the event loop.
+- glibc of Debian 12 (2.36) wraps open_tree, move_mount, mount_setattr and setns; openat2 it does not:
+  syscall(2).
+- The numbers of system calls from 424 on are the same on every architecture (except alpha), see
+  Documentation/process/adding-syscalls.rst. So no table of architectures is needed.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from typing import Final
+
+AT_FDCWD: Final = -100
+AT_EMPTY_PATH: Final = 0x1000
+AT_RECURSIVE: Final = 0x8000
+
+CLONE_FS: Final = 0x00000200
+CLONE_NEWNS: Final = 0x00020000
+
+MS_NOSUID: Final = 0x2
+MS_NODEV: Final = 0x4
+MS_NOEXEC: Final = 0x8
+MS_REC: Final = 0x4000
+MS_PRIVATE: Final = 1 << 18
+
+MNT_DETACH: Final = 2
+UMOUNT_NOFOLLOW: Final = 8
+
+OPEN_TREE_CLONE: Final = 1
+OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
+
+MOVE_MOUNT_F_EMPTY_PATH: Final = 0x00000004
+MOVE_MOUNT_T_EMPTY_PATH: Final = 0x00000040
+MOVE_MOUNT_SET_GROUP: Final = 0x00000100
+
+RENAME_NOREPLACE: Final = 1
+
+RESOLVE_NO_XDEV: Final = 0x01
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_NO_SYMLINKS: Final = 0x04
+RESOLVE_BENEATH: Final = 0x08
+
+FS_IOC_GETFLAGS: Final = 0x80086601
+FS_IOC_SETFLAGS: Final = 0x40086602
+FS_IMMUTABLE_FL: Final = 0x00000010
+FS_APPEND_FL: Final = 0x00000020
+
+NS_GET_NSTYPE: Final = 0xB703
+
+_SYS_OPENAT2: Final = 437
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_path = ctypes.c_char_p
+_int = ctypes.c_int
+_uint = ctypes.c_uint
+_ulong = ctypes.c_ulong
+for _name, _argtypes in {
+    "unshare": (_int,),
+    "setns": (_int, _int),
+    "mount": (_path, _path, _path, _ulong, ctypes.c_char_p),
+    "umount2": (_path, _int),
+    "open_tree": (_int, _path, _uint),
+    "move_mount": (_int, _path, _int, _path, _uint),
+    "renameat2": (_int, _path, _int, _path, _uint),
+    "inotify_init1": (_int,),
+    "inotify_add_watch": (_int, _path, ctypes.c_uint32),
+    "inotify_rm_watch": (_int, _int),
+}.items():
+    _function = getattr(_libc, _name)
+    _function.argtypes = _argtypes
+    _function.restype = _int
+_libc.syscall.restype = ctypes.c_long
+
+StrOrBytes = str | bytes
+
+
+def _check(result: int, path: StrOrBytes | None = None, path2: StrOrBytes | None = None) -> int:
+    if result >= 0:
+        return result
+    number = ctypes.get_errno()
+    text = os.strerror(number)
+    if number == errno.ENOSYS:
+        text = "this kernel lacks a system call that polytmp needs (Linux 5.15 or newer has them all)"
+    raise OSError(number, text, path, None, path2)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2). Acts on the calling thread alone."""
+    _check(_libc.unshare(flags))
+
+
+def setns(fd: int, nstype: int) -> None:
+    """setns(2). CLONE_NEWNS needs an unshared fs_struct and resets root and working directory."""
+    _check(_libc.setns(fd, nstype))
+
+
+def mount(source: str, target: StrOrBytes, fstype: str | None, flags: int, data: str | None = None) -> None:
+    """mount(2)."""
+    _check(
+        _libc.mount(
+            os.fsencode(source),
+            os.fsencode(target),
+            None if fstype is None else fstype.encode(),
+            flags,
+            None if data is None else data.encode(),
+        ),
+        target,
+    )
+
+
+def umount2(target: StrOrBytes, flags: int) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def open_tree(dirfd: int, path: StrOrBytes, flags: int) -> int:
+    """open_tree(2), Linux 5.2.
+
+    Returns an O_PATH descriptor; with OPEN_TREE_CLONE it holds a detached copy.
+    """
+    return _check(_libc.open_tree(dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC), path)
+
+
+def move_mount(from_fd: int, to_fd: int, flags: int = 0) -> None:
+    """move_mount(2), Linux 5.2, from descriptor to descriptor, so that no path is looked up twice.
+
+    With MOVE_MOUNT_SET_GROUP (Linux 5.15) nothing moves: the target joins the source's peer group.
+    """
+    _check(
+        _libc.move_mount(
+            from_fd, b"", to_fd, b"", flags | MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+        ),
+    )
+
+
+def renameat2(old_dirfd: int, old: StrOrBytes, new_dirfd: int, new: StrOrBytes, flags: int) -> None:
+    """renameat2(2)."""
+    _check(_libc.renameat2(old_dirfd, os.fsencode(old), new_dirfd, os.fsencode(new), flags), old, new)
+
+
+def openat2(dirfd: int, path: StrOrBytes, flags: int, resolve: int, mode: int = 0) -> int:
+    """openat2(2), Linux 5.6. O_CLOEXEC is added; the descriptor is the caller's."""
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    return _check(
+        _libc.syscall(
+            ctypes.c_long(_SYS_OPENAT2),
+            ctypes.c_int(dirfd),
+            ctypes.c_char_p(os.fsencode(path)),
+            ctypes.c_char_p(how),
+            ctypes.c_size_t(len(how)),
+        ),
+        path,
+    )
+
+
+def get_inode_flags(fd: int) -> int:
+    """ioctl_iflags(2): the FS_*_FL flags of an open file or directory."""
+    buffer = bytearray(8)
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, buffer)
+    return int(struct.unpack_from("=I", buffer)[0])
+
+
+def set_inode_flags(fd: int, flags: int) -> None:
+    """ioctl_iflags(2). Clearing FS_IMMUTABLE_FL and FS_APPEND_FL needs CAP_LINUX_IMMUTABLE."""
+    fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", flags))
+
+
+def get_nstype(fd: int) -> int:
+    """ioctl_ns(2) NS_GET_NSTYPE: the CLONE_* constant of the namespace behind the descriptor."""
+    return fcntl.ioctl(fd, NS_GET_NSTYPE)
+
+
+def inotify_init1(flags: int) -> int:
+    """inotify_init1(2). The descriptor is the caller's."""
+    return _check(_libc.inotify_init1(flags))
+
+
+def inotify_add_watch(fd: int, path: StrOrBytes, mask: int) -> int:
+    """inotify_add_watch(2). Returns the watch descriptor."""
+    return _check(_libc.inotify_add_watch(fd, os.fsencode(path), mask), path)
+
+
+def inotify_rm_watch(fd: int, wd: int) -> None:
+    """inotify_rm_watch(2)."""
+    _check(_libc.inotify_rm_watch(fd, wd))
