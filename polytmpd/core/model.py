@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The words of polytmp: states, directories, names of instance directories.
+
+Not here: anything that changes, see lifecycle.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+
+class State(StrEnum):
+    """Where an instance stands; part of the D-Bus contract, but for ABSENT, which has no object."""
+
+    ABSENT = "absent"
+    PREPARING = "preparing"
+    ACTIVE = "active"
+    DRAINING = "draining"
+    REMOVING = "removing"
+    FAILED = "failed"
+
+
+class Lifetime(StrEnum):
+    """How long the files of a directory live:
+
+    as long as the instance, or until systemd-tmpfiles ages them.
+    """
+
+    INSTANCE = "instance"
+    PERSISTENT = "persistent"
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A polyinstantiated directory. shared: names in it that stay the host's own in every instance."""
+
+    path: str
+    lifetime: Lifetime
+    shared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceDirectory:
+    """A directory of an instance: the barrier's name in the directory that it replaces."""
+
+    directory: Directory
+    barrier: str
+
+    @property
+    def host_path(self) -> str:
+        """Where root finds the user's files."""
+        return f"{self.directory.path}/{self.barrier}/{INNER}"
+
+
+INNER: Final = "tmp"
+"""The directory in the barrier that takes the place of the original."""
+
+LEFTOVER: Final = re.compile(r"polytmp-(removing|[0-9a-f]{32}-\d{1,10})-[0-9a-f]{16}", re.ASCII)
+"""Barriers that no start leaves on disk unless somebody lives in them:
+
+set aside, or living as long as their instance.
+"""
+
+
+def barrier_name(lifetime: Lifetime, boot_id: str, uid: int, random: str) -> str:
+    """The name of a new instance's barrier.
+
+    boot_id: 32 hex digits; random: 16 of them, not to be guessed.
+    """
+    if lifetime is Lifetime.PERSISTENT:
+        return f"polytmp-{uid}"
+    return f"polytmp-{boot_id}-{uid}-{random}"
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A user's instance as it was made. Times in microseconds, as systemd's tools have them.
+
+    namespace: the inode of the mount namespace. watches: the sentinels' watch descriptors; while one of them
+    is left, the namespace (or an earlier one over the same files) has not ended.
+    """
+
+    uid: int
+    user: str
+    created_usec: int
+    created_monotonic_usec: int
+    directories: tuple[InstanceDirectory, ...]
+    namespace: int = 0
+    watches: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """An instance as it is shown:
+
+    what there is of it now, whatever its state. Zero and empty stand for not known yet.
+    """
+
+    uid: int
+    user: str
+    state: State
+    created_usec: int = 0
+    created_monotonic_usec: int = 0
+    control_group: str = ""
+    namespace: int = 0
+    directories: tuple[InstanceDirectory, ...] = ()
