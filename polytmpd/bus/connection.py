@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A connection to the system bus: calls with a timeout, signals from the right sender, received descriptors
+closed.
+
+Not here: any service's own interface, and the answering of calls (server.py).
+
+Hard facts
+- Under the stock bus policy anybody may send us a *unicast* signal that looks like logind's; no match rule
+  is needed for it. A signal counts only where its sender, which the bus writes, is the unique owner of the
+  well-known name.
+- Anybody can attach descriptors to any message. Those that nobody asked for are closed at once.
+- The library's call() never times out by itself and hangs for ever after a disconnect.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from polytmpd.bus.library import (
+    BusType,
+    Message,
+    MessageBus,
+    MessageFlag,
+    MessageType,
+    bound_signature_cache,
+)
+
+log = logging.getLogger(__name__)
+
+DBUS: Final = "org.freedesktop.DBus"
+DBUS_PATH: Final = "/org/freedesktop/DBus"
+TIMEOUT: Final = 25.0
+"""Seconds that an answer may take; sd-bus has the same default."""
+PRIMARY_OWNER: Final = 1
+
+
+class BusError(Exception):
+    """An error answer, or none: name is the D-Bus error name."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Who is behind a connection, as the bus read it from the socket when the connection was made."""
+
+    uid: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Subscription:
+    service: str
+    interface: str
+    member: str
+    handler: Callable[[str, list[Any]], None]
+
+
+class Connection:
+    """Owns one connection. Made by open() within a running loop; not to be used again once closed."""
+
+    def __init__(self, bus: MessageBus) -> None:
+        self._bus = bus
+        self._subscriptions: list[_Subscription] = []
+        self._owners: dict[str, str | None] = {}
+        self._owner_handlers: dict[str, list[Callable[[str | None], None]]] = {}
+        self._call_handler: Callable[[Message], bool] | None = None
+        self._expected: set[int] = set()
+        bus.add_message_handler(self._on_message)
+
+    @classmethod
+    async def open(cls, address: str | None = None) -> "Connection":
+        """Connect to the system bus, or to address. Raises OSError or BusError."""
+        try:
+            bus = MessageBus(bus_address=address, bus_type=BusType.SYSTEM, negotiate_unix_fd=True)
+            await asyncio.wait_for(bus.connect(), TIMEOUT)
+        except TimeoutError:
+            raise BusError(f"{DBUS}.Error.Timeout", "the bus does not answer") from None
+        return cls(bus)
+
+    @property
+    def unique_name(self) -> str:
+        return self._bus.unique_name or ""
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._bus.connected)
+
+    async def wait_closed(self) -> None:
+        """Returns when the connection is gone, for whatever reason."""
+        with contextlib.suppress(Exception):
+            await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]  # dbus-fast says no type
+
+    def close(self) -> None:
+        self._bus.disconnect()
+
+    # Calls
+
+    async def ask(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Sequence[Any] = (),
+        *,
+        timeout: float = TIMEOUT,  # noqa: ASYNC109
+    ) -> list[Any]:
+        """Call a method, wait for the answer's body. Descriptors in it are closed. Raises BusError."""
+        if not self.connected:
+            raise BusError(f"{DBUS}.Error.Disconnected", "not connected to the bus")
+        message = Message(
+            destination=destination,
+            path=path,
+            interface=interface,
+            member=member,
+            signature=signature,
+            body=list(body),
+            serial=self._bus.next_serial(),
+        )
+        closed = asyncio.ensure_future(self.wait_closed())
+        call = asyncio.ensure_future(self._bus.call(message))
+        self._expected.add(message.serial)
+        try:
+            await asyncio.wait((call, closed), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                name = "Disconnected" if closed.done() else "Timeout"
+                raise BusError(
+                    f"{DBUS}.Error.{name}", f"no answer from {destination} to {interface}.{member}"
+                )
+            reply = call.result()
+        finally:
+            self._expected.discard(message.serial)
+            call.cancel()
+            closed.cancel()
+        if reply is None:
+            raise BusError(f"{DBUS}.Error.NoReply", f"no answer from {destination} to {interface}.{member}")
+        _close_all(reply.unix_fds)
+        if reply.message_type is MessageType.ERROR:
+            text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else str(reply.error_name)
+            raise BusError(str(reply.error_name), text)
+        return list(reply.body)
+
+    async def ask_bus(self, member: str, signature: str = "", *body: Any) -> list[Any]:
+        """Call a method of the bus itself."""
+        return await self.ask(DBUS, DBUS_PATH, DBUS, member, signature, body)
+
+    async def credentials(self, sender: str) -> Credentials:
+        """Raises BusError where the sender is gone."""
+        (found,) = await self.ask_bus("GetConnectionCredentials", "s", sender)
+        try:
+            return Credentials(int(found["UnixUserID"].value), int(found["ProcessID"].value))
+        except KeyError:
+            raise BusError(f"{DBUS}.Error.AccessDenied", f"the bus does not know who {sender} is") from None
+
+    async def own_name(self, name: str) -> None:
+        """Own a well-known name. Raises BusError where somebody else has it."""
+        (reply,) = await self.ask_bus("RequestName", "su", name, 4)  # DBUS_NAME_FLAG_DO_NOT_QUEUE
+        if reply != PRIMARY_OWNER:
+            raise BusError(
+                f"{DBUS}.Error.Failed", f"another process owns {name} on the bus; is polytmpd running twice?"
+            )
+
+    # Signals
+
+    async def subscribe(
+        self,
+        service: str,
+        interface: str,
+        member: str,
+        handler: Callable[[str, list[Any]], None],
+        only: str = "",
+    ) -> None:
+        """Call handler(path, body) for each such signal of the process that owns the well-known name
+        service.
+
+        only: a further condition of the match rule, such as arg0='x'. It spares us messages; it is no
+        protection.
+        """
+        await self.follow_owner(service, None)
+        self._subscriptions.append(_Subscription(service, interface, member, handler))
+        rule = f"type='signal',sender='{service}',interface='{interface}',member='{member}'"
+        await self.ask_bus("AddMatch", "s", f"{rule},{only}" if only else rule)
+
+    async def follow_owner(self, service: str, handler: Callable[[str | None], None] | None) -> None:
+        """Keep track of who owns a name; handler gets the unique name, or None, whenever it changes."""
+        if handler is not None:
+            self._owner_handlers.setdefault(service, []).append(handler)
+        if service in self._owners:
+            return
+        self._owners[service] = None
+        rule = f"type='signal',sender='{DBUS}',interface='{DBUS}',member='NameOwnerChanged',arg0='{service}'"
+        await self.ask_bus("AddMatch", "s", rule)
+        with contextlib.suppress(BusError):
+            (self._owners[service],) = await self.ask_bus("GetNameOwner", "s", service)
+
+    def owner(self, service: str) -> str | None:
+        """The unique name behind a followed name, as known now."""
+        return self._owners.get(service)
+
+    # Serving
+
+    def serve(self, handler: Callable[[Message], bool]) -> None:
+        """Give every method call to handler; it returns whether the call was its own."""
+        self._call_handler = handler
+
+    def send(self, message: Message, on_sent: Callable[[], None] | None = None) -> None:
+        """Send what needs no answer. on_sent runs when it was written, or never will be."""
+        if not self.connected:
+            if on_sent is not None:
+                on_sent()
+            return
+        sent: Awaitable[Any] | None = self._bus.send(message)
+        if isinstance(sent, asyncio.Future):
+            sent.add_done_callback(lambda future: _sent(future, on_sent))
+
+    def _on_message(self, message: Message) -> bool:
+        bound_signature_cache()
+        if message.message_type in {MessageType.METHOD_RETURN, MessageType.ERROR}:
+            if message.reply_serial not in self._expected:
+                _close_all(message.unix_fds)
+            return False
+        _close_all(message.unix_fds)
+        if message.message_type is MessageType.SIGNAL:
+            self._on_signal(message)
+            return True
+        if self._call_handler is not None:
+            return self._call_handler(message)
+        return False
+
+    def _on_signal(self, message: Message) -> None:
+        if message.sender == DBUS and message.member == "NameOwnerChanged" and message.signature == "sss":
+            name, _, owner = message.body
+            if name in self._owners:
+                self._owners[name] = owner or None
+                for follow in self._owner_handlers.get(name, []):
+                    follow(owner or None)
+            return
+        for subscription in self._subscriptions:
+            if (message.interface, message.member) != (subscription.interface, subscription.member):
+                continue
+            if message.sender != self._owners.get(subscription.service):
+                log.warning(
+                    "Signal %s.%s from %s, which is not %s, ignoring",
+                    message.interface,
+                    message.member,
+                    message.sender,
+                    subscription.service,
+                )
+                continue
+            subscription.handler(message.path or "", message.body)
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def _sent(future: "asyncio.Future[Any]", on_sent: Callable[[], None] | None) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        log.debug("Message not sent: %s", error)
+    if on_sent is not None:
+        on_sent()
+
+
+def expects_reply(message: Message) -> bool:
+    """Whether the caller waits for an answer."""
+    return not message.flags & MessageFlag.NO_REPLY_EXPECTED

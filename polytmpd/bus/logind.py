@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A client of systemd-logind, org.freedesktop.login1(5): who is logged in, and what changes.
+
+Not here: what follows from it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from polytmpd.bus.connection import BusError, Connection
+
+log = logging.getLogger(__name__)
+
+SERVICE: Final = "org.freedesktop.login1"
+PATH: Final = "/org/freedesktop/login1"
+MANAGER: Final = "org.freedesktop.login1.Manager"
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    uid: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    id: str
+    user: User
+
+
+class Listener(Protocol):
+    """What is told of logind's signals.
+
+    logind_changed: it came (back), and everything has to be listed anew.
+    """
+
+    def user_new(self, user: User) -> None: ...
+    def user_removed(self, uid: int) -> None: ...
+    def session_new(self, session: Session) -> None: ...
+    def session_removed(self, session_id: str) -> None: ...
+    def logind_changed(self) -> None: ...
+
+
+class Logind:
+    """Speaks to logind on a connection that others own."""
+
+    def __init__(self, connection: Connection, listener: Listener) -> None:
+        self._connection = connection
+        self._listener = listener
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._removed: set[str] = set()
+
+    async def subscribe(self) -> None:
+        """Hear of what changes from now on; list only afterwards, so that nothing falls between.
+
+        Raises BusError.
+        """
+        for member, handler in {
+            "UserNew": self._on_user_new,
+            "UserRemoved": self._on_user_removed,
+            "SessionNew": self._on_session_new,
+            "SessionRemoved": self._on_session_removed,
+        }.items():
+            await self._connection.subscribe(SERVICE, MANAGER, member, handler)
+        await self._connection.follow_owner(SERVICE, self._on_owner)
+
+    async def users(self) -> list[User]:
+        """Raises BusError."""
+        (users,) = await self._ask("ListUsers")
+        return [User(uid, name) for uid, name, _ in users]
+
+    async def sessions(self) -> list[Session]:
+        """Raises BusError."""
+        (sessions,) = await self._ask("ListSessions")
+        return [Session(session, User(uid, name)) for session, uid, name, _, _ in sessions]
+
+    async def _ask(self, member: str) -> list[Any]:
+        return await self._connection.ask(SERVICE, PATH, MANAGER, member)
+
+    async def _property(self, path: str, interface: str, name: str) -> Any:
+        (value,) = await self._connection.ask(
+            SERVICE, path, "org.freedesktop.DBus.Properties", "Get", "ss", (f"{SERVICE}.{interface}", name)
+        )
+        return value.value
+
+    def _on_owner(self, owner: str | None) -> None:
+        if owner is None:
+            log.info("systemd-logind went away, waiting for it to come back")
+        else:
+            self._listener.logind_changed()
+
+    def _on_user_new(self, _: str, body: list[Any]) -> None:
+        uid, path = body
+        self._start(self._tell_user(uid, path))
+
+    async def _tell_user(self, uid: int, path: str) -> None:
+        try:
+            name = await self._property(path, "User", "Name")
+        except BusError as error:
+            log.debug("User %d went away again: %s", uid, error)
+            return
+        self._listener.user_new(User(uid, name))
+
+    def _on_user_removed(self, _: str, body: list[Any]) -> None:
+        self._listener.user_removed(body[0])
+
+    def _on_session_new(self, _: str, body: list[Any]) -> None:
+        session, path = body
+        self._removed.discard(session)
+        self._start(self._tell_session(session, path))
+
+    async def _tell_session(self, session: str, path: str) -> None:
+        try:
+            uid, user_path = await self._property(path, "Session", "User")
+            name = await self._property(user_path, "User", "Name")
+        except BusError as error:
+            log.debug("Session %s went away again: %s", session, error)
+            return
+        if session not in self._removed:
+            self._listener.session_new(Session(session, User(uid, name)))
+
+    def _on_session_removed(self, _: str, body: list[Any]) -> None:
+        if self._tasks:
+            self._removed.add(body[0])
+        else:
+            self._removed.clear()
+        self._listener.session_removed(body[0])
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

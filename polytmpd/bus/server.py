@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An object server on the library's messages: dispatch, introspection, properties, ObjectManager.
+
+The library has one of its own, and we would use it, but for what it cannot do: it tells methods nothing of
+their sender; it sends tracebacks to the caller; it never closes descriptors that it sent; its introspection
+has no EmitsChangedSignal and shows children that are none; InterfacesAdded comes from the wrong path. Each
+would have to be patched from outside, twice, once for each library. What is here is a table of interfaces
+and some 200 lines.
+
+Not here: what org.polytmp1 offers, see service.py.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+from xml.etree import ElementTree
+
+from polytmpd.bus.connection import Connection, expects_reply
+from polytmpd.bus.library import Message, Variant
+from polytmpd.errors import ErrorName, PolytmpError
+
+log = logging.getLogger(__name__)
+
+DBUS_ERROR: Final = "org.freedesktop.DBus.Error"
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
+PEER: Final = "org.freedesktop.DBus.Peer"
+OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
+_DOCTYPE: Final = (
+    '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
+    ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">\n'
+)
+_INTERNAL: Final = "internal error; the journal of polytmpd has the details"
+CALLS_AT_MOST: Final = 64
+"""Calls of one sender that may be under way; one more is refused."""
+
+Arguments = tuple[tuple[str, str], ...]
+"""(name, signature) of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A method call: the unique name of its sender, as the bus wrote it, the object's path, and the
+    arguments.
+    """
+
+    sender: str
+    path: str
+    arguments: list[Any]
+    interactive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """answer returns the values of outs.
+
+    A value of signature h is a descriptor that the server closes once it was sent.
+    """
+
+    name: str
+    answer: Callable[[Call], Awaitable[Sequence[Any]]]
+    ins: Arguments = ()
+    outs: Arguments = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Property:
+    """get must not raise and must not block. A private one is left out of signals, which everybody hears."""
+
+    name: str
+    signature: str
+    get: Callable[[], Any]
+    emits: Literal["true", "invalidates", "const", "false"] = "true"
+    private: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    name: str
+    arguments: Arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    name: str
+    methods: tuple[Method, ...] = ()
+    properties: tuple[Property, ...] = ()
+    signals: tuple[Signal, ...] = ()
+
+    def values(self, *, private: bool = True) -> dict[str, Variant]:
+        """The values of all properties, or of those that everybody may know."""
+        return {
+            entry.name: Variant(entry.signature, entry.get())
+            for entry in self.properties
+            if private or not entry.private
+        }
+
+
+async def _never(_: Call) -> Sequence[Any]:
+    raise AssertionError("answered by the server itself")
+
+
+_STANDARD: Final = (
+    Interface(
+        PROPERTIES,
+        (
+            Method("Get", _never, (("interface_name", "s"), ("property_name", "s")), (("value", "v"),)),
+            Method("GetAll", _never, (("interface_name", "s"),), (("props", "a{sv}"),)),
+            Method("Set", _never, (("interface_name", "s"), ("property_name", "s"), ("value", "v"))),
+        ),
+        signals=(
+            Signal(
+                "PropertiesChanged",
+                (("interface_name", "s"), ("changed_properties", "a{sv}"), ("invalidated_properties", "as")),
+            ),
+        ),
+    ),
+    Interface(INTROSPECTABLE, (Method("Introspect", _never, (), (("xml_data", "s"),)),)),
+    Interface(PEER, (Method("Ping", _never), Method("GetMachineId", _never, (), (("machine_uuid", "s"),)))),
+)
+_MANAGED: Final = "a{oa{sa{sv}}}"
+_OBJECT_MANAGER: Final = Interface(
+    OBJECT_MANAGER,
+    (Method("GetManagedObjects", _never, (), (("objects", _MANAGED),)),),
+    signals=(
+        Signal("InterfacesAdded", (("object_path", "o"), ("interfaces_and_properties", "a{sa{sv}}"))),
+        Signal("InterfacesRemoved", (("object_path", "o"), ("interfaces", "as"))),
+    ),
+)
+
+
+class _AnswerError(Exception):
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+class Server:
+    """Serves objects on a connection. The object at root carries the ObjectManager of all others."""
+
+    def __init__(
+        self, connection: Connection, root: str, may_read: Callable[[str, str], Awaitable[bool]]
+    ) -> None:
+        """may_read(sender, path) says whether a caller may read an object's properties."""
+        self._connection = connection
+        self._may_read = may_read
+        self._root = root
+        self._objects: dict[str, tuple[Interface, ...]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way: dict[str, int] = {}
+        connection.serve(self._on_call)
+
+    # Objects
+
+    def add(self, path: str, *interfaces: Interface) -> None:
+        """Show an object, and say so."""
+        self._objects[path] = interfaces
+        if path != self._root:
+            values = {interface.name: interface.values(private=False) for interface in interfaces}
+            self.emit(self._root, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", [path, values])
+
+    def remove(self, path: str) -> None:
+        """Show it no longer, and say so."""
+        interfaces = self._objects.pop(path, ())
+        names = [interface.name for interface in interfaces]
+        self.emit(self._root, OBJECT_MANAGER, "InterfacesRemoved", "oas", [path, names])
+
+    def changed(self, path: str, interface: str, names: Iterable[str]) -> None:
+        """Emit PropertiesChanged.
+
+        Raises KeyError for a property that is not declared: the library would be silent.
+        """
+        declared = {entry.name: entry for entry in self._find(path, interface).properties}
+        values, invalidated = {}, []
+        for name in names:
+            entry = declared[name]
+            if entry.emits == "true" and not entry.private:
+                values[name] = Variant(entry.signature, entry.get())
+            elif entry.emits in {"true", "invalidates"}:
+                invalidated.append(name)
+        self.emit(path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [interface, values, invalidated])
+
+    def emit(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
+        """Emit a signal to all who listen."""
+        self._connection.send(Message.new_signal(path, interface, member, signature, body))
+
+    # Calls
+
+    def _on_call(self, message: Message) -> bool:
+        sender = message.sender or ""
+        if self._under_way.get(sender, 0) >= CALLS_AT_MOST:
+            self._send_error(
+                message, f"{DBUS_ERROR}.LimitsExceeded", "too many calls of this sender are under way"
+            )
+            return True
+        self._under_way[sender] = self._under_way.get(sender, 0) + 1
+        task = asyncio.get_running_loop().create_task(self._answer(message))
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._done(done, sender))
+        return True
+
+    def _done(self, task: "asyncio.Task[None]", sender: str) -> None:
+        self._tasks.discard(task)
+        self._under_way[sender] -= 1
+        if not self._under_way[sender]:
+            del self._under_way[sender]
+
+    async def _answer(self, message: Message) -> None:
+        """The one boundary: whatever happens becomes an answer, and never a traceback to the caller."""
+        try:
+            signature, values = await self._dispatch(message)
+        except PolytmpError as error:
+            self._send_error(message, error.name.value, str(error))
+        except _AnswerError as error:
+            self._send_error(message, error.name, str(error))
+        except Exception:
+            log.exception("Call of %s.%s failed", message.interface, message.member)
+            self._send_error(message, ErrorName.FAILED.value, _INTERNAL)
+        else:
+            self._send_answer(message, signature, values)
+
+    async def _dispatch(self, message: Message) -> tuple[str, Sequence[Any]]:
+        path, member = message.path or "", message.member or ""
+        if path not in self._objects and not self._children(path):
+            raise _AnswerError(f"{DBUS_ERROR}.UnknownObject", f"no object at {path}")
+        candidates = [
+            (interface, method)
+            for interface in self._interfaces(path)
+            for method in interface.methods
+            if method.name == member and message.interface in {None, "", interface.name}
+        ]
+        if not candidates:
+            raise _AnswerError(
+                f"{DBUS_ERROR}.UnknownMethod", f"no method {message.interface or ''}.{member} at {path}"
+            )
+        interface, method = candidates[0]
+        expected = "".join(signature for _, signature in method.ins)
+        if message.signature != expected:
+            raise _AnswerError(
+                f"{DBUS_ERROR}.InvalidArgs",
+                f"{interface.name}.{member} takes the signature {expected!r}, not {message.signature!r}",
+            )
+        outs = "".join(signature for _, signature in method.outs)
+        if interface in _STANDARD or interface is _OBJECT_MANAGER:
+            return outs, await self._standard(
+                message.sender or "", path, interface.name, member, message.body
+            )
+        interactive = bool(int(message.flags.value) & 4)  # ALLOW_INTERACTIVE_AUTHORIZATION
+        return outs, await method.answer(Call(message.sender or "", path, list(message.body), interactive))
+
+    def _interfaces(self, path: str) -> list[Interface]:
+        found = [*_STANDARD, *self._objects.get(path, ())]
+        if path == self._root:
+            found.append(_OBJECT_MANAGER)
+        return found
+
+    def _find(self, path: str, name: str) -> Interface:
+        for interface in self._interfaces(path):
+            if interface.name == name:
+                return interface
+        raise _AnswerError(f"{DBUS_ERROR}.UnknownInterface", f"no interface {name} at {path}")
+
+    async def _standard(
+        self, sender: str, path: str, interface: str, member: str, body: list[Any]
+    ) -> Sequence[Any]:
+        match member:
+            case "Introspect":
+                return [self.introspect(path)]
+            case "Ping":
+                return []
+            case "GetMachineId":
+                return [_machine_id()]
+            case "GetManagedObjects":
+                paths = [child for child in self._objects if child != self._root]
+                readable = [child for child in paths if await self._may_read(sender, child)]
+                return [
+                    {
+                        child: {entry.name: entry.values() for entry in self._objects[child]}
+                        for child in readable
+                        if child in self._objects
+                    }
+                ]
+        if not await self._may_read(sender, path):
+            raise _AnswerError(ErrorName.ACCESS_DENIED.value, f"{path} is for its user and root")
+        if path not in self._objects:
+            raise _AnswerError(f"{DBUS_ERROR}.UnknownObject", f"no object at {path}")
+        if member == "GetAll":
+            return [self._find(path, body[0]).values()]
+        for entry in self._find(path, body[0]).properties:
+            if entry.name == body[1]:
+                if member == "Set":
+                    raise _AnswerError(
+                        f"{DBUS_ERROR}.PropertyReadOnly", f"property {entry.name} is read-only"
+                    )
+                return [Variant(entry.signature, entry.get())]
+        raise _AnswerError(f"{DBUS_ERROR}.UnknownProperty", f"no property {body[1]} in {body[0]}")
+
+    def _children(self, path: str) -> list[str]:
+        prefix = path.rstrip("/") + "/"
+        return sorted({p[len(prefix) :].split("/")[0] for p in self._objects if p.startswith(prefix)})
+
+    def introspect(self, path: str) -> str:
+        """The introspection XML of the object at path."""
+        node = ElementTree.Element("node")
+        for interface in self._interfaces(path) if path in self._objects else _STANDARD:
+            node.append(_interface_xml(interface))
+        for child in self._children(path):
+            ElementTree.SubElement(node, "node", name=child)
+        ElementTree.indent(node, " ")
+        return _DOCTYPE + ElementTree.tostring(node, encoding="unicode") + "\n"
+
+    # Answers
+
+    def _send_error(self, message: Message, name: str, text: str) -> None:
+        if expects_reply(message):
+            self._connection.send(Message.new_error(message, name, text))
+
+    def _send_answer(self, message: Message, signature: str, values: Sequence[Any]) -> None:
+        fds = (
+            [value for value, code in zip(values, signature, strict=False) if code == "h"]
+            if signature == "h"
+            else []
+        )
+        if not expects_reply(message):
+            _close(fds)
+            return
+        body = list(range(len(fds))) if fds else list(values)
+        try:
+            for fd in fds:  # a closed descriptor in a message would end the whole connection
+                os.fstat(fd)
+            reply = Message.new_method_return(message, signature, body, fds)
+        except Exception:
+            _close(fds)
+            log.exception("Answer to %s.%s cannot be sent", message.interface, message.member)
+            self._send_error(message, ErrorName.FAILED.value, _INTERNAL)
+            return
+        self._connection.send(reply, lambda: _close(fds))
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def _machine_id() -> str:
+    try:
+        return Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise _AnswerError(
+            f"{DBUS_ERROR}.Failed", f"/etc/machine-id cannot be read: {error.strerror}"
+        ) from None
+
+
+def _interface_xml(interface: Interface) -> ElementTree.Element:
+    element = ElementTree.Element("interface", name=interface.name)
+    for method in interface.methods:
+        child = ElementTree.SubElement(element, "method", name=method.name)
+        for direction, arguments in (("in", method.ins), ("out", method.outs)):
+            for name, signature in arguments:
+                ElementTree.SubElement(child, "arg", name=name, type=signature, direction=direction)
+    for signal in interface.signals:
+        child = ElementTree.SubElement(element, "signal", name=signal.name)
+        for name, signature in signal.arguments:
+            ElementTree.SubElement(child, "arg", name=name, type=signature)
+    for entry in interface.properties:
+        child = ElementTree.SubElement(
+            element, "property", name=entry.name, type=entry.signature, access="read"
+        )
+        if entry.emits != "true":
+            name = "org.freedesktop.DBus.Property.EmitsChangedSignal"
+            ElementTree.SubElement(child, "annotation", name=name, value=entry.emits)
+    return element

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The service org.polytmp1: translates between the bus and the daemon, and asks who is calling.
+
+Not here: decisions about instances (the daemon behind Backend), the mechanics of objects (server.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+from polytmpd import __version__
+from polytmpd.bus.connection import BusError, Connection, Credentials
+from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE, instance_path, uid_of_path
+from polytmpd.bus.server import Call, Interface, Method, Property, Server, Signal
+from polytmpd.core.model import View
+from polytmpd.errors import AccessDeniedError, NoSuchInstanceError
+
+_USER: Final = (("uid", "u"),)
+
+
+class Backend(Protocol):
+    """What the daemon does for callers. Each method raises PolytmpError."""
+
+    async def acquire(self, uid: int, caller: int) -> int:
+        """A namespace descriptor, the caller's to close. caller: the pid that asks."""
+        ...
+
+    async def reload(self) -> None: ...
+
+    async def remove(self, uid: int) -> None: ...
+
+    async def processes(self, uid: int) -> list[tuple[int, str]]: ...
+
+    async def usage(self, uid: int) -> list[tuple[str, int, int]]: ...
+
+    def views(self) -> list[View]: ...
+
+    def view(self, uid: int) -> View | None: ...
+
+    def uid_of_process(self, pid: int) -> int: ...
+
+    def resolve(self, uid: int, path: str) -> str: ...
+
+    def directories(self) -> list[str]: ...
+
+
+class Service:
+    """Shows the daemon's instances on the bus."""
+
+    def __init__(self, connection: Connection, backend: Backend) -> None:
+        self._connection = connection
+        self._backend = backend
+        self._server = Server(connection, PATH, self._may_read)
+        self._server.add(PATH, self._manager())
+
+    async def publish(self) -> None:
+        """Own the name. Raises BusError."""
+        await self._connection.own_name(SERVICE)
+
+    # What the daemon tells
+
+    def instance_new(self, uid: int) -> None:
+        path = instance_path(uid)
+        self._server.add(path, self._instance(uid))
+        self._server.emit(PATH, MANAGER, "InstanceNew", "uo", [uid, path])
+
+    def instance_removed(self, uid: int) -> None:
+        path = instance_path(uid)
+        self._server.remove(path)
+        self._server.emit(PATH, MANAGER, "InstanceRemoved", "uo", [uid, path])
+
+    def instance_changed(self, uid: int, names: Sequence[str]) -> None:
+        self._server.changed(instance_path(uid), INSTANCE, names)
+
+    # Who is calling
+
+    async def _caller(self, call: Call) -> Credentials:
+        try:
+            return await self._connection.credentials(call.sender)
+        except BusError as error:
+            raise AccessDeniedError(f"the bus does not tell who is calling: {error}") from None
+
+    async def _require_root(self, call: Call, what: str) -> Credentials:
+        caller = await self._caller(call)
+        if caller.uid != 0:
+            raise AccessDeniedError(f"{what} is for root only")
+        return caller
+
+    async def _require_owner(self, call: Call, uid: int, what: str) -> None:
+        caller = await self._caller(call)
+        if caller.uid not in {0, uid}:
+            raise AccessDeniedError(f"{what} of UID {uid} is for that user and root")
+
+    async def _may_read(self, sender: str, path: str) -> bool:
+        """Another user's paths and processes are not everybody's."""
+        uid = uid_of_path(path)
+        if uid is None:
+            return True
+        try:
+            return (await self._connection.credentials(sender)).uid in {0, uid}
+        except BusError:
+            return False
+
+    # The manager
+
+    def _manager(self) -> Interface:
+        return Interface(
+            MANAGER,
+            methods=(
+                Method("AcquireNamespace", self._acquire_namespace, _USER, (("namespace", "h"),)),
+                Method("GetInstance", self._get_instance, _USER, (("instance", "o"),)),
+                Method("GetInstanceByPID", self._get_instance_by_pid, (("pid", "u"),), (("instance", "o"),)),
+                Method("ListInstances", self._list_instances, (), (("instances", "a(uso)"),)),
+                Method("ResolvePath", self._resolve_path, (*_USER, ("path", "s")), (("host_path", "s"),)),
+                Method("RemoveInstance", self._remove_instance, _USER),
+                Method("Reload", self._reload),
+            ),
+            properties=(
+                Property("Version", "s", lambda: __version__, "const"),
+                Property("Directories", "as", self._backend.directories),
+            ),
+            signals=(
+                Signal("InstanceNew", (*_USER, ("instance", "o"))),
+                Signal("InstanceRemoved", (*_USER, ("instance", "o"))),
+            ),
+        )
+
+    async def _acquire_namespace(self, call: Call) -> Sequence[Any]:
+        caller = await self._require_root(call, "AcquireNamespace")
+        return [await self._backend.acquire(call.arguments[0], caller.pid)]
+
+    async def _get_instance(self, call: Call) -> Sequence[Any]:
+        return [instance_path(self._view(call.arguments[0]).uid)]
+
+    async def _get_instance_by_pid(self, call: Call) -> Sequence[Any]:
+        pid = call.arguments[0] or (await self._caller(call)).pid
+        uid = self._backend.uid_of_process(pid)
+        await self._require_owner(call, uid, "a process")
+        return [instance_path(uid)]
+
+    async def _list_instances(self, _: Call) -> Sequence[Any]:
+        return [[[view.uid, view.user, instance_path(view.uid)] for view in self._backend.views()]]
+
+    async def _resolve_path(self, call: Call) -> Sequence[Any]:
+        uid, path = call.arguments
+        await self._require_owner(call, uid, "a path")
+        return [self._backend.resolve(uid, path)]
+
+    async def _remove_instance(self, call: Call) -> Sequence[Any]:
+        await self._require_root(call, "RemoveInstance")
+        await self._backend.remove(call.arguments[0])
+        return []
+
+    async def _reload(self, call: Call) -> Sequence[Any]:
+        await self._require_root(call, "Reload")
+        await self._backend.reload()
+        return []
+
+    def manager_changed(self, names: Sequence[str]) -> None:
+        self._server.changed(PATH, MANAGER, names)
+
+    # The instances
+
+    def _view(self, uid: int) -> View:
+        view = self._backend.view(uid)
+        if view is None:
+            raise NoSuchInstanceError(f"UID {uid} has no instance now")
+        return view
+
+    def _instance(self, uid: int) -> Interface:
+        def shown() -> View:
+            return self._view(uid)
+
+        return Interface(
+            INSTANCE,
+            methods=(
+                Method("ListProcesses", self._list_processes, (), (("processes", "a(us)"),)),
+                Method("GetUsage", self._get_usage, (), (("usage", "a(stt)"),)),
+            ),
+            properties=(
+                Property("UID", "u", lambda: shown().uid, "const"),
+                Property("User", "s", lambda: shown().user, "const"),
+                Property("State", "s", lambda: shown().state.value),
+                Property("CreatedUSec", "t", lambda: shown().created_usec),
+                Property("CreatedUSecMonotonic", "t", lambda: shown().created_monotonic_usec),
+                Property("ControlGroup", "s", lambda: shown().control_group),
+                Property("NamespaceID", "t", lambda: shown().namespace),
+                Property(
+                    "Directories", "a(sss)", lambda: _directories(shown()), "invalidates", private=True
+                ),
+                Property("SharedPaths", "as", lambda: _shared_paths(shown())),
+            ),
+        )
+
+    async def _list_processes(self, call: Call) -> Sequence[Any]:
+        uid = self._uid(call)
+        await self._require_owner(call, uid, "the process list")
+        return [[[pid, command] for pid, command in await self._backend.processes(uid)]]
+
+    async def _get_usage(self, call: Call) -> Sequence[Any]:
+        uid = self._uid(call)
+        await self._require_owner(call, uid, "the disk usage")
+        return [[list(entry) for entry in await self._backend.usage(uid)]]
+
+    def _uid(self, call: Call) -> int:
+        uid = uid_of_path(call.path)
+        if uid is None:
+            raise NoSuchInstanceError(f"{call.path} is no instance")
+        return uid
+
+
+def _directories(view: View) -> list[list[str]]:
+    return [
+        [entry.directory.path, entry.host_path, entry.directory.lifetime.value] for entry in view.directories
+    ]
+
+
+def _shared_paths(view: View) -> list[str]:
+    return [
+        f"{entry.directory.path}/{name}" for entry in view.directories for name in entry.directory.shared
+    ]
