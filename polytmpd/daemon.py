@@ -1,0 +1,517 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Events in, actions out: feeds what logind, the slices and the kernel report to the lifecycle, and has its
+actions done.
+
+Not here: how anything is done (executor), what follows from what (core/lifecycle), the bus (bus/).
+"""
+
+import asyncio
+import logging
+import os
+import pwd
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from polytmpd.bus.connection import BusError
+from polytmpd.bus.logind import Logind, Session, User
+from polytmpd.bus.systemd1 import Systemd
+from polytmpd.config import Config, Problem
+from polytmpd.core.lifecycle import Action, Event, Standing, advance
+from polytmpd.core.model import Instance, State, View
+from polytmpd.core.policy import Claims
+from polytmpd.errors import (
+    BusyError,
+    ExemptError,
+    InvalidArgsError,
+    NoSuchInstanceError,
+    NotPolyinstantiatedError,
+    PolytmpError,
+)
+from polytmpd.executor import Executor
+from polytmpd.journal import MessageId, fields
+from polytmpd.kernel import mountns, processes
+from polytmpd.slices import CGROUP_ROOTS, Slices
+from polytmpd.storage import usage as count_usage
+
+log = logging.getLogger(__name__)
+
+NAME_LOOKUP_TIMEOUT: Final = 10.0
+"""Seconds that NSS may take for a user whom logind does not know (a cron job of a directory service's user).
+"""
+
+
+class Announcer(Protocol):
+    """Who is told of what everybody may see (bus/service)."""
+
+    def instance_new(self, uid: int) -> None: ...
+    def instance_removed(self, uid: int) -> None: ...
+    def instance_changed(self, uid: int, names: Sequence[str]) -> None: ...
+    def manager_changed(self, names: Sequence[str]) -> None: ...
+
+
+@dataclass(slots=True)
+class _Record:
+    """All that is known of one user.
+
+    generation tells the work for this instance from that for a former one.
+    """
+
+    user: str
+    standing: Standing = field(default_factory=Standing)
+    claims: Claims = field(default_factory=Claims)
+    control_group: str = ""
+    instance: Instance | None = None
+    error: PolytmpError | None = None
+    shown: bool = False
+    generation: int = 0
+    waiting: list["asyncio.Future[int]"] = field(default_factory=list)
+
+
+class Daemon:
+    """The backend of the service, and the listener of all sources of events."""
+
+    def __init__(
+        self, config: Config, executor: Executor, load_config: Callable[[], tuple[Config, list[Problem]]]
+    ) -> None:
+        self._config = config
+        self._executor = executor
+        self._load_config = load_config
+        self._records: dict[int, _Record] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._announcer: Announcer | None = None
+        self._logind: Logind | None = None
+        self._systemd: Systemd | None = None
+        self._slices: Slices | None = None
+
+    def connect(self, announcer: Announcer, logind: Logind, systemd: Systemd, slices: Slices) -> None:
+        """Meet those who need the daemon to be made."""
+        self._announcer = announcer
+        self._logind = logind
+        self._systemd = systemd
+        self._slices = slices
+
+    async def start(self) -> None:
+        """Take over what lives, hear what logind says, clear what is left. Raises BusError, OSError."""
+        restored = await asyncio.to_thread(self._executor.restore)
+        for instance in (*restored.held, *restored.draining, *restored.ended):
+            record = self._record(instance.uid, instance.user)
+            record.instance = instance
+            state = State.ACTIVE if instance in restored.held else State.DRAINING
+            record.standing = Standing(state, claimed=state is State.ACTIVE)
+            self._show(instance.uid, record)
+        await self._list_logind()
+        for instance in (*restored.held, *restored.draining):
+            await self._look_at_slice(instance.uid)
+            self._settle(instance.uid)
+        for instance in restored.ended:
+            self._feed(instance.uid, Event.NAMESPACE_ENDED)
+        self._executor.start()
+        known = {
+            entry.barrier
+            for record in self._records.values()
+            if record.instance
+            for entry in record.instance.directories
+        }
+        self._start(self._executor.clear_leftovers(self._config.directories, known))
+
+    async def stop(self) -> None:
+        """Let unfinished work end as far as it does so by itself; instances stay."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._executor.close()
+
+    # What is told by logind, the slices and the kernel
+
+    def user_new(self, user: User) -> None:
+        self._claim(user, lambda claims: claims.with_user())
+
+    def user_removed(self, uid: int) -> None:
+        if uid in self._records:
+            self._release(uid, lambda claims: claims.without_user())
+            self._start(self._look_at_slice(uid))
+
+    def session_new(self, session: Session) -> None:
+        self._claim(session.user, lambda claims: claims.with_session(session.id))
+
+    def session_removed(self, session_id: str) -> None:
+        for uid, record in list(self._records.items()):
+            if session_id in record.claims.sessions:
+                self._release(uid, lambda claims: claims.without_session(session_id))
+
+    def logind_changed(self) -> None:
+        self._start(self._list_logind())
+
+    def slice_changed(self, uid: int) -> None:
+        """The slice started or stopped: its cgroup may be another one now."""
+        if uid in self._records:
+            self._start(self._look_at_slice(uid))
+
+    def slice_populated(self, uid: int, populated: bool) -> None:
+        record = self._records.get(uid)
+        if record is not None and record.claims.populated != populated:
+            self._release(uid, lambda claims: claims.with_slice(populated=populated))
+
+    def namespace_ended(self, uid: int) -> None:
+        if uid in self._records:
+            self._feed(uid, Event.NAMESPACE_ENDED)
+
+    # What the service asks for
+
+    async def acquire(self, uid: int, caller: int) -> int:
+        self._require_known_namespace(caller)
+        record = self._records.get(uid)
+        if reason := self._config.exemptions.reason(uid, record.user if record else None):
+            raise ExemptError(reason)
+        if record is None:
+            name = await self._name_of(uid)
+            if reason := self._config.exemptions.reason(uid, name):
+                raise ExemptError(reason)
+            record = self._record(uid, name)
+        self._start(self._look_at_slice(uid))
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        record.waiting.append(future)
+        self._feed(uid, Event.ACQUIRED)
+        return await future
+
+    async def reload(self) -> None:
+        config, problems = await asyncio.to_thread(self._load_config)
+        if problems:
+            for problem in problems:
+                log.error("%s", problem, extra=fields(MessageId.BAD_CONFIG))
+            raise InvalidArgsError(f"nothing was changed: {'; '.join(problems)}")
+        self._config = config
+        log.info("Configuration reloaded; instances that exist stay as they are")
+        self._announce().manager_changed(["Directories"])
+
+    async def remove(self, uid: int) -> None:
+        record = self._shown(uid)
+        if record.standing.state is not State.FAILED:
+            count = len(await self.processes(uid))
+            raise BusyError(
+                f"the instance of {record.user} is {record.standing.state}: {count} processes live in it; "
+                f"loginctl terminate-user {record.user} ends his sessions"
+            )
+        self._feed(uid, Event.UNCLAIMED)
+
+    async def processes(self, uid: int) -> list[tuple[int, str]]:
+        record = self._shown(uid)
+        namespace = record.instance.namespace if record.instance else 0
+        group = record.control_group
+
+        def look() -> list[processes.Process]:
+            found = {process.pid: process for process in processes.living_in(namespace)} if namespace else {}
+            for root in CGROUP_ROOTS if group else ():
+                found.update((process.pid, process) for process in processes.in_cgroup(root + group))
+            return [found[pid] for pid in sorted(found)]
+
+        return [(process.pid, process.command) for process in await asyncio.to_thread(look)]
+
+    async def usage(self, uid: int) -> list[tuple[str, int, int]]:
+        record = self._shown(uid)
+        directories = record.instance.directories if record.instance else ()
+
+        def count() -> list[tuple[str, int, int]]:
+            result = []
+            for entry in directories:
+                fd = os.open(
+                    mountns.HOST + "/root" + entry.host_path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+                )
+                try:
+                    used = count_usage(fd)
+                finally:
+                    os.close(fd)
+                result.append((entry.directory.path, used.bytes, used.inodes))
+            return result
+
+        try:
+            return await asyncio.to_thread(count)
+        except OSError as error:
+            raise PolytmpError(f"cannot be counted: {error}") from error
+
+    def views(self) -> list[View]:
+        return [self._view_of(uid, record) for uid, record in sorted(self._records.items()) if record.shown]
+
+    def view(self, uid: int) -> View | None:
+        record = self._records.get(uid)
+        return self._view_of(uid, record) if record and record.shown else None
+
+    def uid_of_process(self, pid: int) -> int:
+        for uid, record in self._records.items():
+            if record.instance and processes.in_namespace(pid, record.instance.namespace):
+                return uid
+        raise NotPolyinstantiatedError(f"process {pid} lives in no instance")
+
+    def resolve(self, uid: int, path: str) -> str:
+        record = self._shown(uid)
+        normal = os.path.normpath(path)
+        if not path.startswith("/"):
+            raise InvalidArgsError(f"{path!r} is not an absolute path")
+        for entry in record.instance.directories if record.instance else ():
+            base = entry.directory.path
+            rest = normal.removeprefix(base).lstrip("/")
+            if normal != base and not normal.startswith(base + "/"):
+                continue
+            if rest.split("/")[0] in entry.directory.shared:
+                return normal
+            return f"{entry.host_path}/{rest}".rstrip("/")
+        raise NotPolyinstantiatedError(
+            f"{path} is in no directory that is private; it is the same on the host"
+        )
+
+    def directories(self) -> list[str]:
+        return [directory.path for directory in self._config.directories]
+
+    # Claims
+
+    def _claim(self, user: User, change: Callable[[Claims], Claims]) -> None:
+        if self._config.exemptions.reason(user.uid, user.name) is not None:
+            return
+        record = self._record(user.uid, user.name)
+        record.claims = change(record.claims)
+        self._start(self._look_at_slice(user.uid))
+        self._settle(user.uid)
+
+    def _release(self, uid: int, change: Callable[[Claims], Claims]) -> None:
+        record = self._records[uid]
+        record.claims = change(record.claims)
+        self._settle(uid)
+
+    def _settle(self, uid: int) -> None:
+        claimed = self._records[uid].claims.claimed
+        self._feed(uid, Event.CLAIMED if claimed else Event.UNCLAIMED)
+
+    async def _list_logind(self) -> None:
+        """Compare with what logind says now: at start, and when it came back."""
+        if self._logind is None:
+            return
+        try:
+            users, sessions = await self._logind.users(), await self._logind.sessions()
+        except BusError as error:
+            log.warning("systemd-logind does not answer, going on without: %s", error)
+            return
+        for user in users:
+            self.user_new(user)
+        for session in sessions:
+            self.session_new(session)
+        listed = {session.id for session in sessions}
+        for record in list(self._records.values()):
+            for gone in record.claims.sessions - listed:
+                self.session_removed(gone)
+        for uid in set(self._records) - {user.uid for user in users}:
+            self.user_removed(uid)
+
+    async def _look_at_slice(self, uid: int) -> None:
+        if self._systemd is None or self._slices is None:
+            return
+        try:
+            group = await self._systemd.control_group(uid)
+        except BusError as error:
+            log.warning("The service manager does not tell the cgroup of UID %d: %s", uid, error)
+            return
+        record = self._records.get(uid)
+        if record is None:
+            return
+        if group and group != record.control_group:
+            record.control_group = group
+            self._changed(uid, ["ControlGroup"])
+        self._slices.watch(uid, group)
+
+    # The lifecycle
+
+    def _feed(self, uid: int, event: Event) -> None:
+        record = self._records[uid]
+        before = record.standing
+        record.standing, actions = advance(before, event)
+        if record.standing != before:
+            log.debug("UID %d: %s, %s → %s", uid, event.name, before, record.standing)
+        for action in actions:
+            self._perform(uid, record, action)
+        if record.standing.state is not State.ABSENT:
+            if not record.shown:
+                self._show(uid, record)
+            elif record.standing.state is not before.state:
+                self._changed(uid, ["State"])
+        elif not record.waiting and not record.claims.claimed:
+            del self._records[uid]
+
+    def _perform(self, uid: int, record: _Record, action: Action) -> None:
+        match action:
+            case Action.PREPARE:
+                record.generation += 1
+                self._start(self._prepare(uid, record))
+            case Action.REJOIN:
+                self._start(self._rejoin(uid, record))
+            case Action.HAND_OVER:
+                self._hand_over(uid, record)
+            case Action.REFUSE:
+                self._refuse(record)
+            case Action.LET_GO:
+                self._executor.let_go(uid)
+            case Action.REMOVE:
+                self._start(self._remove(uid, record))
+            case Action.FORGET:
+                self._hide(uid, record)
+
+    async def _prepare(self, uid: int, record: _Record) -> None:
+        try:
+            instance = await self._executor.prepare(uid, record.user, self._config.directories)
+        except OSError as error:
+            self._prepare_failed(uid, record, error)
+            return
+        log.info(
+            "New instance of user %s: %s",
+            record.user,
+            ", ".join(entry.host_path for entry in instance.directories),
+            extra=fields(MessageId.INSTANCE_NEW, uid, record.user),
+        )
+        self._prepared(uid, record, instance)
+
+    async def _rejoin(self, uid: int, record: _Record) -> None:
+        assert record.instance is not None
+        try:
+            instance = await self._executor.rejoin(record.instance)
+        except OSError as error:
+            self._prepare_failed(uid, record, error)
+            return
+        self._prepared(uid, record, instance)
+
+    def _prepared(self, uid: int, record: _Record, instance: Instance) -> None:
+        record.instance = instance
+        record.error = None
+        self._changed(
+            uid, ["CreatedUSec", "CreatedUSecMonotonic", "NamespaceID", "Directories", "SharedPaths"]
+        )
+        self._feed(uid, Event.PREPARED)
+
+    def _prepare_failed(self, uid: int, record: _Record, error: OSError) -> None:
+        log.error(
+            "User %s gets no private directories: %s",
+            record.user,
+            error,
+            extra=fields(MessageId.PREPARE_FAILED, uid, record.user),
+        )
+        record.error = PolytmpError(f"the instance cannot be made: {error}")
+        self._feed(uid, Event.PREPARE_FAILED)
+
+    def _hand_over(self, uid: int, record: _Record) -> None:
+        waiting, record.waiting = record.waiting, []
+        for future in waiting:
+            if future.done():
+                continue
+            try:
+                future.set_result(self._executor.hand_over(uid))
+            except OSError as error:
+                future.set_exception(PolytmpError(f"the namespace cannot be handed over: {error}"))
+
+    def _refuse(self, record: _Record) -> None:
+        waiting, record.waiting = record.waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_exception(record.error or PolytmpError("the instance cannot be made"))
+
+    async def _remove(self, uid: int, record: _Record) -> None:
+        assert record.instance is not None
+        instance, generation = record.instance, record.generation
+        try:
+            await self._executor.remove(instance)
+        except OSError as error:
+            event = Event.REMOVE_FAILED
+            log.error(
+                "Instance of user %s cannot be deleted, the next start tries again: %s",
+                instance.user,
+                error,
+                extra=fields(MessageId.REMOVE_FAILED, uid, instance.user),
+            )
+        else:
+            event = Event.REMOVED
+            log.info(
+                "Removed instance of user %s",
+                instance.user,
+                extra=fields(MessageId.INSTANCE_REMOVED, uid, instance.user),
+            )
+        if self._records.get(uid) is record and record.generation == generation:
+            self._feed(uid, event)
+
+    # What is shown
+
+    def _show(self, uid: int, record: _Record) -> None:
+        record.shown = True
+        self._announce().instance_new(uid)
+
+    def _hide(self, uid: int, record: _Record) -> None:
+        record.instance = None
+        if record.shown:
+            self._announce().instance_removed(uid)
+            record.shown = False
+
+    def _changed(self, uid: int, names: Sequence[str]) -> None:
+        if self._records[uid].shown:
+            self._announce().instance_changed(uid, names)
+
+    def _announce(self) -> Announcer:
+        if self._announcer is None:
+            raise RuntimeError("connect() comes first")
+        return self._announcer
+
+    def _view_of(self, uid: int, record: _Record) -> View:
+        instance, state = record.instance, record.standing.state
+        if instance is None:
+            return View(uid, record.user, state, control_group=record.control_group)
+        return View(
+            uid,
+            record.user,
+            state,
+            instance.created_usec,
+            instance.created_monotonic_usec,
+            record.control_group,
+            instance.namespace,
+            instance.directories,
+        )
+
+    # Within
+
+    def _record(self, uid: int, user: str) -> _Record:
+        return self._records.setdefault(uid, _Record(user))
+
+    def _shown(self, uid: int) -> _Record:
+        record = self._records.get(uid)
+        if record is None or not record.shown:
+            raise NoSuchInstanceError(f"UID {uid} has no instance now")
+        return record
+
+    def _require_known_namespace(self, pid: int) -> None:
+        """A login service that lives in a namespace of its own would lose it, or see the wrong mounts."""
+        known = {record.instance.namespace for record in self._records.values() if record.instance}
+        try:
+            known.add(mountns.host_namespace_inode())
+            if any(processes.in_namespace(pid, inode) for inode in known):
+                return
+        except OSError as error:
+            raise PolytmpError(f"the caller's mount namespace cannot be told: {error}") from error
+        raise NotPolyinstantiatedError(
+            f"process {pid} lives in a mount namespace of its own; see PrivateTmp=, ProtectSystem= and such "
+            "in its service"
+        )
+
+    async def _name_of(self, uid: int) -> str:
+        try:
+            entry = await asyncio.wait_for(asyncio.to_thread(pwd.getpwuid, uid), NAME_LOOKUP_TIMEOUT)
+        except KeyError:
+            raise InvalidArgsError(f"there is no user with UID {uid} on this host") from None
+        except TimeoutError:
+            raise PolytmpError(
+                f"the name of UID {uid} was not found out in {NAME_LOOKUP_TIMEOUT:.0f} s"
+            ) from None
+        return entry.pw_name
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("Internal error: %r", error, exc_info=error)

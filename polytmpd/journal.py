@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where log records go: the journal, with fields, or standard error where there is no journal.
+
+Not here: what is logged. A record says `extra=fields(...)` for the fields by which an administrator
+searches.
+"""
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from systemd.journal import JournalHandler
+
+_SOCKET: Final = Path("/run/systemd/journal/socket")
+
+
+class MessageId(StrEnum):
+    """MESSAGE_ID= of what an administrator would search for, see sd_journal_print(3)."""
+
+    INSTANCE_NEW = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e01"
+    INSTANCE_REMOVED = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e02"
+    PREPARE_FAILED = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e03"
+    REMOVE_FAILED = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e04"
+    BAD_CONFIG = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e05"
+    DENIED = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e06"
+
+
+def fields(
+    message_id: MessageId | None = None, uid: int | None = None, user: str | None = None
+) -> dict[str, str]:
+    """The journal fields of a record; none of the names that JournalHandler would choke on (PRIORITY,
+    MESSAGE, ...).
+    """
+    found = {
+        "MESSAGE_ID": None if message_id is None else message_id.value,
+        "POLYTMP_UID": None if uid is None else str(uid),
+        "POLYTMP_USER": user,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def set_up(level: int = logging.INFO) -> None:
+    """Send records to the journal; without one (a container, a terminal), to standard error."""
+    handler: logging.Handler
+    if _SOCKET.exists() and not sys.stderr.isatty():
+        handler = JournalHandler(SYSLOG_IDENTIFIER="polytmpd")
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("polytmpd").setLevel(level)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether a user's slice has processes, by inotify on cgroup.events; no polling (cgroups(7), "populated").
+
+Not here: where the slice's cgroup is (bus/systemd1), and what follows.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from polytmpd.kernel.inotify import IN_MODIFY, IN_Q_OVERFLOW, Inotify
+
+log = logging.getLogger(__name__)
+
+CGROUP_ROOTS: Final = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+"""cgroup v2 alone, or beside v1 ("hybrid", see file-hierarchy in systemd's documentation of cgroups)."""
+
+
+def parse_populated(text: str) -> bool:
+    """The value of `populated` in cgroup.events; False where there is none."""
+    return any(line.split() == ["populated", "1"] for line in text.splitlines())
+
+
+class Slices:
+    """Watches the slices that it is told of; owns one inotify instance."""
+
+    def __init__(self, populated: Callable[[int, bool], None]) -> None:
+        """populated(uid, whether) is called in the event loop, at watch() and at each change.
+
+        Raises OSError (EMFILE).
+        """
+        self._populated = populated
+        self._inotify = Inotify()
+        self._files: dict[int, tuple[int, Path]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._inotify.fd, self._on_readable)
+
+    def watch(self, uid: int, control_group: str) -> None:
+        """Watch the cgroup from now on, and report what it says now. An empty one is not populated."""
+        path = self._events_file(control_group) if control_group else None
+        if path is None:
+            self._populated(uid, False)
+            return
+        try:
+            watch = self._inotify.add_watch(str(path), IN_MODIFY)
+        except FileNotFoundError:
+            self._populated(uid, False)
+            return
+        self._files = {w: entry for w, entry in self._files.items() if entry[0] != uid or w == watch}
+        self._files[watch] = (uid, path)
+        self._report(uid, path)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._inotify.fd)
+        self._inotify.close()
+
+    def _events_file(self, control_group: str) -> Path | None:
+        for root in CGROUP_ROOTS:
+            path = Path(root + control_group, "cgroup.events")
+            if path.exists():
+                return path
+        return None
+
+    def _report(self, uid: int, path: Path) -> None:
+        try:
+            populated = parse_populated(path.read_text())
+        except OSError:  # ENOENT, ENODEV: the cgroup is gone
+            populated = False
+        self._populated(uid, populated)
+
+    def _on_readable(self) -> None:
+        for event in self._inotify.read():
+            if event.mask & IN_Q_OVERFLOW:
+                for uid, path in list(self._files.values()):
+                    self._report(uid, path)
+            elif event.watch in self._files:
+                self._report(*self._files[event.watch])
+                if not self._files[event.watch][1].exists():
+                    del self._files[event.watch]

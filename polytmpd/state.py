@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the descriptors in the FD store do not say: one small JSON file for each instance in
+/run/polytmpd/instances/.
+
+Written in full and renamed into place, so a reader sees the old one or the new one. Everything in it can be
+lost: a file that makes no sense is reported and left out, and the instance is found again by its namespace.
+Not here: what is done with it at start (executor, daemon).
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
+
+VERSION: Final = 1
+_BYTES_AT_MOST: Final = 65536
+
+
+class StateDirectory:
+    """The directory of state files, root's and 0700; made where it is missing."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self._path = path
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def save(self, instance: Instance) -> None:
+        """Raises OSError (ENOSPC); the old file is untouched then."""
+        temporary = self._path / f".{instance.uid}.new"
+        try:
+            temporary.write_text(json.dumps(encode(instance)))
+            temporary.replace(self._path / str(instance.uid))
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def forget(self, uid: int) -> None:
+        """Raises OSError."""
+        (self._path / str(uid)).unlink(missing_ok=True)
+
+    def load(self) -> tuple[dict[int, Instance], list[str]]:
+        """What is recorded, and what was wrong with the rest.
+
+        Raises OSError where the directory cannot be read.
+        """
+        found: dict[int, Instance] = {}
+        problems: list[str] = []
+        for path in sorted(self._path.iterdir()):
+            if path.name.startswith("."):
+                with contextlib.suppress(OSError):
+                    path.unlink()  # a write that was cut off
+                continue
+            try:
+                instance = decode(_read(path))
+                if path.name != str(instance.uid):
+                    raise ValueError(f"is about UID {instance.uid}")
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                problems.append(f"{path}: {type(error).__name__}: {error}; ignoring the file")
+                continue
+            found[instance.uid] = instance
+        return found, problems
+
+
+def _read(path: Path) -> Any:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(_BYTES_AT_MOST + 1)
+    if len(data) > _BYTES_AT_MOST:
+        raise ValueError("too large for a state file")
+    return json.loads(data)
+
+
+def encode(instance: Instance) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "uid": instance.uid,
+        "user": instance.user,
+        "created": instance.created_usec,
+        "created_monotonic": instance.created_monotonic_usec,
+        "namespace": instance.namespace,
+        "watches": sorted(instance.watches),
+        "directories": [
+            {
+                "path": entry.directory.path,
+                "lifetime": entry.directory.lifetime.value,
+                "shared": list(entry.directory.shared),
+                "barrier": entry.barrier,
+            }
+            for entry in instance.directories
+        ],
+    }
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise ValueError(f"{value!r} is no natural number")
+    return value
+
+
+def _name(value: Any) -> str:
+    text = _text(value)
+    if not text or "/" in text or text in {".", ".."}:
+        raise ValueError(f"{text!r} is no name of a directory entry")
+    return text
+
+
+def _absolute(value: Any) -> str:
+    text = _text(value)
+    parts = text.split("/")[1:]
+    if not text.startswith("/") or not all(parts) or {".", ".."} & set(parts):
+        raise ValueError(f"{text!r} is no normal absolute path")
+    return text
+
+
+def decode(value: Any) -> Instance:
+    """Raises ValueError, KeyError or TypeError for what encode() never wrote."""
+    if not isinstance(value, dict):
+        raise TypeError("no JSON object")
+    if value["version"] != VERSION:
+        raise ValueError(
+            f"version {value['version']!r} is not known to this polytmpd, which knows {VERSION}"
+        )
+    directories = tuple(
+        InstanceDirectory(
+            Directory(
+                _absolute(entry["path"]),
+                Lifetime(entry["lifetime"]),
+                tuple(_name(name) for name in entry["shared"]),
+            ),
+            _name(entry["barrier"]),
+        )
+        for entry in value["directories"]
+    )
+    return Instance(
+        _number(value["uid"]),
+        _text(value["user"]),
+        _number(value["created"]),
+        _number(value["created_monotonic"]),
+        directories,
+        _number(value["namespace"]),
+        frozenset(_number(watch) for watch in value["watches"]),
+    )
