@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""polytmpctl, the administrator's tool. It speaks to the daemon over D-Bus and imports nothing but bus/."""
