@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def _notify(state: str, fds: Sequence[int] = ()) -> None:
     try:
-        daemon.notify(state, fds=list(fds) or None)
+        daemon.notify(state, **({"fds": list(fds)} if fds else {}))  # fds=None is a TypeError
     except OSError as error:
         log.warning("The service manager cannot be told %r: %s, ignoring", state.split("\n")[0], error)
 

@@ -72,7 +72,12 @@ class Connection:
         self._owner_handlers: dict[str, list[Callable[[str | None], None]]] = {}
         self._call_handler: Callable[[Message], bool] | None = None
         self._expected: set[int] = set()
+        self._asking_owner: set[str] = set()
         bus.add_message_handler(self._on_message)
+        # One task for all who wait: who cancels the library's wait_for_disconnect() cancels it for everybody.
+        self._closed = asyncio.get_running_loop().create_task(self._wait_disconnected())
+        # Once, and never cancelled: the library hands out one future, which a cancelled waiter would end for all.
+        self._closed = asyncio.ensure_future(self._wait_for_disconnect())
 
     @classmethod
     async def open(cls, address: str | None = None) -> "Connection":
@@ -82,6 +87,10 @@ class Connection:
             await asyncio.wait_for(bus.connect(), TIMEOUT)
         except TimeoutError:
             raise BusError(f"{DBUS}.Error.Timeout", "the bus does not answer") from None
+        except OSError:
+            raise
+        except Exception as error:  # the library's own: a bad address, a refused authentication
+            raise BusError(f"{DBUS}.Error.Failed", f"the bus cannot be used: {error}") from error
         return cls(bus)
 
     @property
@@ -94,6 +103,12 @@ class Connection:
 
     async def wait_closed(self) -> None:
         """Returns when the connection is gone, for whatever reason."""
+        await asyncio.wait((self._closed,))
+
+    async def _wait_for_disconnect(self) -> None:
+        await asyncio.shield(self._closed)
+
+    async def _wait_disconnected(self) -> None:
         with contextlib.suppress(Exception):
             await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]  # dbus-fast says no type
 
@@ -125,13 +140,12 @@ class Connection:
             body=list(body),
             serial=self._bus.next_serial(),
         )
-        closed = asyncio.ensure_future(self.wait_closed())
         call = asyncio.ensure_future(self._bus.call(message))
         self._expected.add(message.serial)
         try:
-            await asyncio.wait((call, closed), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((call, self._closed), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
-                name = "Disconnected" if closed.done() else "Timeout"
+                name = "Disconnected" if self._closed.done() else "Timeout"
                 raise BusError(
                     f"{DBUS}.Error.{name}", f"no answer from {destination} to {interface}.{member}"
                 )
@@ -139,7 +153,6 @@ class Connection:
         finally:
             self._expected.discard(message.serial)
             call.cancel()
-            closed.cancel()
         if reply is None:
             raise BusError(f"{DBUS}.Error.NoReply", f"no answer from {destination} to {interface}.{member}")
         _close_all(reply.unix_fds)
@@ -198,8 +211,12 @@ class Connection:
         self._owners[service] = None
         rule = f"type='signal',sender='{DBUS}',interface='{DBUS}',member='NameOwnerChanged',arg0='{service}'"
         await self.ask_bus("AddMatch", "s", rule)
+        self._asking_owner.add(service)
         with contextlib.suppress(BusError):
-            (self._owners[service],) = await self.ask_bus("GetNameOwner", "s", service)
+            (owner,) = await self.ask_bus("GetNameOwner", "s", service)
+            if service in self._asking_owner:  # no NameOwnerChanged, which is always newer, came first
+                self._owners[service] = owner
+        self._asking_owner.discard(service)
 
     def owner(self, service: str) -> str | None:
         """The unique name behind a followed name, as known now."""
@@ -239,6 +256,7 @@ class Connection:
         if message.sender == DBUS and message.member == "NameOwnerChanged" and message.signature == "sss":
             name, _, owner = message.body
             if name in self._owners:
+                self._asking_owner.discard(name)
                 self._owners[name] = owner or None
                 for follow in self._owner_handlers.get(name, []):
                     follow(owner or None)

@@ -318,7 +318,9 @@ class Server:
 
     def _send_error(self, message: Message, name: str, text: str) -> None:
         if expects_reply(message):
-            self._connection.send(Message.new_error(message, name, text))
+            # A NUL or a lone surrogate in a message would end the whole connection, or the answer.
+            clean = text.encode(errors="replace").decode().replace("\0", "?")
+            self._connection.send(Message.new_error(message, name, clean))
 
     def _send_answer(self, message: Message, signature: str, values: Sequence[Any]) -> None:
         fds = (
@@ -334,12 +336,11 @@ class Server:
             for fd in fds:  # a closed descriptor in a message would end the whole connection
                 os.fstat(fd)
             reply = Message.new_method_return(message, signature, body, fds)
+            self._connection.send(reply, lambda: _close(fds))
         except Exception:
             _close(fds)
             log.exception("Answer to %s.%s cannot be sent", message.interface, message.member)
             self._send_error(message, ErrorName.FAILED.value, _INTERNAL)
-            return
-        self._connection.send(reply, lambda: _close(fds))
 
 
 def _close(fds: Iterable[int]) -> None:

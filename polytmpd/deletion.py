@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Removes a barrier with all that is in it: root at work in a tree that a hostile user made and may still
+hold open.
+
+Not here: when a tree may be removed, and renaming it aside first (storage.set_aside).
+
+The method
+- Take possession, then empty. A directory is opened, given to root, and closed to everybody else (0700)
+  before anything in it is touched. chown(2), create, and rename(2) all hold the directory's inode lock,
+  permission check included: once fchmod has returned no unprivileged process adds, renames or exchanges an
+  entry there, whatever descriptor it holds. As the barrier is like that from the start, so is every
+  directory on the way down: names stand still under our hands.
+- Depth first, by descriptor and one name, never a path and never "..". The chain of open directories has at
+  most _DEPTH links: a directory that lies deeper and is not empty is renamed up into the barrier and emptied
+  from there. So any depth takes a fixed number of descriptors, and an ordinary tree takes no rename at all.
+- The type of an entry is not asked but tried: unlinkat(2), on EISDIR unlinkat(2) with AT_REMOVEDIR, on
+  ENOTEMPTY open it. Neither follows a link or enters a mount, and neither can be fooled by exchanging one
+  thing for another.
+
+Hard facts
+- unlink, rmdir and rename of a mount point fail with EBUSY in the mount namespace it is mounted in; in all
+  others they succeed and detach the mount there (Linux 3.18). So what users mounted in namespaces of their
+  own does not stop us.
+- RESOLVE_NO_XDEV refuses a bind mount of the same file system as well; comparing st_dev would not see it.
+- chmod 0700 sets the mask of a POSIX ACL to ---, which disables the entries of named users and groups
+  (acl(5)).
+- Opening a regular file for reading waits for the holder of a lease, up to 45 s, unless O_NONBLOCK
+  (fcntl(2)).
+- An immutable file cannot get another hard link; so a link count of 1 cannot rise while the flag is set.
+"""
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from polytmpd.kernel import syscalls
+
+# How many directories below the barrier are open at a time (two descriptors each: os.scandir has its own).
+_DEPTH: Final = 8
+# The same where renaming up fails, on a full disk say.
+_DEPTH_IN_NEED: Final = 64
+# So many directories renamed up may wait in the barrier; then the next is emptied at once, depth first. It
+# keeps the barrier within one block on a full disk and far from the 65,000 subdirectories of ext4 without
+# dir_nlink.
+_WAITING: Final = 64
+# So often a directory is listed again that is not empty although all its entries were removed.
+_ROUNDS: Final = 64
+_ATTEMPTS: Final = 8
+_REPORT_EVERY: Final = 1024
+
+_RESOLVE: Final = (
+    syscalls.RESOLVE_BENEATH
+    | syscalls.RESOLVE_NO_XDEV
+    | syscalls.RESOLVE_NO_SYMLINKS
+    | syscalls.RESOLVE_NO_MAGICLINKS
+)
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+_PROTECTED: Final = syscalls.FS_IMMUTABLE_FL | syscalls.FS_APPEND_FL
+_NOT_EMPTY: Final = (errno.ENOTEMPTY, errno.EEXIST)
+_NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """How many directory entries were removed. Not `complete`: it was cancelled, and may be called again."""
+
+    entries: int
+    complete: bool
+
+
+def remove_tree(
+    base_fd: int,
+    name: str,
+    *,
+    report: Callable[[int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Removed:
+    """Removes the barrier `name` (root's, 0700) from the base directory. Blocks, for as long as the tree is
+    large.
+
+    `report` is told every now and then how many entries are gone. What cannot be removed does not stop the
+    rest: at the end OSError names the first such entry and says how many there are. It can then be called
+    again. FileNotFoundError where there is no barrier; FileExistsError where it is not one of ours.
+    """
+    where = f"{_path_of(base_fd)}/{name}"
+    if not name or "/" in name or name in {".", ".."}:
+        raise OSError(errno.EINVAL, "not the name of a directory entry", name)
+    try:
+        barrier = syscalls.openat2(base_fd, name, _DIRECTORY, _RESOLVE)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where) from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EXDEV):
+            text = f"not ours: {error.strerror}"
+            raise FileExistsError(errno.EEXIST, text, where) from None
+        raise OSError(error.errno, error.strerror, where) from None
+    try:
+        found = os.fstat(barrier)
+        if (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) != (0, 0, 0o700):
+            text = f"not ours: owner {found.st_uid}:{found.st_gid}, mode {stat.S_IMODE(found.st_mode):04o}"
+            raise FileExistsError(errno.EEXIST, text, where)
+        work = _Removal(barrier, where, report or (lambda _: None), cancelled or (lambda: False))
+        try:
+            complete = work.run()
+            if complete:
+                work.remove_barrier(base_fd, name)
+        finally:
+            work.close()
+        if report is not None:
+            report(work.entries)
+        return Removed(work.entries, complete)
+    finally:
+        os.close(barrier)
+
+
+class _Frame:
+    """An open directory that is being emptied. The one at the bottom is the barrier."""
+
+    __slots__ = ("_names", "fd", "name", "rounds", "stuck", "unprotected")
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd = fd
+        self.name = name
+        self.rounds = 0
+        self.stuck = False  # something in it, or below, cannot be removed
+        self.unprotected = False
+        self._names: Iterator[os.DirEntry[str]] | None = None
+
+    def next_name(self) -> str | None:
+        """The next entry of this listing; None at its end, after which a new listing begins."""
+        if self._names is None:
+            self.list()
+        entry = next(self._names, None) if self._names is not None else None
+        if entry is None:
+            self._names = None
+            return None
+        return entry.name
+
+    def list(self) -> None:
+        os.lseek(self.fd, 0, os.SEEK_SET)  # os.scandir shares the position
+        self._names = os.scandir(self.fd)
+
+    def close_listing(self) -> None:
+        if self._names is not None:
+            self._names.close()  # type: ignore[attr-defined]  # typeshed has a private class for it
+            self._names = None
+
+
+class _Removal:
+    def __init__(
+        self, barrier: int, where: str, report: Callable[[int], None], cancelled: Callable[[], bool]
+    ) -> None:
+        self.entries = 0
+        self._where = where
+        self._report = report
+        self._cancelled = cancelled
+        self._frames = [_Frame(barrier, where)]
+        self._waiting = 0
+        self._lifted = 0
+        self._in_the_way: OSError | None = None
+        self._in_the_way_count = 0
+
+    # --- the loop ---
+
+    def run(self) -> bool:
+        """Empties the barrier; False: cancelled. OSError where something is in the way."""
+        bottom = self._frames[0]
+        listed = 0
+        progress = (self.entries, self._lifted)
+        while not self._cancelled():
+            frame = self._frames[-1]
+            try:
+                name = frame.next_name()
+            except OSError as error:
+                if frame is bottom:
+                    raise OSError(error.errno, error.strerror, self._where) from None
+                self._blocked(self._frames[-2], error, frame.name)
+                self._pop()
+                continue
+            if name is not None:
+                listed += frame is bottom
+                self._remove(frame, name)
+            elif frame is not bottom:
+                self._finish(frame)
+            elif not listed:
+                return True
+            else:
+                # What was in the way may have gone with the space or the mounts that were: only a whole
+                # listing of the barrier without any progress is the end.
+                if (self.entries, self._lifted) == progress:
+                    bottom.rounds += 1
+                    if self._in_the_way is not None or bottom.rounds >= _ROUNDS:
+                        self._give_up()
+                progress = (self.entries, self._lifted)
+                listed = 0
+                bottom.stuck = False
+                self._in_the_way = None
+                self._in_the_way_count = 0
+        return False
+
+    def remove_barrier(self, base_fd: int, name: str) -> None:
+        try:
+            os.rmdir(name, dir_fd=base_fd)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._where) from None
+        self.entries += 1
+
+    def close(self) -> None:
+        """Closes everything but the barrier itself."""
+        self._abandon()
+        self._frames[0].close_listing()
+
+    def _remove(self, frame: _Frame, name: str) -> None:
+        remove: Callable[..., None] = os.unlink
+        unprotected = False
+        for _attempt in range(_ATTEMPTS):
+            try:
+                remove(name, dir_fd=frame.fd)
+            except IsADirectoryError:
+                remove = os.rmdir
+            except NotADirectoryError:
+                remove = os.unlink
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno in _NOT_EMPTY and remove is os.rmdir:
+                    self._descend(frame, name)
+                    return
+                if error.errno != errno.EPERM or unprotected or not self._unprotect(frame, name):
+                    self._blocked(frame, error, name)
+                    return
+                unprotected = True
+            else:
+                self._gone(frame)
+                return
+        # Somebody exchanges it faster than we try: the next listing will show it again.
+
+    def _finish(self, frame: _Frame) -> None:
+        """At the end of a listing: removes the directory, or has it listed again."""
+        parent = self._frames[-2]
+        unprotected = False
+        while True:
+            try:
+                os.rmdir(frame.name, dir_fd=parent.fd)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno in _NOT_EMPTY:
+                    if frame.stuck:  # what is in the way has been noted where it lies
+                        parent.stuck = True
+                        break
+                    frame.rounds += 1
+                    if frame.rounds < _ROUNDS:
+                        return
+                elif error.errno == errno.EPERM and not unprotected and self._unprotect(parent, frame.name):
+                    unprotected = True
+                    continue
+                self._blocked(parent, error, frame.name)
+            else:
+                self._gone(parent)
+            break
+        self._pop()
+
+    # --- down, and up ---
+
+    def _descend(self, frame: _Frame, name: str) -> None:
+        """Goes on in the directory `name` of the topmost frame, or has it renamed up."""
+        if len(self._frames) > _DEPTH:
+            error = self._lift(frame, name)
+            if error is None:
+                return
+            if len(self._frames) > _DEPTH_IN_NEED:
+                self._blocked(frame, error, name)
+                return
+        try:
+            child = self._open(frame, name)
+        except (FileNotFoundError, NotADirectoryError):
+            return  # exchanged meanwhile: the next listing will show it again
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                self._blocked(frame, OSError(errno.EBUSY, "something is mounted on it"), name)
+            elif error.errno in _NO_DESCRIPTOR and frame is not self._frames[0]:
+                lift_error = self._lift(frame, name)
+                if lift_error is not None:
+                    self._blocked(frame, lift_error, name)
+            elif error.errno != errno.ELOOP:  # that, too, is an exchange
+                self._blocked(frame, error, name)
+            return
+        self._frames.append(child)
+
+    def _open(self, frame: _Frame, name: str) -> _Frame:
+        child = _Frame(syscalls.openat2(frame.fd, name, _DIRECTORY, _RESOLVE), name)
+        try:
+            self._possess(child.fd)
+            child.list()
+        except OSError:
+            os.close(child.fd)
+            raise
+        return child
+
+    def _possess(self, fd: int) -> None:
+        """From the return of this on nobody but root changes the directory, whatever he holds open of it."""
+        found = os.fstat(fd)
+        if (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 0, 0o700):
+            return
+        try:
+            os.fchown(fd, 0, 0)
+        except PermissionError:
+            if not _clear_flags(fd):
+                raise
+            os.fchown(fd, 0, 0)
+        os.fchmod(fd, 0o700)
+
+    def _lift(self, frame: _Frame, name: str) -> OSError | None:
+        """Renames a directory up into the barrier. Returns the error where that cannot be."""
+        bottom = self._frames[0]
+        unprotected = False
+        for _attempt in range(_ATTEMPTS):
+            new = secrets.token_hex(6)
+            try:
+                syscalls.renameat2(frame.fd, name, bottom.fd, new, syscalls.RENAME_NOREPLACE)
+            except FileNotFoundError:
+                return None
+            except FileExistsError:
+                continue
+            except OSError as error:
+                if error.errno != errno.EPERM or unprotected or not self._unprotect(frame, name):
+                    return error
+                unprotected = True
+                continue
+            self._lifted += 1
+            self._waiting += 1
+            if self._waiting > _WAITING:
+                # Leave this branch as it is, the next listing of the barrier comes to it again. As each of
+                # the directories emptied in this way lay _DEPTH deeper than the last, there are few of them.
+                self._abandon()
+                self._descend(bottom, new)
+            return None
+        return OSError(errno.EEXIST, "no free name in the barrier", name)
+
+    def _abandon(self) -> None:
+        while len(self._frames) > 1:
+            self._pop()
+
+    def _pop(self) -> None:
+        frame = self._frames.pop()
+        frame.close_listing()
+        os.close(frame.fd)
+
+    # --- immutable and append-only ---
+
+    def _unprotect(self, frame: _Frame, name: str) -> bool:
+        """Clears the flags of an entry and of its directory; False where there were none."""
+        cleared = False
+        if not frame.unprotected:
+            frame.unprotected = True
+            cleared = _clear_flags(frame.fd)
+        try:
+            path_fd = syscalls.openat2(frame.fd, name, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
+        except OSError:
+            return cleared
+        try:
+            found = os.fstat(path_fd)
+            # A file that has another name, perhaps outside, is not ours to change: its protection may be the
+            # administrator's, and the link older than it. Anything but a file or directory is never opened.
+            if stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
+                # Through /proc it is the very inode that was looked at, whatever the name means by now.
+                fd = os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    return _clear_flags(fd) or cleared
+                finally:
+                    os.close(fd)
+        except OSError:
+            return cleared
+        finally:
+            os.close(path_fd)
+        return cleared
+
+    # --- the books ---
+
+    def _gone(self, frame: _Frame) -> None:
+        self.entries += 1
+        if frame is self._frames[0]:
+            self._waiting = max(0, self._waiting - 1)
+        if self.entries % _REPORT_EVERY == 0:
+            self._report(self.entries)
+
+    def _blocked(self, frame: _Frame, error: OSError, name: str) -> None:
+        frame.stuck = True
+        self._in_the_way_count += 1
+        if self._in_the_way is None:
+            index = self._frames.index(frame)
+            path = "/".join([*(above.name for above in self._frames[: index + 1]), name])
+            self._in_the_way = OSError(error.errno, error.strerror, path)
+
+    def _give_up(self) -> None:
+        error = self._in_the_way
+        if error is None:
+            raise OSError(errno.ENOTEMPTY, "somebody keeps putting new entries into it", self._where)
+        if self._in_the_way_count > 1:
+            more = self._in_the_way_count - 1
+            error.strerror = f"{error.strerror} (and {more} more could not be removed)"
+        raise error
+
+
+def _clear_flags(fd: int) -> bool:
+    """True where the descriptor's file was immutable or append-only and no longer is."""
+    try:
+        flags = syscalls.get_inode_flags(fd)
+        if not flags & _PROTECTED:
+            return False
+        syscalls.set_inode_flags(fd, flags & ~_PROTECTED)
+    except OSError:  # a file system without flags, or without the capability: the first error says it better
+        return False
+    return True
+
+
+def _path_of(fd: int) -> str:
+    """For messages alone."""
+    try:
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError:
+        return f"(descriptor {fd})"
