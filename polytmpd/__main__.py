@@ -17,6 +17,7 @@ from polytmpd.bus.systemd1 import Systemd
 from polytmpd.daemon import Daemon
 from polytmpd.errors import PolytmpError
 from polytmpd.executor import Executor
+from polytmpd.kernel.mountns import HOST
 from polytmpd.slices import Slices
 from polytmpd.state import StateDirectory
 
@@ -86,7 +87,9 @@ async def _feed_watchdog() -> None:
 
 
 def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
+    # PID 1's /proc: the unit's sandbox has one of its own, in which a container's PID 1 has not put its boot id.
+    path = Path(f"{HOST}/root/proc/sys/kernel/random/boot_id")
+    return path.read_text(encoding="ascii").strip().replace("-", "")
 
 
 def main() -> int:

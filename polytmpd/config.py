@@ -57,21 +57,29 @@ def load(root: Path = Path("/")) -> tuple[Config, list[Problem]]:
     problems: list[Problem] = []
     lists: dict[str, list[str]] = {}
     place_of: dict[str, str] = {}
-    for path in _files(root):
+    for path in _files(root, problems):
         for setting in _settings(path, problems):
             _collect(setting, lists, place_of, problems)
     return _assemble(lists, place_of, _regular_uids(root / "etc/login.defs", problems), problems), problems
 
 
-def _files(root: Path) -> list[Path]:
-    """The first main file of /etc, /run, /usr/lib, then the drop-ins by name; as systemd.conf(5) has it."""
-    found = [path for base in _SEARCH if (path := root / base / "polytmpd.conf").exists()][:1]
+def _files(root: Path, problems: list[Problem]) -> list[Path]:
+    """The first main file of /etc, /run, /usr/lib, then the drop-ins by name; as systemd.conf(5) has it:
+    a link to /dev/null masks those of the same name.
+    """
+    found: list[Path] = []
     drop_ins: dict[str, Path] = {}
     for base in reversed(_SEARCH):
-        directory = root / base / "polytmpd.conf.d"
-        if directory.is_dir():
-            drop_ins.update({path.name: path for path in directory.iterdir() if path.suffix == ".conf"})
-    return found + [drop_ins[name] for name in sorted(drop_ins)]
+        main, directory = root / base / "polytmpd.conf", root / base / "polytmpd.conf.d"
+        try:
+            if main.exists():
+                found = [main]
+            if directory.is_dir():
+                drop_ins.update({path.name: path for path in directory.iterdir() if path.suffix == ".conf"})
+        except OSError as error:
+            problems.append(f"{error.filename}: cannot be read ({error.strerror}); ignoring what is there")
+    found += [drop_ins[name] for name in sorted(drop_ins)]
+    return [path for path in found if not (path.is_symlink() and str(path.readlink()) == "/dev/null")]
 
 
 def _lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]]:
@@ -139,7 +147,9 @@ def _name_in_tmp(word: str) -> str:
 
 
 def _user(word: str) -> str:
-    if ":" in word or "/" in word or (word.isdecimal() and int(word) > _UID_LAST):
+    # int() takes no more than 4300 digits
+    too_large = word.isdecimal() and (len(word) > len(str(_UID_LAST)) or int(word) > _UID_LAST)
+    if ":" in word or "/" in word or too_large:
         raise _BadValueError(f"{word!r} is neither a user's name nor a UID")
     return word
 

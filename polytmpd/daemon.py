@@ -279,7 +279,9 @@ class Daemon:
         self._settle(uid)
 
     def _settle(self, uid: int) -> None:
-        claimed = self._records[uid].claims.claimed
+        record = self._records[uid]
+        is_there = record.standing.state in {State.PREPARING, State.ACTIVE, State.DRAINING}
+        claimed = record.claims.claimed if is_there else record.claims.calls
         self._feed(uid, Event.CLAIMED if claimed else Event.UNCLAIMED)
 
     async def _list_logind(self) -> None:
@@ -342,7 +344,7 @@ class Daemon:
                 record.generation += 1
                 self._start(self._prepare(uid, record))
             case Action.REJOIN:
-                self._start(self._rejoin(uid, record))
+                self._start(self._rejoin(uid, record, _made(record)))
             case Action.HAND_OVER:
                 self._hand_over(uid, record)
             case Action.REFUSE:
@@ -350,7 +352,7 @@ class Daemon:
             case Action.LET_GO:
                 self._executor.let_go(uid)
             case Action.REMOVE:
-                self._start(self._remove(uid, record))
+                self._start(self._remove(uid, record, _made(record)))
             case Action.FORGET:
                 self._hide(uid, record)
 
@@ -368,10 +370,9 @@ class Daemon:
         )
         self._prepared(uid, record, instance)
 
-    async def _rejoin(self, uid: int, record: _Record) -> None:
-        assert record.instance is not None
+    async def _rejoin(self, uid: int, record: _Record, draining: Instance) -> None:
         try:
-            instance = await self._executor.rejoin(record.instance)
+            instance = await self._executor.rejoin(draining)
         except OSError as error:
             self._prepare_failed(uid, record, error)
             return
@@ -383,6 +384,7 @@ class Daemon:
         self._changed(
             uid, ["CreatedUSec", "CreatedUSecMonotonic", "NamespaceID", "Directories", "SharedPaths"]
         )
+        self._settle(uid)
         self._feed(uid, Event.PREPARED)
 
     def _prepare_failed(self, uid: int, record: _Record, error: OSError) -> None:
@@ -411,9 +413,8 @@ class Daemon:
             if not future.done():
                 future.set_exception(record.error or PolytmpError("the instance cannot be made"))
 
-    async def _remove(self, uid: int, record: _Record) -> None:
-        assert record.instance is not None
-        instance, generation = record.instance, record.generation
+    async def _remove(self, uid: int, record: _Record, instance: Instance) -> None:
+        generation = record.generation
         try:
             await self._executor.remove(instance)
         except OSError as error:
@@ -515,3 +516,10 @@ class Daemon:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("Internal error: %r", error, exc_info=error)
+
+
+def _made(record: _Record) -> Instance:
+    """The instance that an action is about, as it is when the action is decided."""
+    if record.instance is None:
+        raise RuntimeError(f"the instance of {record.user} was never made")
+    return record.instance

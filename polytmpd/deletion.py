@@ -190,13 +190,18 @@ class _Removal:
             elif not listed:
                 return True
             else:
-                # What was in the way may have gone with the space or the mounts that were: only a whole
-                # listing of the barrier without any progress is the end.
-                if (self.entries, self._lifted) == progress:
-                    bottom.rounds += 1
-                    if self._in_the_way is not None or bottom.rounds >= _ROUNDS:
-                        self._give_up()
+                # What was in the way may have lacked space only. So it is tried again while other things go;
+                # but things that come again as often as they go must not keep us for ever.
+                entries, lifted = progress
                 progress = (self.entries, self._lifted)
+                if progress == (entries, lifted) or (
+                    self._in_the_way is not None and self._lifted == lifted
+                ):
+                    bottom.rounds += 1
+                    if bottom.rounds >= _ATTEMPTS or (
+                        self._in_the_way is not None and progress[0] == entries
+                    ):
+                        self._give_up()
                 listed = 0
                 bottom.stuck = False
                 self._in_the_way = None

@@ -10,6 +10,7 @@ Not here: what is done with it at start (executor, daemon).
 import contextlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,8 +68,12 @@ class StateDirectory:
 
 def _read(path: Path) -> Any:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(_BYTES_AT_MOST + 1)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("is not a regular file")
+        data = os.read(fd, _BYTES_AT_MOST + 1)
+    finally:
+        os.close(fd)
     if len(data) > _BYTES_AT_MOST:
         raise ValueError("too large for a state file")
     return json.loads(data)
@@ -98,6 +103,7 @@ def encode(instance: Instance) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or "\0" in value:
         raise ValueError(f"{value!r} is no text")
+    value.encode()  # UnicodeEncodeError, a ValueError, for what no message on the bus can carry
     return value
 
 
@@ -105,6 +111,12 @@ def _number(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 64:
         raise ValueError(f"{value!r} is no natural number")
     return value
+
+
+def _uid(value: Any) -> int:
+    if _number(value) >= (1 << 32) - 1:
+        raise ValueError(f"{value!r} is no UID")
+    return int(value)
 
 
 def _name(value: Any) -> str:
@@ -142,7 +154,7 @@ def decode(value: Any) -> Instance:
         for entry in value["directories"]
     )
     return Instance(
-        _number(value["uid"]),
+        _uid(value["uid"]),
         _text(value["user"]),
         _number(value["created"]),
         _number(value["created_monotonic"]),

@@ -50,7 +50,7 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
 _FOREIGN_NAMED: Final = 16
 _ATTEMPTS: Final = 16
 # usage(): so many levels of directories are kept open, and so many hard links remembered.
-_OPEN_LEVELS: Final = 16
+_OPEN_LEVELS: Final = 8
 _HARD_LINKS: Final = 1 << 20
 
 
@@ -177,8 +177,8 @@ def _furnish(
 ) -> int:
     """Brings the inside of a barrier into the state it should have, whatever of it exists already."""
     path = f"{where}/{INNER}"
-    wanted = os.fstat(base)
     with _naming(path):
+        wanted = os.fstat(base)
         inner = _open_or_make(barrier, INNER, fds, undo, uid=wanted.st_uid, gid=wanted.st_gid)
         if inner is None:
             raise FileExistsError(errno.EEXIST, "not a directory that polytmp made", path)

@@ -26,7 +26,6 @@ from polytmpd.bus.library import (
     MessageBus,
     MessageFlag,
     MessageType,
-    bound_signature_cache,
 )
 
 log = logging.getLogger(__name__)
@@ -74,9 +73,7 @@ class Connection:
         self._expected: set[int] = set()
         self._asking_owner: set[str] = set()
         bus.add_message_handler(self._on_message)
-        # One task for all who wait: who cancels the library's wait_for_disconnect() cancels it for everybody.
-        self._closed = asyncio.get_running_loop().create_task(self._wait_disconnected())
-        # Once, and never cancelled: the library hands out one future, which a cancelled waiter would end for all.
+        # One, and never cancelled: the library hands out one future, which a cancelled waiter ends for all.
         self._closed = asyncio.ensure_future(self._wait_for_disconnect())
 
     @classmethod
@@ -106,9 +103,6 @@ class Connection:
         await asyncio.wait((self._closed,))
 
     async def _wait_for_disconnect(self) -> None:
-        await asyncio.shield(self._closed)
-
-    async def _wait_disconnected(self) -> None:
         with contextlib.suppress(Exception):
             await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]  # dbus-fast says no type
 
@@ -239,7 +233,6 @@ class Connection:
             sent.add_done_callback(lambda future: _sent(future, on_sent))
 
     def _on_message(self, message: Message) -> bool:
-        bound_signature_cache()
         if message.message_type in {MessageType.METHOD_RETURN, MessageType.ERROR}:
             if message.reply_serial not in self._expected:
                 _close_all(message.unix_fds)

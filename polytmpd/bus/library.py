@@ -33,6 +33,7 @@ else:
 
 __all__ = [
     "LIBRARY",
+    "SIGNATURES_AT_MOST",
     "BusType",
     "DBusError",
     "Message",
@@ -40,21 +41,34 @@ __all__ = [
     "MessageFlag",
     "MessageType",
     "Variant",
-    "bound_signature_cache",
+    "signatures",
 ]
 
 LIBRARY: Final = Message.__module__.partition(".")[0]
 """dbus_next or dbus_fast."""
 
-_SIGNATURES_AT_MOST: Final = 1000
+SIGNATURES_AT_MOST: Final = 1000
 
 
-def bound_signature_cache() -> None:
-    """Empty the library's cache of parsed signatures when it grew.
+class _BoundedCache(dict[str, Any]):
+    """Empties itself when it is full."""
 
-    It is global, without bound, and fed by every message of every caller: 45 KiB for each novel signature.
-    """
+    def __setitem__(self, signature: str, tree: Any) -> None:
+        if len(self) >= SIGNATURES_AT_MOST:
+            self.clear()
+        super().__setitem__(signature, tree)
+
+
+def signatures() -> int:
+    """How many parsed signatures the library remembers."""
     module: Any = sys.modules[f"{LIBRARY}.signature"]
-    cache = getattr(module.SignatureTree, "_cache", None)
-    if cache is not None and len(cache) > _SIGNATURES_AT_MOST:
-        cache.clear()
+    if LIBRARY == "dbus_next":
+        return len(module.SignatureTree._cache)
+    return int(module.get_signature_tree.cache_info().currsize)
+
+
+if LIBRARY == "dbus_next":
+    # Its cache is global, without bound, and fed by every variant in every message of every caller: 45 KiB
+    # for each novel signature. dbus-fast's has a bound.
+    _signature: Any = sys.modules["dbus_next.signature"]
+    _signature.SignatureTree._cache = _BoundedCache()

@@ -51,7 +51,8 @@ class Logind:
         self._connection = connection
         self._listener = listener
         self._tasks: set[asyncio.Task[None]] = set()
-        self._removed: set[str] = set()
+        self._removed: set[str | int] = set()
+        """Sessions and users that went away while it was asked what they are."""
 
     async def subscribe(self) -> None:
         """Hear of what changes from now on; list only afterwards, so that nothing falls between.
@@ -94,6 +95,7 @@ class Logind:
 
     def _on_user_new(self, _: str, body: list[Any]) -> None:
         uid, path = body
+        self._removed.discard(uid)
         self._start(self._tell_user(uid, path))
 
     async def _tell_user(self, uid: int, path: str) -> None:
@@ -102,9 +104,11 @@ class Logind:
         except BusError as error:
             log.debug("User %d went away again: %s", uid, error)
             return
-        self._listener.user_new(User(uid, name))
+        if uid not in self._removed:
+            self._listener.user_new(User(uid, name))
 
     def _on_user_removed(self, _: str, body: list[Any]) -> None:
+        self._note_removed(body[0])
         self._listener.user_removed(body[0])
 
     def _on_session_new(self, _: str, body: list[Any]) -> None:
@@ -123,11 +127,14 @@ class Logind:
             self._listener.session_new(Session(session, User(uid, name)))
 
     def _on_session_removed(self, _: str, body: list[Any]) -> None:
+        self._note_removed(body[0])
+        self._listener.session_removed(body[0])
+
+    def _note_removed(self, gone: str | int) -> None:
         if self._tasks:
-            self._removed.add(body[0])
+            self._removed.add(gone)
         else:
             self._removed.clear()
-        self._listener.session_removed(body[0])
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

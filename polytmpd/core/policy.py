@@ -49,7 +49,17 @@ class Claims:
 
     @property
     def claimed(self) -> bool:
-        return bool(self.sessions) or self.populated or self.starting
+        """Whether an instance that is there is kept for new sessions to join."""
+        return self.calls or self.populated
+
+    @property
+    def calls(self) -> bool:
+        """Whether an instance is wanted where there is none.
+
+        Processes in the slice are not enough: the last thing that systemd runs there is the removal of
+        /run/user/UID, when everything is over. A login that comes without a session asks by itself.
+        """
+        return bool(self.sessions) or self.starting
 
     def with_user(self) -> "Claims":
         return self if self.claimed else Claims(self.sessions, self.populated, starting=True)
