@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pam.pam_world import Bus, Daemon, Namespace, World
+
+HERE = Path(__file__).parent
+PAM = HERE.parent.parent / "pam"
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
+@pytest.fixture(scope="session")
+def base() -> Iterator[Path]:
+    """A directory that is the same inside and outside of the world, and that no private /tmp hides."""
+    if os.geteuid() != 0:
+        pytest.fail("the PAM tests make mount namespaces: run them as root")
+    path = Path(tempfile.mkdtemp(prefix="polytmp-test-", dir="/run"))
+    path.chmod(0o755)  # the module must be loaded for callers that are not root, too
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session", params=["plain", "sanitized"])
+def build(request: pytest.FixtureRequest, base: Path) -> Path:
+    """pam_polytmp.so and the harness, made from a copy of pam/ by its own Makefile."""
+    source = base / f"build-{request.param}"
+    shutil.copytree(PAM, source, ignore=shutil.ignore_patterns("*.so", "sanitize"))
+    sanitized = request.param == "sanitized"
+    target = source / "sanitize" if sanitized else source
+    subprocess.run(["make", "-s", "-C", source, "sanitize" if sanitized else "all"], check=True, timeout=120)
+    flags = ["-D_GNU_SOURCE", "-g", "-O1", "-Wall", "-Wextra", "-Werror", *(SANITIZE if sanitized else [])]
+    command = ["gcc", *flags, f"{HERE}/harness.c", "-o", f"{target}/harness", "-pthread", "-lpam"]
+    subprocess.run(command, check=True, timeout=120)
+    return target
+
+
+@pytest.fixture
+def world(base: Path, build: Path) -> Iterator[World]:
+    path = Path(tempfile.mkdtemp(prefix="world-", dir=base))
+    path.chmod(0o755)
+    with World(path, build) as world:
+        yield world
+
+
+@pytest.fixture
+def bus(world: World) -> Bus:
+    return Bus(world)
+
+
+@pytest.fixture
+def daemon(bus: Bus) -> Callable[..., Daemon]:
+    return lambda **script: Daemon(bus, **script)
+
+
+@pytest.fixture
+def private(world: World) -> Namespace:
+    return world.make_namespace("mkdir -m 1777 /tmp/work")

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A small host to open sessions in: mount and PID namespaces with a /dev/log, users and pam.d of their own.
+
+Nothing of it is seen outside. /run is shared with the host, so that sockets and files of the test's own
+directory there have the same path on both sides.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+# PAM return codes: <security/_pam_types.h>
+PAM_SUCCESS = 0
+PAM_SYSTEM_ERR = 4
+PAM_BUF_ERR = 5
+PAM_AUTH_ERR = 7
+PAM_USER_UNKNOWN = 10
+PAM_SESSION_ERR = 14
+PAM_IGNORE = 25
+PAM_ERROR_MSG = 3
+
+LOG_LEVELS = ("EMERG", "ALERT", "CRIT", "ERR", "WARNING", "NOTICE", "INFO", "DEBUG")
+
+HERE = Path(__file__).parent
+
+BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>custom</type>
+  <listen>unix:path={path}/bus</listen>
+  <servicedir>{path}/services</servicedir>
+  <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow send_destination="*"/><allow eavesdrop="true"/><allow own="*"/>
+  </policy>
+</busconfig>
+"""
+
+USERS = {"root": 0, "toor": 0, "cronuser": 500, "alice": 1500, "bob": 1501, "high": 70000}
+
+SETUP = """
+set -eu
+base=$1
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t tmpfs -o mode=755 tmpfs "$base/dev"
+for node in null zero full random urandom tty; do
+    touch "$base/dev/$node"
+    mount --bind "/dev/$node" "$base/dev/$node"
+done
+mount --move "$base/dev" /dev
+mount --bind "$base/passwd" /etc/passwd
+mount --bind "$base/login.defs" /etc/login.defs
+mount --bind "$base/pam.d" /etc/pam.d
+echo ready
+exec sleep infinity
+"""
+
+NAMESPACE = """
+set -eu
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+touch /tmp/marker
+eval "$1"
+echo $$
+exec sleep infinity
+"""
+
+
+class SystemLog:
+    """What is written to /dev/log; drained all the time, since a full socket would block the writer."""
+
+    def __init__(self, path: str) -> None:
+        self._lines: list[tuple[str, str]] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket.bind(path)
+        Path(path).chmod(0o666)
+        self._path = path
+        self._marks: dict[bytes, threading.Event] = {}
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        while data := self._socket.recv(65536):
+            if data in self._marks:
+                self._marks[data].set()
+                continue
+            priority, _, text = data.decode().partition(">")
+            _, found, message = text.partition("pam_polytmp(polytmp-test:session): ")
+            if found:
+                self._lines.append((LOG_LEVELS[int(priority[1:]) & 7], message.rstrip("\0")))
+
+    def take(self) -> list[tuple[str, str]]:
+        """All lines of pam_polytmp written so far, (level, text) each, and forgets them."""
+        mark = uuid.uuid4().bytes
+        self._marks[mark] = done = threading.Event()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(mark, self._path)
+        assert done.wait(10), "the log is not read"
+        lines, self._lines = self._lines, []
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    process: subprocess.Popen[str]
+    path: str  # of its ns/mnt, as seen on the host
+    inner_path: str  # the same in the world
+
+    @property
+    def inode(self) -> int:
+        return Path(self.path).stat().st_ino
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the harness saw."""
+
+    results: list[int]
+    closed: int
+    namespace_before: int
+    namespace: int
+    leader: int
+    fds_before: int
+    fds: int
+    environment: int
+    same_directory: int
+    seen: int
+    seconds: float
+    allocations: int
+    cwd: str
+    messages: list[tuple[int, str]]
+    log: list[tuple[str, str]]
+
+    @property
+    def result(self) -> int:
+        assert len(set(self.results)) == 1, self.results
+        return self.results[0]
+
+    @property
+    def moved(self) -> bool:
+        return self.namespace != self.namespace_before
+
+
+class World:
+    def __init__(self, base: Path, build: Path) -> None:
+        self.base = base
+        self.build = build
+        self.environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+        self._children: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Self:
+        for name in ("dev", "pam.d"):
+            (self.base / name).mkdir()
+        lines = [f"{user}:x:{uid}:{uid}::/:/bin/sh" for user, uid in USERS.items()]
+        (self.base / "passwd").write_text("\n".join(lines) + "\n")
+        self.login_defs("UID_MIN 1000\nUID_MAX 60000\n")
+        self.module()
+        self._unshare = self.spawn(
+            [
+                "unshare",
+                "--mount",
+                "--propagation",
+                "private",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+            ],
+            ["sh", "-c", SETUP, "sh", str(self.base)],
+        )
+        assert self._unshare.stdout is not None
+        assert self._unshare.stdout.readline() == "ready\n"
+        pid = self._unshare.pid
+        self.init = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        self.log = SystemLog(f"/proc/{self.init}/root/dev/log")
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        os.kill(self.init, signal.SIGKILL)  # PID 1 of the world: all that runs in it ends with it
+        for child in self._children:
+            child.kill()
+            child.wait(10)
+            for stream in (child.stdin, child.stdout):
+                if stream:
+                    stream.close()
+
+    def spawn(self, *commands: list[str], **kwargs: Any) -> subprocess.Popen[str]:
+        child = subprocess.Popen(
+            [word for command in commands for word in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            **kwargs,
+        )
+        self._children.append(child)
+        return child
+
+    def module(self, *arguments: str) -> None:
+        """Configures the stack, so that each value that pam_polytmp.so returns is told from every other."""
+        lines = [
+            f"[success=1 ignore=ignore default=die] {self.build}/pam_polytmp.so {' '.join(arguments)}",
+            "[default=die] pam_succeed_if.so quiet uid = 4294967294",  # libpam never returns PAM_IGNORE
+            "required pam_permit.so",
+        ]
+        (self.base / "pam.d/polytmp-test").write_text("".join(f"session {line}\n" for line in lines))
+
+    def login_defs(self, text: str) -> None:
+        (self.base / "login.defs").write_text(text)
+
+    @property
+    def inside(self) -> list[str]:
+        return ["nsenter", f"--mount=/proc/{self.init}/ns/mnt", f"--pid=/proc/{self.init}/ns/pid", "--"]
+
+    def shell(self, command: str) -> None:
+        subprocess.run([*self.inside, "sh", "-euc", command], check=True, timeout=20)
+
+    def make_namespace(self, command: str = ":", *options: str) -> Namespace:
+        """A namespace with a /tmp of its own, in which /tmp/marker is. It lives as long as the world."""
+        unshare = ["unshare", "--mount", "--propagation", "private", *options]
+        child = self.spawn(self.inside, unshare, ["sh", "-c", NAMESPACE, "sh", command])
+        assert child.stdout is not None
+        pid = child.stdout.readline().strip()
+        assert pid, "no namespace was made"
+        return Namespace(child, f"/proc/{self.init}/root/proc/{pid}/ns/mnt", f"/proc/{pid}/ns/mnt")
+
+    def open_session(self, *arguments: str, bus: str | None = None, bound: float = 30) -> Session:
+        self.log.take()
+        done = subprocess.run(
+            [*self.inside, str(self.build / "harness"), *arguments],
+            env=self.environment | {"DBUS_SYSTEM_BUS_ADDRESS": bus or f"unix:path={self.base}/no-such-bus"},
+            capture_output=True,
+            text=True,
+            timeout=bound,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        seen = json.loads(done.stdout)
+        seen["results"] = [PAM_IGNORE if result == PAM_AUTH_ERR else result for result in seen["results"]]
+        seen["messages"] = [(style, text) for style, text in seen["messages"]]
+        return Session(**seen, log=self.log.take())
+
+
+class Bus:
+    """A private system bus."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.address = f"unix:path={world.base}/bus"
+        (world.base / "services").mkdir()
+        (world.base / "bus.conf").write_text(BUS_CONFIG.format(path=world.base))
+        self.process = world.spawn(
+            ["dbus-daemon", "--nofork", "--nopidfile", "--print-address"],
+            [f"--config-file={world.base}/bus.conf"],
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline()
+
+    def command(self, **script: object) -> list[str]:
+        return [sys.executable, str(HERE / "fake_polytmpd.py"), json.dumps(script)]
+
+    def activatable(self, command: list[str]) -> None:
+        program = self.world.base / "activated"
+        environment = f"DBUS_SYSTEM_BUS_ADDRESS={self.address}"
+        words = " ".join(f"'{word}'" for word in command)
+        program.write_text(f"#!/bin/sh\n{environment} exec {words} < {self.world.base}/activated-stdin\n")
+        program.chmod(0o755)
+        os.mkfifo(self.world.base / "activated-stdin")
+        (self.world.base / "services/org.polytmp1.service").write_text(
+            f"[D-BUS Service]\nName=org.polytmp1\nExec={program}\n"
+        )
+
+
+class Daemon:
+    """The fake polytmpd on the bus, ready."""
+
+    def __init__(self, bus: Bus, **script: object) -> None:
+        environment = os.environ | {"DBUS_SYSTEM_BUS_ADDRESS": bus.address}
+        self._process = bus.world.spawn(bus.command(**script), env=environment)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+
+    def stop(self) -> list[str]:
+        """Ends it and gives the calls it was sent."""
+        out: str = self._process.communicate(timeout=10)[0]
+        return out.splitlines()
