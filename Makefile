@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' polytmpd/__init__.py)
+
+DESTDIR ?=
+PREFIX ?= /usr
+SYSCONFDIR ?= /etc
+LIBEXECDIR ?= $(PREFIX)/libexec
+# Where a Debian python3 looks for what packages install; not /usr/local, which is the administrator's.
+PYTHONDIR ?= $(PREFIX)/lib/python3/dist-packages
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
+DATADIR ?= $(PREFIX)/share
+# The pam/ Makefile knows where the system keeps its modules.
+PAMDIR ?=
+INSTALL ?= install
+
+# The oldest that will do; Debian's own where there is one, since that is what is shipped with.
+PYTHON ?= $(shell for p in /usr/bin/python3 python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done || echo /usr/bin/python3)
+VENV := .venv
+PYTEST := $(VENV)/bin/python -m pytest
+# tests of a booted system: each file has machines of its own
+E2E_WORKERS ?= 2
+PYTEST_ARGS ?=
+
+SETUP_PACKAGES := python3 python3-dev python3-venv build-essential pkgconf libpam0g-dev libsystemd-dev \
+	dbus dpkg-dev debhelper dh-python mmdebstrap systemd systemd-container openssh-client pamtester \
+	libxml2-utils shellcheck polkitd libpam-runtime udev util-linux
+
+MODULES := $(shell find polytmpd -name '*.py' 2>/dev/null)
+MANPAGES := $(wildcard docs/man/*.[1-8])
+SHELL_FILES := .ci/run $(wildcard debian/polytmp.postinst debian/polytmp.prerm debian/polytmp.postrm) \
+	$(shell find tests -name '*.sh' 2>/dev/null)
+
+help: ## Show this
+	@echo "polytmp $(VERSION)"
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.stamp ## Install what the tests need (apt, as root) and make .venv
+
+.PHONY: apt-packages
+apt-packages:
+	@missing=(); for package in $(SETUP_PACKAGES); do \
+		dpkg-query -W -f='$${Status}' "$$package" 2>/dev/null | grep -q '^install ok installed$$' || missing+=("$$package"); \
+	done; \
+	if (( $${#missing[@]} )); then \
+		if (( $$(id -u) )); then echo "make setup: as root, install: $${missing[*]}" >&2; exit 1; fi; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get update -q || echo "make setup: apt-get update failed, ignoring" >&2; \
+		apt-get install -q -y --no-install-recommends "$${missing[@]}"; \
+	fi
+
+$(VENV)/.stamp: pyproject.toml | apt-packages
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+check: setup lint test-unit ## Everything that takes seconds: linters, types, unit and bus tests
+
+lint: setup ## ruff, mypy, shellcheck, xmllint (the units are verified by the unit tests)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	shellcheck $(SHELL_FILES)
+	xmllint --noout --nonet dbus-policy/org.polytmp1.conf
+	xmllint --noout --nonet --dtdvalid /usr/share/polkit-1/policyconfig-1.dtd dbus-policy/org.polytmp1.policy
+
+format: setup ## Let ruff format and fix
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# One run of pytest each, so that each ends with its own summary; one that fails does not hide the next.
+test: setup lint ## All tests; root, a booted Debian in a container (under 15 minutes)
+	@failed=(); for tier in unit kernel pam e2e; do \
+		echo "== make test-$$tier"; $(MAKE) --no-print-directory "test-$$tier" || failed+=("$$tier"); \
+	done; \
+	if (( $${#failed[@]} )); then echo "make test: failed: $${failed[*]}" >&2; exit 1; fi; echo "make test: all tiers passed"
+
+test-unit: setup ## Unit and bus tests; no privilege
+	$(PYTEST) tests/unit $(wildcard tests/bus) $(PYTEST_ARGS)
+
+test-kernel: setup ## Mounts and namespaces; root
+	$(PYTEST) tests/kernel $(PYTEST_ARGS)
+
+test-pam: setup build-pam ## The PAM module through pamtester; root
+	$(PYTEST) tests/pam $(PYTEST_ARGS)
+
+test-e2e: setup ## Booted Debian systems; root
+	$(PYTEST) tests/e2e -n $(E2E_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+demo: setup ## The five objections, one after the other, on a booted Debian
+	$(VENV)/bin/python -m tests.bed.demo
+
+soak: setup ## Logins and logouts for a long time, watching for leaks
+	$(VENV)/bin/python -m tests.bed.soak
+
+build-pam: ## pam/pam_polytmp.so
+	$(MAKE) -C pam all
+
+# In a copy: debhelper writes into the source tree, and the packages into its parent.
+deb: ## The Debian package, in dist/ (installs build dependencies, as root)
+	@if ! dpkg-checkbuilddeps 2>/dev/null; then \
+		if (( $$(id -u) )); then dpkg-checkbuilddeps; fi; \
+		apt-get update -q || echo "make deb: apt-get update failed, ignoring" >&2; \
+		DEBIAN_FRONTEND=noninteractive apt-get build-dep -q -y --no-install-recommends ./; \
+	fi
+	rm -rf build/deb && mkdir -p build/deb/polytmp dist
+	tar --create --exclude=./build --exclude=./dist --exclude=./.git --exclude=./$(VENV) --exclude=__pycache__ . \
+		| tar --extract --directory build/deb/polytmp
+	cd build/deb/polytmp && env -u MAKEFLAGS -u MAKELEVEL -u MFLAGS dpkg-buildpackage --build=binary --no-sign
+	rm -f dist/polytmp_*.deb dist/polytmp-dbgsym_*.deb
+	cp build/deb/*.deb build/deb/*.changes build/deb/*.buildinfo dist/
+	rm -rf build/deb
+	ls -l dist/*.deb
+
+install: build-pam ## Install below $(DESTDIR)$(PREFIX)
+	for module in $(MODULES); do $(INSTALL) -D -m 0644 "$$module" "$(DESTDIR)$(PYTHONDIR)/$$module"; done
+	$(INSTALL) -d "$(DESTDIR)$(LIBEXECDIR)" "$(DESTDIR)$(PREFIX)/bin"
+	printf '%s\n' '#!/usr/bin/python3 -I' 'from polytmpd.__main__ import main' '' 'raise SystemExit(main())' \
+		> "$(DESTDIR)$(LIBEXECDIR)/polytmpd"
+	printf '%s\n' '#!/usr/bin/python3 -I' 'from polytmpd.ctl.__main__ import main' '' 'raise SystemExit(main())' \
+		> "$(DESTDIR)$(PREFIX)/bin/polytmpctl"
+	chmod 0755 "$(DESTDIR)$(LIBEXECDIR)/polytmpd" "$(DESTDIR)$(PREFIX)/bin/polytmpctl"
+	$(INSTALL) -d "$(DESTDIR)$(UNITDIR)"
+	sed 's|/usr/libexec/|$(LIBEXECDIR)/|' units/polytmpd.service > "$(DESTDIR)$(UNITDIR)/polytmpd.service"
+	chmod 0644 "$(DESTDIR)$(UNITDIR)/polytmpd.service"
+	$(INSTALL) -D -m 0644 units/polytmp.conf "$(DESTDIR)$(TMPFILESDIR)/polytmp.conf"
+	$(INSTALL) -D -m 0644 units/org.polytmp1.service "$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.polytmp1.service"
+	$(INSTALL) -D -m 0644 dbus-policy/org.polytmp1.conf "$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.polytmp1.conf"
+	$(INSTALL) -D -m 0644 dbus-policy/org.polytmp1.policy "$(DESTDIR)$(DATADIR)/polkit-1/actions/org.polytmp1.policy"
+	$(INSTALL) -D -m 0644 pam/polytmp.pam-config "$(DESTDIR)$(DATADIR)/pam-configs/polytmp"
+	for page in $(MANPAGES); do \
+		$(INSTALL) -D -m 0644 "$$page" "$(DESTDIR)$(DATADIR)/man/man$${page##*.}/$${page##*/}"; done
+	$(MAKE) -C pam install DESTDIR="$(DESTDIR)" $(if $(PAMDIR),PAMDIR="$(PAMDIR)")
+
+uninstall: ## Remove what install installed (disable the PAM profile first: pam-auth-update --remove polytmp)
+	rm -rf "$(DESTDIR)$(PYTHONDIR)/polytmpd"
+	rm -f "$(DESTDIR)$(LIBEXECDIR)/polytmpd" "$(DESTDIR)$(PREFIX)/bin/polytmpctl" \
+		"$(DESTDIR)$(UNITDIR)/polytmpd.service" "$(DESTDIR)$(TMPFILESDIR)/polytmp.conf" \
+		"$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.polytmp1.service" \
+		"$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.polytmp1.conf" \
+		"$(DESTDIR)$(DATADIR)/polkit-1/actions/org.polytmp1.policy" "$(DESTDIR)$(DATADIR)/pam-configs/polytmp"
+	for page in $(MANPAGES); do rm -f "$(DESTDIR)$(DATADIR)/man/man$${page##*.}/$${page##*/}"; done
+	rm -f "$(DESTDIR)$(or $(PAMDIR),/usr/lib/$(shell $(CC) -print-multiarch)/security)/pam_polytmp.so"
+
+clean: ## Remove everything that was built, .venv too
+	$(MAKE) -C pam clean
+	rm -rf build dist $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find polytmpd tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup check lint format test test-unit test-kernel test-pam test-e2e demo soak build-pam deb install \
+	uninstall clean
