@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The bed by hand: python -m tests.bed trees | deb RELEASE DIRECTORY | shell RELEASE [--deb FILE]."""
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from . import nspawn
+from .machine import Machine
+from .package import build
+from .tree import RELEASES, BedError, tree
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bed", description="Disposable Debian systems.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("trees", help="make the cached trees")
+    deb = commands.add_parser("deb", help="build the package")
+    deb.add_argument("release", choices=RELEASES)
+    deb.add_argument("directory", type=Path)
+    shell = commands.add_parser("shell", help="boot a machine and open a root shell in it")
+    shell.add_argument("release", choices=RELEASES)
+    shell.add_argument("--deb", type=Path, help="install this package; without it there is none")
+    arguments = parser.parse_args()
+    try:
+        nspawn.require_tools()
+        if arguments.command == "trees":
+            make_trees()
+        elif arguments.command == "deb":
+            build_package(arguments.release, arguments.directory)
+        else:
+            return open_shell(arguments.release, arguments.deb)
+    except BedError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+def make_trees() -> None:
+    for release in RELEASES:
+        begin = time.monotonic()
+        host, builder = tree("host", release), tree("builder", release)
+        print(f"{release}: {host}, {builder} ({time.monotonic() - begin:.0f} s)")  # noqa: T201
+
+
+def build_package(release: str, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    print(shutil.copy2(build(release), directory))  # noqa: T201
+
+
+def open_shell(release: str, deb: Path | None) -> int:
+    with Machine(release, deb) as machine:
+        print(f"{machine.name}: booted in {machine.boot_seconds:.1f} s; exit the shell to remove it")  # noqa: T201
+        return machine.shell()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""systemd-nspawn's command line and the cgroup it runs in.
+
+Not its business: what runs inside, and for how long.
+
+systemd-nspawn hard facts (252 and 257):
+- It mounts a tmpfs on /tmp unless SYSTEMD_NSPAWN_TMPFS_TMP=0, so /tmp would be a mount in every release.
+- With --keep-unit it makes payload/ and supervisor/ below its own cgroup, and two of them in one cgroup
+  collide: each needs a cgroup of its own. It leaves both directories behind.
+- Without SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 it hands a legacy or hybrid outer hierarchy on; systemd 257
+  inside does not boot from that.
+- --register=no leaves /run/systemd/nspawn/propagate/NAME behind on the outer system.
+- /proc/sys and /sys are read-only inside, unless SYSTEMD_NSPAWN_API_VFS_WRITABLE=1.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .tree import BedError
+
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "LOGNAME": "root",
+    "SHELL": "/bin/bash",
+    "TERM": "dumb",
+    "USER": "root",
+}
+NSPAWN_ENVIRONMENT = ENVIRONMENT | {
+    "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "1",
+    "SYSTEMD_NSPAWN_TMPFS_TMP": "0",
+    "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1",
+}
+
+
+def command(name: str, root: Path, options: Sequence[str]) -> list[str]:
+    """What to run, inside a cgroup(); its end is tied to that of the thread that starts it."""
+    return [
+        "setpriv",
+        "--pdeathsig=KILL",
+        "systemd-nspawn",
+        "--quiet",
+        f"--directory={root}",
+        f"--machine={name}",
+        "--settings=no",
+        "--register=no",
+        "--keep-unit",
+        "--private-network",
+        "--link-journal=no",
+        "--resolv-conf=off",
+        "--timezone=off",
+        *options,
+    ]
+
+
+def run(name: str, root: Path, options: Sequence[str], argv: Sequence[str], timeout: float) -> None:
+    """Run a command in a tree that is not booted. The output is shown if it fails."""
+    with cgroup(name) as group:
+        done = subprocess.run(
+            group.enter([*command(name, root, ["--as-pid2", "--console=pipe", *options]), *argv]),
+            env=NSPAWN_ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            check=False,
+        )
+    if done.returncode:
+        output = done.stdout.decode(errors="replace")
+        raise BedError(f"{' '.join(argv)}: exit status {done.returncode}\n{output}")
+
+
+class Cgroup:
+    """The cgroups of one nspawn: the v2 one, and the systemd one of a hybrid hierarchy beside it."""
+
+    def __init__(self, directories: list[Path]) -> None:
+        self.directories = directories
+
+    def enter(self, argv: Sequence[str]) -> list[str]:
+        """The command that runs argv in here."""
+        return enter_cgroups(self.directories, argv)
+
+
+def enter_cgroups(directories: Sequence[Path], argv: Sequence[str]) -> list[str]:
+    move = "".join(f"echo $$ >'{directory}/cgroup.procs' && " for directory in directories)
+    return ["/bin/sh", "-c", f'{move}exec "$@"', "sh", *argv]
+
+
+@contextlib.contextmanager
+def cgroup(name: str) -> Iterator[Cgroup]:
+    """Cgroups of that name, and nothing alive in them afterwards."""
+    group = Cgroup([mount / f"polytmp-bed-{name}" for mount in _hierarchies()])
+    for directory in group.directories:
+        directory.mkdir()
+    try:
+        yield group
+    finally:
+        for directory in group.directories:
+            _remove_cgroup(directory)
+        propagate = Path("/run/systemd/nspawn/propagate", name)
+        with contextlib.suppress(FileNotFoundError):
+            propagate.rmdir()
+
+
+def remove_leftovers(name: str) -> None:
+    """Of a run that was killed."""
+    for mount in _hierarchies():
+        _remove_cgroup(mount / f"polytmp-bed-{name}")
+
+
+def _hierarchies() -> list[Path]:
+    unified: list[Path] = []
+    named: list[Path] = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        target = Path(fields.split()[4])
+        kind, _, options = rest.split()[:3]
+        if kind == "cgroup2" and target in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
+            unified.append(target)
+        elif kind == "cgroup" and "name=systemd" in options.split(","):
+            named.append(target)
+    if not unified:
+        raise BedError("no cgroup2 file system on /sys/fs/cgroup or /sys/fs/cgroup/unified")
+    return unified + named
+
+
+def _remove_cgroup(directory: Path) -> None:
+    deadline = time.monotonic() + 10
+    while directory.exists():
+        for parent, _, _ in os.walk(directory, topdown=False):
+            # a v1 or a threaded one has no cgroup.kill: one signal for each
+            for pid in Path(parent, "cgroup.procs").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                os.rmdir(parent)  # noqa: PTH106
+        if time.monotonic() > deadline:
+            raise BedError(f"{directory} cannot be removed")
+        if directory.exists():
+            time.sleep(0.02)
+
+
+def require_tools() -> None:
+    """BedError where this machine cannot run the bed."""
+    if os.geteuid() != 0:
+        raise BedError("the test bed boots systems, which takes root: run `make setup`, and this, as root")
+    tools = ("mmdebstrap", "systemd-nspawn", "nsenter", "setpriv", "ssh", "ssh-keygen", "mke2fs", "git")
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing:
+        raise BedError(f"the test bed needs {', '.join(missing)}: run `make setup`")
