@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`make demo`: boots a disposable Debian with polytmp installed, logs users in, shows what each of them sees
+and how it ends.
+
+Every line of output is what a command printed there a moment ago. Each observation is compared with what it
+should be; where one is not, the demo says so, goes on, and exits with status 1.
+"""
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from tests import observe
+from tests.bed import RELEASES, Machine, Session, build, eventually
+
+WIDTH = 100
+
+
+class Narrator:
+    """Prints the transcript, keeps the count."""
+
+    def __init__(self, colour: bool) -> None:
+        self._colour = colour
+        self.seen = 0
+        self.wrong = 0
+
+    def _paint(self, code: str, text: str) -> str:
+        return f"\033[{code}m{text}\033[0m" if self._colour else text
+
+    def chapter(self, title: str, quote: str = "") -> None:
+        print(f"\n{self._paint('1;36', title)}")  # noqa: T201
+        if quote:
+            text = textwrap.fill(f"“{quote}”", WIDTH, initial_indent="  ", subsequent_indent="  ")
+            print(self._paint("2;3", text))  # noqa: T201
+
+    def say(self, text: str) -> None:
+        print(textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  "))  # noqa: T201
+
+    def command(self, who: str, command: str, output: str) -> None:
+        sign = "#" if who in {"root", "host"} else "$"
+        print(f"  {self._paint('33', f'{who}{sign}')} {command}")  # noqa: T201
+        for line in output.rstrip("\n").splitlines():
+            print(f"      {line}")  # noqa: T201
+
+    def check(self, what: str, holds: bool) -> None:
+        self.seen += 1
+        self.wrong += not holds
+        mark = self._paint("1;32", "✓") if holds else self._paint("1;31", "✗ NOT SO:")
+        print(f"  {mark} {what}")  # noqa: T201
+
+    def check_soon(self, what: str, condition: Callable[[], object], timeout: float = 30) -> None:
+        """For what the kernel or logind does in its own time."""
+        try:
+            eventually(condition, timeout, what)
+        except AssertionError as error:
+            self.check(f"{what} ({error})", False)
+        else:
+            self.check(what, True)
+
+
+class Demo:
+    def __init__(self, machine: Machine, tell: Narrator) -> None:
+        self._machine = machine
+        self._tell = tell
+
+    def _as(self, session: Session, command: str) -> str:
+        result = session.result(command, check=False)
+        self._tell.command(session.user, command, result.stdout + result.stderr)
+        return result.stdout
+
+    def _host(self, command: str) -> str:
+        result = self._machine.sh(command, check=False)
+        self._tell.command("host", command, result.stdout + result.stderr)
+        return result.stdout
+
+    def run(self) -> None:
+        tell = self._tell
+        tell.chapter("A Debian system with polytmp installed")
+        self._host(
+            "grep PRETTY_NAME /etc/os-release; systemctl is-active polytmpd; findmnt -no FSTYPE -T /tmp"
+        )
+        with self._machine.session("alice") as alice, self._machine.session("bob") as bob:
+            self.private(alice, bob)
+            self.sockets(alice, bob)
+            self.mounts(alice, bob)
+            self.place(alice)
+            self.admin(alice)
+        self.end()
+
+    def private(self, alice: Session, bob: Session) -> None:
+        tell = self._tell
+        tell.chapter("Each user has a /tmp and a /var/tmp of his own")
+        self._host("touch /tmp/hosts-own")
+        self._as(alice, "echo secret > /tmp/plan; touch /var/tmp/draft")
+        seen = self._as(bob, "ls -A /tmp /var/tmp")
+        tell.check(
+            "bob sees neither alice's files nor the host's", "plan" not in seen and "hosts-own" not in seen
+        )
+        again = self._machine.session("alice")
+        with again:
+            tell.check("a second session of alice's sees them", "plan" in self._as(again, "ls /tmp"))
+            tell.check(
+                "both sessions, and her systemd --user, live in one mount namespace",
+                len(
+                    {
+                        self._as(alice, observe.NAMESPACE),
+                        self._as(again, observe.NAMESPACE),
+                        self._as(again, f"systemd-run --user --quiet --wait --pipe {observe.NAMESPACE}"),
+                    }
+                )
+                == 1,
+            )
+        tell.check("root sees the host's /tmp", "hosts-own" in self._machine.ssh("root", "ls /tmp").stdout)
+
+    def sockets(self, alice: Session, bob: Session) -> None:
+        tell = self._tell
+        tell.chapter(
+            "1. X11",
+            "/tmp is used by X11 among other for IPC across user boundaries. [...] You are breaking X11 "
+            "this",
+        )
+        self._as(alice, "Xvfb :7 -ac -nolisten tcp >/dev/null 2>&1 & sleep 0.1")
+        tell.check_soon(
+            "alice's X server listens in /tmp/.X11-unix",
+            lambda: self._machine.run("test", "-S", "/tmp/.X11-unix/X7", check=False).returncode == 0,
+        )
+        line = "DISPLAY=unix:7 xdpyinfo | grep -E 'name of display|vendor string|dimensions'"
+        tell.check("bob's client talks to it", "dimensions" in self._as(bob, line))
+        tell.check("so does one on the host", "dimensions" in self._host(line))
+        self._as(alice, "kill %1; wait 2>/dev/null")
+
+    def mounts(self, alice: Session, bob: Session) -> None:
+        tell = self._tell
+        tell.chapter(
+            "2. Mounts",
+            "if the user later-on invokes /bin/mount or /bin/umount on any subdir of / the commands have "
+            "will have "
+            "zero effect for the rest of the system.",
+        )
+        self._host("mkdir -p /mnt/usb")
+        self._as(alice, "sudo mount -t tmpfs usb-stick /mnt/usb && touch /mnt/usb/photo")
+        tell.check("alice's mount is there on the host", "photo" in self._host("ls /mnt/usb"))
+        tell.check("and in bob's session", "photo" in self._as(bob, "ls /mnt/usb"))
+        self._host("umount /mnt/usb")
+        tell.check("the host's umount reaches alice", "photo" not in self._as(alice, "ls /mnt/usb"))
+        self._as(alice, "mkdir /tmp/mine; sudo mount -t tmpfs mine /tmp/mine; touch /tmp/mine/x")
+        tell.check(
+            "what she mounts under her own /tmp stays hers", "/tmp/mine" not in observe.mounts(self._machine)
+        )
+        self._as(alice, "sudo umount /tmp/mine")
+
+    def place(self, alice: Session) -> None:
+        tell = self._tell
+        tell.chapter(
+            "3. No new directory, no other file system",
+            'introducing "/tmp-inst" sounds really wrong to me [...] PrivateTmp= works by mounting /tmp '
+            "over with a "
+            "subdir of /tmp, so that things stay on the same file system.",
+        )
+        found = {
+            entry["directory"]: entry["path"]
+            for entry in observe.status(self._machine, "alice")["directories"]
+        }
+        for directory, path in found.items():
+            same = f"stat -fc '%T %i' {directory}"
+            tell.check(
+                f"alice's {directory} is {path}: in {directory}, on the same file system",
+                path.startswith(f"{directory}/polytmp-")
+                and self._as(alice, same) == self._host(f"stat -fc '%T %i' {directory}"),
+            )
+
+    def admin(self, alice: Session) -> None:
+        tell = self._tell
+        tell.chapter("5. The administrator", "It's not compatible with admin workflows, at all.")
+        self._host("polytmpctl list")
+        page = self._host("polytmpctl status alice")
+        tell.check("the instance has a page, a path and a process list", "/tmp/polytmp-" in page)
+        path = observe.status(self._machine, "alice")["directories"][0]["path"]
+        tell.check("root reads her file at that path", self._host(f"cat {path}/plan").strip() == "secret")
+        tell.check(
+            "sudo in her session finds it as /tmp/plan",
+            self._as(alice, "sudo cat /tmp/plan").strip() == "secret",
+        )
+        self._host("busctl tree org.polytmp1")
+
+    def end(self) -> None:
+        tell, machine = self._tell, self._machine
+        tell.chapter(
+            "4. The end of an instance",
+            "When is the private /tmp instance removed? On logout? [...] the user might have processes "
+            "running that "
+            "are not attached to any session, and you shouldn't remove the private /tmp before those "
+            "processes are "
+            "dead too.",
+        )
+        with machine.session("bob") as bob:
+            self._as(
+                bob, "sudo -u alice sh -c 'echo still here > /tmp/note; exec sleep 4321' >/dev/null 2>&1 &"
+            )
+            tell.check_soon(
+                "alice has logged out; a process that bob runs as alice, in bob's session, is left",
+                lambda: (
+                    machine.sh("pgrep -f -x 'sleep 4321'", check=False).stdout
+                    and observe.state(machine, "alice") == "draining"
+                ),
+            )
+            self._host("polytmpctl list; polytmpctl status alice")
+            path = observe.status(machine, "alice")["directories"][0]["path"]
+            tell.check("her files are still there", self._host(f"cat {path}/note").strip() == "still here")
+            self._host("pkill -f -x 'sleep 4321'")
+            tell.check_soon(
+                "it ends, and the instance with it", lambda: observe.state(machine, "alice") is None
+            )
+        machine.run("loginctl", "terminate-user", "bob")
+        tell.check_soon("bob logs out, and his goes", lambda: not observe.instances(machine))
+        self._host("polytmpctl list; ls -A /tmp | grep polytmp; ls -d /var/tmp/polytmp-*")
+        tell.check("nothing is left in /tmp", not observe.on_disk(machine))
+        tell.say(
+            "/var/tmp is preserved between reboots by the FHS: so is each user's own, until he or tmpfiles "
+            "cleans it."
+        )
+        tell.check("the daemon holds no namespace any more", observe.held(machine) == [])
+        self._host("journalctl -b -u polytmpd --no-pager -o cat | tail -n 6")
+
+
+def prepare(root: Path) -> None:
+    drop_in = root / "etc/systemd/logind.conf.d/quick.conf"
+    drop_in.parent.mkdir(parents=True, exist_ok=True)
+    drop_in.write_text(observe.QUICK_LOGOUT)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Five objections, one after the other, on a booted Debian.")
+    parser.add_argument("--release", choices=RELEASES, default="trixie")
+    release = parser.parse_args().release
+    tell = Narrator(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    tell.say(
+        f"Building the package and booting a disposable Debian ({release}) with it; the first time takes "
+        f"minutes."
+    )
+    sys.stdout.flush()
+    with Machine(release, build(release), prepare=prepare) as machine:
+        Demo(machine, tell).run()
+    print(f"\n{tell.seen} observations, {tell.wrong} not as they should be.")  # noqa: T201
+    return 1 if tell.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

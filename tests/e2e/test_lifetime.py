@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Objection 4: an instance is removed when the last process is gone, wherever it lives, and not before."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import observe
+from tests.bed import Machine, eventually
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    def prepare(root: Path) -> None:
+        drop_in = root / "etc/systemd/logind.conf.d/quick.conf"
+        drop_in.parent.mkdir(parents=True, exist_ok=True)
+        drop_in.write_text(observe.QUICK_LOGOUT)
+
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+@pytest.fixture(autouse=True)
+def quiet(machine: Machine) -> None:
+    observe.log_everybody_out(machine)
+
+
+def wait_for(machine: Machine, user: str, state: str) -> None:
+    eventually(lambda: observe.state(machine, user) == state, 30, f"{user}'s instance is {state}")
+
+
+def wait_until_gone(machine: Machine, user: str = "alice") -> None:
+    eventually(lambda: observe.gone(machine, user), 30, f"{user}'s instance is gone")
+
+
+def stays(machine: Machine, user: str = "alice") -> None:
+    """The user has no session any more, and files and instance are there."""
+    eventually(
+        lambda: machine.sh(f"pgrep -u {user} sshd || true").stdout.strip() == "",
+        20,
+        "no login is left",
+    )
+    assert user in observe.instances(machine)
+    host = observe.status(machine, user)["directories"][0]["path"]
+    assert machine.run("cat", f"{host}/mark").stdout == "mark\n"
+
+
+def test_it_is_gone_after_the_logout(machine: Machine) -> None:
+    with machine.session("alice") as alice:
+        alice.run("touch /tmp/file")
+        assert observe.state(machine, "alice") == "active"
+    wait_until_gone(machine)
+    assert observe.stored(machine) == 1  # the inotify instance alone
+    assert observe.on_disk(machine) == []
+
+
+def test_terminate_user_removes_it(machine: Machine) -> None:
+    with machine.session("alice") as alice:
+        alice.run("mkdir -p /tmp/a/b/c; touch /tmp/a/b/c/d")
+        machine.run("loginctl", "terminate-user", "alice")
+        wait_until_gone(machine)
+        alice.kill()
+
+
+def test_a_broken_connection_removes_it(machine: Machine) -> None:
+    session = machine.session("alice")
+    session.run("touch /tmp/file")
+    session.kill()
+    wait_until_gone(machine)
+
+
+# What stays behind: (name, how it is started in the session, how root ends it, the state while it lives)
+def start_in_session(command: str) -> Callable[[Machine], None]:
+    def start(machine: Machine) -> None:
+        with machine.session("alice") as alice:
+            alice.run("echo mark > /tmp/mark")
+            alice.run(command)
+
+    return start
+
+
+def test_nohup(machine: Machine) -> None:
+    start_in_session("nohup sleep 1234 >/dev/null 2>&1 &")(machine)
+    stays(machine)
+    machine.run("pkill", "-f", "sleep 1234")
+    wait_until_gone(machine)
+
+
+def test_setsid(machine: Machine) -> None:
+    start_in_session("setsid -f sleep 1234 >/dev/null 2>&1")(machine)
+    stays(machine)
+    machine.run("pkill", "-f", "sleep 1234")
+    wait_until_gone(machine)
+
+
+def test_tmux(machine: Machine) -> None:
+    start_in_session("tmux new-session -d 'sleep 1234'")(machine)
+    stays(machine)
+    machine.run("pkill", "-f", "sleep 1234")
+    wait_until_gone(machine)
+
+
+def test_a_user_service_under_linger(machine: Machine) -> None:
+    with machine.session("alice") as alice:
+        alice.run("echo mark > /tmp/mark")
+        machine.run("loginctl", "enable-linger", "alice")
+        alice.run("systemd-run --user --quiet --unit=probe sleep 1234")
+    stays(machine)
+    machine.run("loginctl", "disable-linger", "alice")
+    wait_until_gone(machine)
+
+
+def test_linger_alone_makes_an_instance_without_a_login(machine: Machine) -> None:
+    machine.run("loginctl", "enable-linger", "alice")
+    wait_for(machine, "alice", "active")
+    manager = eventually(
+        lambda: machine.sh("pgrep -u alice -x systemd").stdout.split(), what="alice's manager"
+    )
+    inode = observe.status(machine, "alice")["namespace"]
+    assert machine.run("readlink", f"/proc/{manager[0]}/ns/mnt").stdout.strip() == f"mnt:[{inode}]"
+    machine.run("loginctl", "disable-linger", "alice")
+    wait_until_gone(machine)
+
+
+def test_a_cron_job(machine: Machine) -> None:
+    """cron has no session at logind and no process in the user's slice: only the namespace knows of it."""
+    job = "#!/bin/sh\necho mark > /tmp/mark\nreadlink /proc/self/ns/mnt > /home/alice/ns\nsleep 1234\n"
+    machine.write("/usr/local/bin/job", job, mode=0o755)
+    machine.write("/etc/cron.d/probe", "* * * * * alice /usr/local/bin/job\n")
+    try:
+        eventually(
+            lambda: machine.sh("pgrep -f 'sleep 1234'", check=False).stdout, 90, "cron starts the job"
+        )
+        machine.run("rm", "/etc/cron.d/probe")
+        wait_for(machine, "alice", "draining")
+        stays(machine)
+        inode = observe.status(machine, "alice")["namespace"]
+        assert machine.run("cat", "/home/alice/ns").stdout.strip() == f"mnt:[{inode}]"
+        assert observe.held(machine) == []
+    finally:
+        machine.sh("rm -f /etc/cron.d/probe; pkill -f 'sleep 1234'", check=False)
+    wait_until_gone(machine)
+
+
+def test_sudo_by_another_user(machine: Machine) -> None:
+    """The process sits in bob's session and slice, and lives in alice's namespace."""
+    with machine.session("bob") as bob:
+        bob.run("sudo -u alice sh -c 'echo mark > /tmp/mark; exec sleep 1234' >/dev/null 2>&1 &")
+        eventually(
+            lambda: machine.sh("pgrep -f -x 'sleep 1234'", check=False).stdout, what="sudo has started it"
+        )
+        wait_for(machine, "alice", "draining")
+        stays(machine)
+        machine.run("pkill", "-f", "-x", "sleep 1234")
+        eventually(lambda: observe.state(machine, "alice") is None, 20, "alice's instance is gone")
+        assert observe.state(machine, "bob") == "active"
+
+
+def test_a_process_moved_to_another_cgroup(machine: Machine) -> None:
+    start_in_session(
+        "sh -c 'echo $$ > /tmp/pid; exec sleep 1234' >/dev/null 2>&1 & sleep 0.2; "
+        "sudo sh -c 'mkdir -p /sys/fs/cgroup/elsewhere; cat /tmp/pid > "
+        "/sys/fs/cgroup/elsewhere/cgroup.procs'"
+    )(machine)
+    wait_for(machine, "alice", "draining")
+    stays(machine)
+    machine.run("pkill", "-f", "sleep 1234")
+    wait_until_gone(machine)
+    machine.run("rmdir", "/sys/fs/cgroup/elsewhere")
+
+
+def test_a_login_while_draining_finds_the_same_files(machine: Machine) -> None:
+    start_in_session(
+        "sh -c 'echo $$ > /tmp/pid; exec sleep 1234' >/dev/null 2>&1 & sleep 0.2; "
+        "sudo sh -c 'mkdir -p /sys/fs/cgroup/elsewhere; cat /tmp/pid > "
+        "/sys/fs/cgroup/elsewhere/cgroup.procs'"
+    )(machine)
+    wait_for(machine, "alice", "draining")
+    before = observe.status(machine, "alice")["namespace"]
+    with machine.session("alice") as alice:
+        assert alice.run("cat /tmp/mark").strip() == "mark"
+        assert alice.run(observe.NAMESPACE).strip() == f"mnt:[{before}]"
+        assert observe.state(machine, "alice") == "active"
+        machine.run("pkill", "-f", "sleep 1234")
+        assert alice.run("cat /tmp/mark").strip() == "mark"
+    wait_until_gone(machine)
+
+
+def test_a_namespace_held_by_a_descriptor_alone(machine: Machine) -> None:
+    """Nobody lives in it, but somebody could enter it again: it stays until the descriptor is closed."""
+    with machine.session("alice") as alice:
+        alice.run("echo mark > /tmp/mark")
+        shell = alice.run("echo $$").strip()
+        holder = machine.popen("sh", "-c", f"exec 9</proc/{shell}/ns/mnt; echo open; cat")
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"open\n"
+    wait_for(machine, "alice", "draining")
+    stays(machine)
+    holder.communicate()
+    wait_until_gone(machine)
+
+
+def test_a_private_namespace_made_by_the_user_counts_too(machine: Machine) -> None:
+    start_in_session(
+        "unshare -Urm sh -c 'echo $PPID > /dev/null; exec sleep 1234' >/dev/null 2>&1 & sleep 0.3; "
+        'sudo sh -c \'mkdir -p /sys/fs/cgroup/elsewhere; pgrep -f -x "sleep 1234" > '
+        "/sys/fs/cgroup/elsewhere/cgroup.procs'"
+    )(machine)
+    wait_for(machine, "alice", "draining")
+    stays(machine)
+    machine.run("pkill", "-f", "sleep 1234")
+    wait_until_gone(machine)
+    machine.run("rmdir", "/sys/fs/cgroup/elsewhere")
+
+
+def test_fifty_logins_leave_nothing(machine: Machine) -> None:
+    with machine.session("bob") as bob:  # the first of all has one-time costs
+        bob.run("true")
+    wait_until_gone(machine, "bob")
+    before = (observe.mounts(machine), observe.daemon_fds(machine), observe.stored(machine))
+    namespaces = len(observe.namespaces(machine))
+    for number in range(50):
+        machine.ssh("alice", f"echo {number} > /tmp/file; test $(ls /tmp | wc -l) = 1 || ls /tmp")
+    wait_until_gone(machine)
+    eventually(
+        lambda: (observe.mounts(machine), observe.daemon_fds(machine), observe.stored(machine)) == before,
+        10,
+        "mounts, descriptors and FD store are as before",
+    )
+    assert len(observe.namespaces(machine)) <= namespaces
+    assert observe.on_disk(machine) == []

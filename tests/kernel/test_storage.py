@@ -1,0 +1,566 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""make, adopt, set_aside, leftovers and usage on real file systems."""
+
+import errno
+import os
+import re
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from polytmpd import storage
+from polytmpd.kernel import syscalls
+
+pytestmark = pytest.mark.kernel
+
+USER = 12345
+NAME = "polytmp-1000"
+SOCKETS = [".X11-unix", ".ICE-unix"]
+
+
+@pytest.fixture(params=["/var/tmp", "/dev/shm"])
+def base(request: pytest.FixtureRequest) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.fail("these tests need root")
+    path = Path(tempfile.mkdtemp(prefix="polytmp-test-", dir=request.param))
+    path.chmod(0o1777)
+    before = len(os.listdir("/proc/self/fd"))
+    yield path
+    after = len(os.listdir("/proc/self/fd"))
+    subprocess.run(["rm", "-rf", "--one-file-system", path], check=False)
+    assert before == after, "a descriptor has leaked"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def make(base: Path) -> None:
+    with opened(base) as fd:
+        os.close(storage.make(fd, NAME, SOCKETS))
+
+
+def adopt(base: Path) -> None:
+    with opened(base) as fd:
+        os.close(storage.adopt(fd, NAME, SOCKETS))
+
+
+def facts(path: Path) -> tuple[int, int, int, bool]:
+    at = path.lstat()
+    return at.st_uid, at.st_gid, stat.S_IMODE(at.st_mode), stat.S_ISDIR(at.st_mode)
+
+
+def assert_as_made(base: Path) -> None:
+    assert facts(base / NAME) == (0, 0, 0o700, True)
+    assert facts(base / NAME / "tmp") == facts(base)
+    for name in SOCKETS:
+        assert facts(base / NAME / "tmp" / name) == (0, 0, 0o1777, True)
+
+
+def acl(*entries: tuple[int, int, int]) -> bytes:
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+def in_namespace(work: Callable[[], None]) -> None:
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        try:
+            syscalls.unshare(syscalls.CLONE_NEWNS)
+            syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def squat(path: Path, kind: str) -> None:
+    if kind == "file":
+        path.touch()
+    elif kind == "symlink":
+        target = path.parent / "target"
+        target.mkdir(0o700)
+        path.symlink_to(target)
+    elif kind == "dangling":
+        path.symlink_to("/nowhere")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    else:
+        path.mkdir(0o700)
+        if kind == "owner":
+            os.chown(path, USER, USER)
+        elif kind == "group":
+            os.chown(path, 0, USER)
+        elif kind == "mode":
+            path.chmod(0o755)
+
+
+SQUATTERS = ["file", "symlink", "dangling", "fifo", "device", "owner", "group", "mode"]
+
+
+# --- make ---
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o777])
+@pytest.mark.parametrize("mode", [0o1777, 0o3777, 0o1770])
+def test_make(base: Path, mask: int, mode: int) -> None:
+    os.chown(base, 0, USER)
+    base.chmod(mode)
+    before = os.umask(mask)
+    try:
+        with opened(base) as fd:
+            inner = storage.make(fd, NAME, SOCKETS)
+        assert os.readlink(f"/proc/self/fd/{inner}") == str(base / NAME / "tmp")
+        assert not os.get_inheritable(inner)
+        os.close(inner)
+    finally:
+        os.umask(before)
+    assert_as_made(base)
+    assert sorted(path.name for path in (base / NAME / "tmp").iterdir()) == sorted(SOCKETS)
+
+
+def test_make_copies_the_acl_to_the_inner_directory_only(base: Path) -> None:
+    access = acl(
+        (1, 7, 0xFFFFFFFF), (2, 7, USER), (4, 7, 0xFFFFFFFF), (0x10, 7, 0xFFFFFFFF), (0x20, 7, 0xFFFFFFFF)
+    )
+    for kind in ("access", "default"):
+        os.setxattr(base, f"system.posix_acl_{kind}", access)
+    make(base)
+    assert_as_made(base)
+    inner = base / NAME / "tmp"
+    for kind in ("access", "default"):
+        assert os.getxattr(inner, f"system.posix_acl_{kind}") == os.getxattr(
+            base, f"system.posix_acl_{kind}"
+        )
+    for path in (base / NAME, inner / ".X11-unix"):
+        assert not [name for name in os.listxattr(path) if "posix_acl" in name]
+
+
+def test_make_copies_the_label(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no SELinux here: a fake for the one attribute."""
+    labels: dict[str, bytes] = {str(base): b"system_u:object_r:tmp_t:s0\0"}
+    real = os.getxattr
+
+    def getxattr(fd: int, name: str) -> bytes:
+        if name != "security.selinux":
+            return real(fd, name)
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if path not in labels:
+            raise OSError(errno.ENODATA, "none")
+        return labels[path]
+
+    def setxattr(fd: int, name: str, value: bytes) -> None:
+        assert name == "security.selinux"
+        labels[os.readlink(f"/proc/self/fd/{fd}")] = value
+
+    monkeypatch.setattr(os, "getxattr", getxattr)
+    monkeypatch.setattr(os, "setxattr", setxattr)
+    make(base)
+    assert set(labels) == {str(base), str(base / NAME), str(base / NAME / "tmp")}
+    assert len(set(labels.values())) == 1
+
+
+@pytest.mark.parametrize("kind", [*SQUATTERS, "ours"])
+def test_make_never_adopts(base: Path, kind: str) -> None:
+    squat(base / NAME, kind)
+    before = (base / NAME).lstat()
+    with pytest.raises(FileExistsError) as caught:
+        make(base)
+    assert caught.value.filename == str(base / NAME)
+    assert (base / NAME).lstat() == before
+
+
+FUNCTIONS = ["mkdir", "open", "fchown", "fchmod", "fstat", "getxattr", "setxattr", "removexattr", "openat2"]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_make_that_fails_at_any_step_leaves_nothing(
+    base: Path, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = acl(
+        (1, 7, 0xFFFFFFFF), (2, 7, USER), (4, 7, 0xFFFFFFFF), (0x10, 7, 0xFFFFFFFF), (0x20, 7, 0xFFFFFFFF)
+    )
+    for kind in ("access", "default"):
+        os.setxattr(base, f"system.posix_acl_{kind}", access)
+    module = syscalls if function == "openat2" else os
+    real = getattr(module, function)
+    failed = 0
+    for step in range(1, 100):
+        calls = 0
+
+        def fake(*arguments: object, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == step:  # noqa: B023
+                raise OSError(errno.EIO, "injected", "some name")
+            return real(*arguments, **named)
+
+        with opened(base) as fd, monkeypatch.context() as patch:
+            patch.setattr(module, function, fake)
+            try:
+                inner = storage.make(fd, NAME, SOCKETS)
+            except OSError as error:
+                assert error.errno == errno.EIO  # noqa: PT017  (it need not fail: the last step does not exist)
+                assert str(error.filename).startswith(str(base))  # noqa: PT017
+                failed += 1
+            else:
+                os.close(inner)
+                break
+        assert os.listdir(base) == []
+    assert failed >= 1
+    assert_as_made(base)
+
+
+def test_a_base_where_names_do_not_stand_still_is_refused(base: Path) -> None:
+    base.chmod(0o777)
+    with pytest.raises(PermissionError, match="sticky"):
+        make(base)
+    base.chmod(0o1777)
+    os.chown(base, USER, 0)
+    with pytest.raises(PermissionError, match="root"):
+        make(base)
+    assert os.listdir(base) == []
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc"])
+def test_not_a_name(base: Path, name: str) -> None:
+    with opened(base) as fd:
+        with pytest.raises(OSError, match="not the name"):
+            storage.make(fd, name, SOCKETS)
+        with pytest.raises(OSError, match="not the name"):
+            storage.make(fd, NAME, [name])
+        with pytest.raises(OSError, match="not the name"):
+            storage.set_aside(fd, name)
+    assert os.listdir(base) == []
+
+
+# --- adopt ---
+
+
+def test_adopt(base: Path) -> None:
+    make(base)
+    inner = base / NAME / "tmp"
+    (inner / "kept").write_text("x")
+    adopt(base)
+    assert_as_made(base)
+    assert (inner / "kept").read_text() == "x"
+    base.chmod(0o1770)
+    (inner / ".X11-unix").chmod(0o700)
+    (inner / ".ICE-unix").rmdir()
+    adopt(base)
+    assert_as_made(base)
+    shutil.rmtree(inner)
+    adopt(base)
+    assert_as_made(base)
+
+
+def test_adopt_nothing(base: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        adopt(base)
+    assert caught.value.filename == str(base / NAME)
+    assert os.listdir(base) == []
+
+
+@pytest.mark.parametrize("kind", SQUATTERS)
+def test_adopt_refuses_squatters(base: Path, kind: str) -> None:
+    squat(base / NAME, kind)
+    before = (base / NAME).lstat()
+    with pytest.raises(FileExistsError, match="not ours") as caught:
+        adopt(base)
+    assert caught.value.filename == str(base / NAME)
+    assert (base / NAME).lstat() == before
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SQUATTERS if kind != "mode"])
+def test_adopt_refuses_a_wrong_inner_directory(base: Path, kind: str) -> None:
+    (base / NAME).mkdir(0o700)
+    squat(base / NAME / "tmp", kind)
+    before = (base / NAME / "tmp").lstat()
+    with pytest.raises(FileExistsError) as caught:
+        adopt(base)
+    assert caught.value.filename == str(base / NAME / "tmp")
+    assert (base / NAME / "tmp").lstat() == before
+
+
+@pytest.mark.parametrize("place", ["", "tmp"])
+@pytest.mark.parametrize("kind", ["bind", "tmpfs"])
+def test_adopt_and_set_aside_enter_no_mount(base: Path, place: str, kind: str) -> None:
+    make(base)
+    other = base / "other"
+    other.mkdir(0o700)
+
+    def work() -> None:
+        target = base / NAME / place
+        if kind == "bind":
+            syscalls.mount(str(other), str(target), None, 0x1000)
+        else:
+            syscalls.mount("tmpfs", str(target), "tmpfs", 0, "mode=700")
+        with pytest.raises(OSError, match=r"mounted|cross-device"):
+            adopt(base)
+        if not place:
+            with opened(base) as fd, pytest.raises(FileExistsError, match="mounted"):
+                storage.set_aside(fd, NAME)
+        assert os.listdir(target) == []
+
+    in_namespace(work)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SQUATTERS if kind != "mode"])
+def test_adopt_moves_what_lies_where_a_mountpoint_must_be(base: Path, kind: str) -> None:
+    make(base)
+    inner = base / NAME / "tmp"
+    (inner / ".X11-unix").rmdir()
+    squat(inner / ".X11-unix", kind)
+    before = (inner / ".X11-unix").lstat()
+    adopt(base)
+    assert_as_made(base)
+    (moved,) = inner.glob(".X11-unix.moved-*")
+    assert moved.lstat().st_ino == before.st_ino
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_adopt_that_fails_takes_away_what_it_made_and_nothing_else(
+    base: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(base)
+    inner = base / NAME / "tmp"
+    (inner / "kept").touch()
+    (inner / ".ICE-unix").rmdir()
+    real = os.open
+    calls = 0
+
+    def fake(*arguments: object, **named: object) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            raise OSError(errno.EIO, "injected")
+        return real(*arguments, **named)  # type: ignore[arg-type]  # as given
+
+    with opened(base) as fd, monkeypatch.context() as patch:
+        patch.setattr(os, "open", fake)
+        try:
+            os.close(storage.adopt(fd, NAME, SOCKETS))
+        except OSError:
+            patch.undo()
+            assert sorted(os.listdir(inner)) == [".X11-unix", "kept"]
+        else:
+            assert step > 4
+            assert sorted(os.listdir(inner)) == [".ICE-unix", ".X11-unix", "kept"]
+
+
+def test_adopt_while_the_user_is_at_work(base: Path) -> None:
+    """A process left over from before keeps putting links where the mount point must be."""
+    make(base)
+    inner = base / NAME / "tmp"
+    fd = os.open(inner, os.O_RDONLY)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        os.setgroups([])
+        os.setgid(USER)
+        os.setuid(USER)
+        while True:
+            with suppress(OSError):
+                os.symlink("/etc", ".X11-unix", dir_fd=fd)
+    try:
+        for _ in range(200):
+            with suppress(OSError):
+                (inner / ".X11-unix").unlink()
+            with suppress(OSError):
+                (inner / ".X11-unix").rmdir()
+            try:
+                adopt(base)
+            except OSError as error:
+                assert error.errno == errno.EBUSY  # noqa: PT017  (the attacker may win a round)
+                continue
+            assert_as_made(base)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(fd)
+    assert stat.S_ISDIR(os.stat("/etc").st_mode)
+
+
+# --- set_aside, leftovers ---
+
+
+def test_set_aside_and_leftovers(base: Path) -> None:
+    make(base)
+    inode = (base / NAME).stat().st_ino
+    with opened(base) as fd:
+        new = storage.set_aside(fd, NAME)
+        assert re.fullmatch(r"polytmp-removing-[0-9a-f]{16}", new)
+        assert (base / new).stat().st_ino == inode
+        with pytest.raises(FileNotFoundError):
+            storage.set_aside(fd, NAME)
+        os.close(storage.make(fd, NAME, SOCKETS))
+        (base / "polytmp-removing-0123").mkdir(0o700)
+        (base / f"{new}x").mkdir(0o700)
+        (base / f"{new}\n").mkdir(0o700)
+        assert storage.leftovers(fd) == storage.Leftovers((new,), (), 0)
+        assert storage.leftovers(fd, re.compile(r"polytmp-\d+")).removable == (NAME,)
+
+
+@pytest.mark.parametrize("kind", SQUATTERS)
+def test_foreign_leftovers(base: Path, kind: str) -> None:
+    name = "polytmp-removing-" + "0" * 16
+    squat(base / name, kind)
+    with opened(base) as fd:
+        found = storage.leftovers(fd)
+        assert found.removable == ()
+        assert found.foreign[0][0] == name
+        assert found.foreign[0][1]
+        with pytest.raises(FileExistsError, match="not ours"):
+            storage.set_aside(fd, name)
+
+
+def test_many_foreign_leftovers(base: Path) -> None:
+    for number in range(100):
+        (base / f"polytmp-removing-{number:016x}").touch()
+    with opened(base) as fd:
+        found = storage.leftovers(fd)
+    assert (len(found.foreign), found.foreign_count) == (16, 100)
+
+
+def test_mounted_leftovers(base: Path) -> None:
+    name = "polytmp-removing-" + "0" * 16
+    (base / name).mkdir(0o700)
+
+    def work() -> None:
+        syscalls.mount("tmpfs", str(base / name), "tmpfs", 0, "mode=700")
+        with opened(base) as fd:
+            assert storage.leftovers(fd).foreign == ((name, "something is mounted on it"),)
+
+    in_namespace(work)
+
+
+# --- usage ---
+
+
+def usage(path: Path, cancelled: Callable[[], bool] | None = None) -> storage.Usage:
+    with opened(path) as fd:
+        return storage.usage(fd, cancelled)
+
+
+def test_usage_is_what_du_says(base: Path) -> None:
+    make(base)
+    inner = base / NAME / "tmp"
+    at = inner
+    for level in range(60):
+        at = at / f"{level}"
+        at.mkdir()
+        (at / "file").write_bytes(b"x" * 10_000 * (level % 3))
+        (at / "beside" / "below").mkdir(parents=True)
+        (at / "link").symlink_to("/var")
+    os.link(at / "file", inner / "hard")
+    os.mkfifo(inner / "fifo")
+    with open(inner / "sparse", "wb") as sparse:
+        sparse.truncate(1 << 30)
+    os.sync()
+    said = subprocess.run(["du", "-s", "-B1", inner], capture_output=True, text=True, check=True).stdout
+    counted = subprocess.run(
+        ["du", "-s", "--inodes", inner], capture_output=True, text=True, check=True
+    ).stdout
+    found = usage(inner)
+    assert found == storage.Usage(int(said.split()[0]), int(counted.split()[0]), complete=True)
+    assert usage(inner, lambda: True).complete is False
+
+
+def test_usage_does_not_enter_mounts(base: Path) -> None:
+    make(base)
+    inner = base / NAME / "tmp"
+    other = base / "other"
+    other.mkdir()
+    for number in range(10):
+        (other / str(number)).touch()
+    for name in ("bind", "tmpfs"):
+        (inner / name).mkdir()
+    (inner / "file").touch()
+
+    def work() -> None:
+        syscalls.mount(str(other), str(inner / "bind"), None, 0x1000)
+        syscalls.mount("tmpfs", str(inner / "tmpfs"), "tmpfs", 0)
+        syscalls.mount(str(other / "1"), str(inner / "file"), None, 0x1000)
+        (inner / "tmpfs" / "x").touch()
+        assert usage(inner).inodes == 1 + len(SOCKETS)
+
+    in_namespace(work)
+
+
+def test_usage_while_it_is_moved_away(base: Path) -> None:
+    """The directories above are gone when the count comes back: what is counted is only ever in the tree."""
+    make(base)
+    inner = base / NAME / "tmp"
+    at = inner
+    for level in range(100):
+        for name in "abc":  # before and after the way down, whatever the order of the listing
+            (at / name).mkdir(parents=True)
+        (at / f"{level}").mkdir()
+        for name in "def":
+            (at / name).mkdir()
+        at = at / f"{level}"
+    for name in "abcdef":
+        (base / name).mkdir()
+        for number in range(1000):
+            (base / name / f"{number}").touch()
+    calls = 0
+
+    def move() -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 600:
+            inner.joinpath(*(str(level) for level in range(40))).rename(base / "elsewhere")
+        return False
+
+    found = usage(inner, move)
+    assert not found.complete
+    assert 100 < found.inodes <= 1 + len(SOCKETS) + 700
+
+
+def test_usage_while_others_change_it(base: Path) -> None:
+    make(base)
+    inner = base / NAME / "tmp"
+    fd = os.open(inner, os.O_RDONLY)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        os.setgroups([])
+        os.setgid(USER)
+        os.setuid(USER)
+        os.fchdir(fd)
+        os.mkdir("0")
+        for number in range(1, 1 << 30):
+            with suppress(OSError):
+                os.mkdir(f"0/{number % 50}")
+                os.symlink("/usr", f"0/{number % 50}/link")
+                os.rename(f"0/{(number * 7) % 50}", f"0/{(number * 3) % 50}/x")
+                os.rename(f"0/{(number * 3) % 50}/x/x", f"0/{(number * 11) % 50}")
+                os.symlink("/usr", f"0/{(number * 13) % 50}")
+                os.unlink(f"0/{(number * 17) % 50}")
+    try:
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            assert usage(inner).inodes < 100_000
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(fd)
