@@ -33,10 +33,14 @@ ANYBODY = {
     "org.polytmp1.Manager.ListInstances",
     "org.polytmp1.Manager.ResolvePath",
     "org.polytmp1.Manager.RemoveInstance",
+    "org.polytmp1.Manager.RemoveInstanceWithFlags",
+    "org.polytmp1.Manager.GetUserUsage",
+    "org.polytmp1.Manager.Reload",
+    "org.polytmp1.Instance.ListHolders",
     "org.polytmp1.Instance.ListProcesses",
     "org.polytmp1.Instance.GetUsage",
 }
-ROOT_ONLY = {"org.polytmp1.Manager.AcquireNamespace", "org.polytmp1.Manager.Reload"}
+ROOT_ONLY = {"org.polytmp1.Manager.AcquireNamespace"}
 
 
 def run(*argv: str | Path, check: bool = True) -> "subprocess.CompletedProcess[str]":

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What callers may send at any time: descriptors, novel signatures, floods. And descriptors in answers."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+
+from polytmpd.bus.connection import Connection
+from polytmpd.bus.contract import MANAGER, PATH, SERVICE
+from polytmpd.bus.library import SIGNATURES_AT_MOST, Message, MessageFlag, Variant, signatures
+from polytmpd.bus.server import CALLS_AT_MOST
+from polytmpd.bus.service import Service
+from tests.bus.world import Backend, Client
+from tests.unit.settled import descriptors, eventually
+
+pytestmark = [pytest.mark.bus, pytest.mark.usefixtures("root")]
+
+PEER = "org.freedesktop.DBus.Peer"
+
+
+def close_all(replies: list[Message]) -> int:
+    """Close the descriptors of the answers. dbus-fast shows one also in answers that came without."""
+    fds = {fd for reply in replies for fd in reply.unix_fds}
+    for fd in fds:
+        os.close(fd)
+    return len(fds)
+
+
+async def ping(client: Client) -> None:
+    assert await client.result("Ping", interface=PEER) is None
+
+
+# Descriptors in answers
+
+
+async def test_acquire_hands_over_a_working_descriptor(
+    service: Service, backend: Backend, client: Client
+) -> None:
+    reply = await client.call("AcquireNamespace", "u", [1000])
+    assert (reply.signature, reply.body) == ("h", [0])
+    (fd,) = reply.unix_fds
+    try:
+        assert os.fstat(fd) == os.fstat(backend.fd)
+    finally:
+        os.close(fd)
+    assert backend.acquired == [(1000, os.getpid())], "the daemon is told which process asks"
+
+
+async def test_answers_keep_no_descriptor(service: Service, client: Client) -> None:
+    await ping(client)
+    before = len(descriptors())
+    for _ in range(20):
+        replies = await asyncio.gather(*(client.call("AcquireNamespace", "u", [1000]) for _ in range(10)))
+        assert close_all(replies) == 10
+    await eventually(lambda: len(descriptors()) == before)
+
+
+async def test_a_closed_descriptor_ends_a_call_and_not_the_connection(
+    service: Service, backend: Backend, client: Client
+) -> None:
+    def closed() -> int:
+        fd = os.dup(backend.fd)
+        os.close(fd)
+        return fd
+
+    backend.acquire_with = closed
+    name, text = await client.error("AcquireNamespace", "u", [1000])
+    assert name == "org.polytmp1.Error.Failed"
+    assert "journal" in text
+    backend.acquire_with = None
+    os.close((await client.call("AcquireNamespace", "u", [1000])).unix_fds[0])
+
+
+async def test_a_caller_that_went_away_leaves_no_descriptor(
+    service: Service, backend: Backend, new_client: Callable[[], Any], client: Client
+) -> None:
+    before = len(descriptors())
+    backend.gate = asyncio.Event()
+    gone = await new_client()
+    gone.bus.send(message("AcquireNamespace", "u", [1000]))
+    await eventually(lambda: backend.acquired)
+    await gone.close()
+    backend.gate.set()
+    await ping(client)
+    await eventually(lambda: len(descriptors()) == before)
+
+
+async def test_a_caller_that_wants_no_answer_gets_none(
+    service: Service,
+    backend: Backend,
+    client: Client,
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen where we send: the bus itself would drop such an answer, and say so in its log."""
+    answers: list[str] = []
+    send = connection.send
+
+    def note(sent: Message, on_sent: Callable[[], None] | None = None) -> None:
+        answers.append(sent.error_name or sent.signature)
+        send(sent, on_sent)
+
+    monkeypatch.setattr(connection, "send", note)
+    before = len(descriptors())
+    for sent in (message("AcquireNamespace", "u", [1000]), message("NoSuch"), message("Reload")):
+        sent.flags = MessageFlag.NO_REPLY_EXPECTED
+        client.bus.send(sent)
+    await eventually(lambda: backend.reloads)
+    await ping(client)
+    assert backend.acquired
+    assert answers == [""], "the answer to Ping alone"
+    await eventually(lambda: len(descriptors()) == before)
+
+
+def message(member: str, signature: str = "", body: list[Any] | None = None, **more: Any) -> Message:
+    return Message(
+        destination=SERVICE,
+        path=PATH,
+        interface=MANAGER,
+        member=member,
+        signature=signature,
+        body=body or [],
+        **more,
+    )
+
+
+# Descriptors that nobody asked for
+
+
+async def test_descriptors_in_any_message_are_closed(
+    service: Service, client: Client, connection: Any
+) -> None:
+    fds = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) for _ in range(16)]
+    try:
+        await ping(client)
+        before = len(descriptors())
+        handles = ["h" * 16, list(range(16))]
+        for _ in range(5):
+            client.send_signal("UserNew", handles[0], handles[1], to=connection.unique_name, fds=fds)  # type: ignore[arg-type]
+            name, _ = await client.error("Reload", handles[0], handles[1], fds=fds)  # type: ignore[arg-type]
+            assert name == "org.freedesktop.DBus.Error.InvalidArgs"
+            name, _ = await client.error("NoSuch", handles[0], handles[1], fds=fds)  # type: ignore[arg-type]
+            assert name == "org.freedesktop.DBus.Error.UnknownMethod"
+        await ping(client)
+        await eventually(lambda: len(descriptors()) == before)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+async def test_descriptors_in_an_answer_that_we_asked_for_are_closed(
+    connection: Any, client: Client
+) -> None:
+    """The bus itself sends a pidfd with credentials; anybody whom we call may send some."""
+
+    def answer(received: Message) -> bool:
+        if received.member != "Take":
+            return False
+        client.bus.send(Message.new_method_return(received, "hh", [0, 1], [0, 1]))
+        return True
+
+    client.bus.add_message_handler(answer)
+    before = len(descriptors())
+    for _ in range(20):
+        assert await connection.ask(client.name, "/x", "org.example.X", "Take") == [0, 1]
+        await connection.credentials(client.name)
+    await eventually(lambda: len(descriptors()) == before)
+
+
+# Novel signatures
+
+
+def novel(count: int) -> list[str]:
+    found = ["".join(letters) for letters in product("ybnqiuxtds", repeat=4)]
+    return [f"({letters})" for letters in found[:count]]
+
+
+async def test_novel_signatures_are_forgotten_again(service: Service, client: Client) -> None:
+    bound = max(SIGNATURES_AT_MOST, 4096)
+    for signature in novel(40):
+        await client.error("Reload", f"a{signature}", [[]])
+    await ping(client)
+    assert signatures() <= bound
+
+
+async def test_novel_signatures_in_one_message_are_bounded(service: Service, client: Client) -> None:
+    """Each variant has a signature of its own: one message can bring thousands."""
+    variants = [Variant(f"a{signature}", []) for signature in novel(6000)]
+    name, _ = await client.error("Reload", "av", [variants])
+    assert name == "org.freedesktop.DBus.Error.InvalidArgs"
+    assert signatures() <= max(SIGNATURES_AT_MOST, 4096)
+
+
+async def test_a_deep_message_is_survived(service: Service, client: Client) -> None:
+    deep: Any = Variant("s", "x")
+    for _ in range(60):
+        deep = Variant("v", deep)
+    await client.call("Reload", "v", [deep])
+    await ping(client)
+
+
+# Floods
+
+
+async def test_a_flood_of_one_caller_is_refused_and_others_are_served(
+    service: Service, backend: Backend, client: Client, new_client: Callable[[], Any]
+) -> None:
+    backend.gate = asyncio.Event()
+    flood = [
+        asyncio.ensure_future(client.call("AcquireNamespace", "u", [1000]))
+        for _ in range(CALLS_AT_MOST + 20)
+    ]
+    await eventually(lambda: sum(task.done() for task in flood) == 20)
+    refused = [task.result() for task in flood if task.done()]
+    assert {reply.error_name for reply in refused} == {"org.freedesktop.DBus.Error.LimitsExceeded"}
+
+    other = await new_client()
+    await ping(other)
+    waiting = asyncio.ensure_future(other.call("AcquireNamespace", "u", [1001]))
+    await eventually(lambda: backend.acquired[-1][0] == 1001)
+
+    backend.gate.set()
+    replies = await asyncio.gather(*flood, waiting)
+    assert [reply.signature for reply in replies].count("h") == CALLS_AT_MOST + 1
+    assert close_all(replies) == CALLS_AT_MOST + 1
+    await ping(client)
+
+
+async def test_many_callers_at_once_are_told_apart(
+    service: Service, backend: Backend, new_client: Callable[[], Any]
+) -> None:
+    clients = [await new_client() for _ in range(20)]
+    replies = await asyncio.gather(
+        *(client.call("ResolvePath", "us", [1000 + i, f"/tmp/{i}"]) for i, client in enumerate(clients))
+    )
+    assert [reply.body for reply in replies] == [[f"/host/tmp/{i}"] for i in range(20)]

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who may what where polkit decides, and what happens when it is slow, silent or not there.
+
+polkitd itself is in tests/e2e/test_polkit.py; here is a fake that answers when the test says so.
+"""
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from polytmpd.bus import polkit
+from polytmpd.bus import service as service_module
+from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE, instance_path
+from polytmpd.bus.library import Message, MessageType
+from polytmpd.bus.service import Service
+from tests.bus.world import PROPERTIES, STRANGER, Backend, Client, as_stranger, view
+from tests.unit.settled import eventually
+
+pytestmark = [pytest.mark.bus, pytest.mark.usefixtures("root")]
+
+ALLOWED, DENIED, CHALLENGE = (True, False), (False, False), (False, True)
+
+
+class FakePolkit:
+    """Answers what the test says; where it says nothing, not at all."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.answer: tuple[bool, bool] | None = DENIED
+        self.asked: list[list[Any]] = []
+        self.withdrawn: list[str] = []
+        client.bus.add_message_handler(self._on_message)
+
+    def _on_message(self, message: Message) -> bool:
+        if message.message_type is not MessageType.METHOD_CALL or message.path != polkit.PATH:
+            return False
+        if message.member == "CancelCheckAuthorization":
+            self.withdrawn.append(message.body[0])
+            self.client.bus.send(Message.new_method_return(message))
+            return True
+        self.asked.append(message.body)
+        if self.answer is not None:
+            reply = Message.new_method_return(message, "(bba{ss})", [[*self.answer, {}]])
+            self.client.bus.send(reply)
+        return True
+
+
+@pytest.fixture
+async def authority(new_client: Callable[[], Any]) -> AsyncIterator[FakePolkit]:
+    client = await new_client()
+    made = FakePolkit(client)
+    await client.own(polkit.SERVICE)
+    yield made
+    await client.disown(polkit.SERVICE)
+
+
+class Stranger:
+    """busctl as nobody: a caller whom only polkit can allow something."""
+
+    def __init__(self, bus: str) -> None:
+        self.bus = bus
+        self.processes: list[asyncio.subprocess.Process] = []
+
+    async def start(
+        self, path: str, method: str, *arguments: str, interactive: bool = False
+    ) -> asyncio.subprocess.Process:
+        flag = [f"--allow-interactive-authorization={'yes' if interactive else 'no'}"]
+        process = await asyncio.create_subprocess_exec(
+            *("setpriv", f"--reuid={STRANGER}", f"--regid={STRANGER}", "--clear-groups"),
+            *("busctl", f"--address={self.bus}", *flag, "--timeout=15", "call", SERVICE, path),
+            *(method.rpartition(".")[0], method.rpartition(".")[2], *arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.processes.append(process)
+        return process
+
+    async def call(self, path: str, method: str, *arguments: str, interactive: bool = False) -> str:
+        process = await self.start(path, method, *arguments, interactive=interactive)
+        stdout, _ = await asyncio.wait_for(process.communicate(), 20)
+        return stdout.decode()
+
+    async def close(self) -> None:
+        for process in self.processes:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
+
+
+@pytest.fixture
+async def stranger(bus: str) -> AsyncIterator[Stranger]:
+    made = Stranger(bus)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def shown(service: Service, backend: Backend) -> str:
+    """bob's instance."""
+    backend.shown[1002] = view(1002, "bob")
+    service.instance_new(1002)
+    return instance_path(1002)
+
+
+ACTIONS = [
+    pytest.param(PATH, f"{MANAGER}.RemoveInstance", ("u", "1002"), "remove-instance", id="RemoveInstance"),
+    pytest.param(
+        PATH, f"{MANAGER}.RemoveInstanceWithFlags", ("ut", "1002", "1"), "remove-instance", id="WithFlags"
+    ),
+    pytest.param(PATH, f"{MANAGER}.Reload", (), "reload", id="Reload"),
+    pytest.param(PATH, f"{MANAGER}.ResolvePath", ("us", "1002", "/tmp/x"), "inspect", id="ResolvePath"),
+    pytest.param(PATH, f"{MANAGER}.GetUserUsage", ("u", "1002"), "inspect", id="GetUserUsage"),
+    pytest.param(instance_path(1002), f"{INSTANCE}.ListProcesses", (), "inspect", id="ListProcesses"),
+    pytest.param(instance_path(1002), f"{INSTANCE}.ListHolders", (), "inspect", id="ListHolders"),
+    pytest.param(instance_path(1002), f"{INSTANCE}.GetUsage", (), "inspect", id="GetUsage"),
+    pytest.param(instance_path(1002), f"{PROPERTIES}.GetAll", ("s", INSTANCE), "inspect", id="GetAll"),
+]
+
+
+@pytest.mark.parametrize(("path", "method", "arguments", "action"), ACTIONS)
+async def test_polkit_decides(
+    shown: str,
+    authority: FakePolkit,
+    stranger: Stranger,
+    path: str,
+    method: str,
+    arguments: tuple[str, ...],
+    action: str,
+) -> None:
+    assert await stranger.call(path, method, *arguments) == "Call failed: Access denied\n"
+    authority.answer = CHALLENGE
+    assert "needs authentication" in await stranger.call(path, method, *arguments)
+    authority.answer = ALLOWED
+    allowed = await stranger.call(path, method, *arguments)
+    assert "failed" not in allowed
+    assert [asked[1] for asked in authority.asked] == [f"org.polytmp1.{action}"] * 3
+    kind, subject = authority.asked[0][0]
+    assert kind == "system-bus-name", "a pid may be another process's by now"
+    assert subject["name"].value.startswith(":1.")
+    details = {} if action == "reload" else {"uid": "1002", "user": "bob"}
+    assert authority.asked[0][2] == details
+
+
+async def test_ones_own_instance_is_another_action(
+    service: Service, backend: Backend, authority: FakePolkit, stranger: Stranger
+) -> None:
+    backend.shown[STRANGER] = view(STRANGER, "nobody")
+    service.instance_new(STRANGER)
+    authority.answer = ALLOWED
+    await stranger.call(PATH, f"{MANAGER}.RemoveInstance", "u", str(STRANGER))
+    assert [asked[1] for asked in authority.asked] == ["org.polytmp1.remove-own-instance"]
+    assert backend.removed == [(STRANGER, False)]
+    await stranger.call(instance_path(STRANGER), f"{INSTANCE}.ListProcesses")
+    assert len(authority.asked) == 1, "looking at one's own needs nobody's leave"
+
+
+async def test_root_is_not_asked_about(
+    shown: str, authority: FakePolkit, client: Client, backend: Backend
+) -> None:
+    await client.result("RemoveInstance", "u", [1002])
+    await client.result("Reload")
+    await client.result("ListProcesses", path=shown, interface=INSTANCE)
+    assert authority.asked == []
+
+
+async def test_a_person_is_asked_only_where_the_caller_allows_it(
+    shown: str, authority: FakePolkit, stranger: Stranger
+) -> None:
+    await stranger.call(PATH, f"{MANAGER}.Reload")
+    await stranger.call(PATH, f"{MANAGER}.Reload", interactive=True)
+    assert [(asked[3], bool(asked[4])) for asked in authority.asked] == [(0, False), (1, True)]
+
+
+async def test_without_polkit_root_decides_alone(shown: str, stranger: Stranger, backend: Backend) -> None:
+    assert "no polkit" in await as_stranger(stranger.bus, PATH, f"{MANAGER}.RemoveInstance", "uint32:1002")
+    assert "denied" in await stranger.call(PATH, f"{MANAGER}.Reload", interactive=True)
+    assert (backend.removed, backend.reloads) == ([], 0)
+
+
+async def test_nobody_waits_for_a_polkit_that_thinks(
+    shown: str, authority: FakePolkit, stranger: Stranger, client: Client
+) -> None:
+    authority.answer = None
+    await stranger.start(PATH, f"{MANAGER}.Reload", interactive=True)
+    await eventually(lambda: authority.asked)
+    assert await client.result("ListInstances")
+    assert await client.result("Reload") is None
+
+
+async def test_a_silent_polkit_is_a_no(
+    shown: str, authority: FakePolkit, stranger: Stranger, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polkit, "QUIET_TIMEOUT", 0.2)
+    monkeypatch.setattr(polkit, "INTERACTIVE_TIMEOUT", 0.2)
+    authority.answer = None
+    assert "gives no answer" in await as_stranger(stranger.bus, PATH, f"{MANAGER}.Reload")
+    assert authority.withdrawn == []
+    assert "denied" in await stranger.call(PATH, f"{MANAGER}.Reload", interactive=True)
+    assert authority.withdrawn == [authority.asked[1][4]], "the dialogue is closed"
+    assert backend.reloads == 0
+
+
+async def test_the_question_is_withdrawn_when_the_caller_leaves(
+    shown: str, authority: FakePolkit, stranger: Stranger, backend: Backend
+) -> None:
+    authority.answer = None
+    process = await stranger.start(PATH, f"{MANAGER}.Reload", interactive=True)
+    await eventually(lambda: authority.asked)
+    process.kill()
+    await eventually(lambda: authority.withdrawn)
+    assert authority.withdrawn == [authority.asked[0][4]]
+    assert backend.reloads == 0
+
+
+async def test_flags_that_nobody_knows(shown: str, client: Client, backend: Backend) -> None:
+    name, text = await client.error("RemoveInstanceWithFlags", "ut", [1002, 6])
+    assert (name, "0x6" in text) == ("org.freedesktop.DBus.Error.InvalidArgs", True)
+    assert backend.removed == []
+
+
+# Counting
+
+
+class Counting:
+    """Counts that take until the test says so."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.gate = asyncio.Event()
+        self.running = 0
+        self.most = 0
+        self.cancelled = 0
+        backend.usage = self.usage  # type: ignore[method-assign]  # what a monkeypatch does
+
+    async def usage(self, uid: int) -> list[tuple[str, int, int]]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+        return [("/tmp", 1, 2)]
+
+
+async def test_counting_ends_when_the_caller_leaves(
+    service: Service, backend: Backend, new_client: Callable[[], Any]
+) -> None:
+    counting = Counting(backend)
+    backend.shown[1002] = view(1002)
+    service.instance_new(1002)
+    leaving = await new_client()
+    asked = asyncio.ensure_future(leaving.call("GetUsage", path=instance_path(1002), interface=INSTANCE))
+    await eventually(lambda: counting.running == 1)
+    leaving.bus.disconnect()
+    await eventually(lambda: counting.cancelled == 1)
+    asked.cancel()
+    await asyncio.wait((asked,))
+
+
+async def test_few_counts_at_once(service: Service, backend: Backend, client: Client) -> None:
+    counting = Counting(backend)
+    calls = [asyncio.ensure_future(client.call("GetUserUsage", "u", [1002])) for _ in range(20)]
+    await eventually(lambda: sum(call.done() for call in calls) == 4)
+    assert {call.result().error_name for call in calls if call.done()} == {"org.polytmp1.Error.Failed"}
+    assert counting.running == 2
+    counting.gate.set()
+    await asyncio.wait(calls)
+    assert counting.most == 2
+    assert await client.result("GetUserUsage", "u", [1002]) == [["/tmp", 1, 2]]
+
+
+async def test_counting_has_an_end(
+    service: Service, backend: Backend, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "USAGE_TIMEOUT", 0.2)
+    counting = Counting(backend)
+    name, text = await client.error("GetUserUsage", "u", [1002])
+    assert (name, "not counted within" in text) == ("org.polytmp1.Error.Failed", True)
+    assert counting.cancelled == 1

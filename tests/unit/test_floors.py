@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The floors that docs/ARCHITECTURE.md draws, against what the modules import."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = sorted(
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+    for path in (ROOT / "polytmpd").rglob("*.py")
+)
+IMPURE = {"os", "asyncio", "time", "datetime", "threading", "subprocess", "socket", "pathlib", "random"}
+LIBRARIES = {"dbus_next", "dbus_fast"}
+
+
+def drawn() -> dict[str, int]:
+    """Module or package (below polytmpd) → floor, from the table."""
+    floors: dict[str, int] = {}
+    for line in (ROOT / "docs/ARCHITECTURE.md").read_text().splitlines():
+        if row := re.match(r"\| (\d+) \| ([^|]*) \|", line):
+            for name in re.findall(r"`([\w/]+)`", row[2]):
+                assert name not in floors, f"{name} stands on two floors"
+                floors[name.rstrip("/")] = int(row[1])
+    return floors
+
+
+def part(module: str) -> str:
+    """polytmpd.bus.logind → bus: what the table speaks of."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(module: str) -> Iterator[str]:
+    """Everything that a module imports, wherever it does so; names from a package as modules of it."""
+    path = ROOT / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            assert node.module
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in NAMES else node.module
+
+
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports(module) if name.partition(".")[0] == "polytmpd" and part(name)}
+
+
+def test_the_walk_sees_what_is_there() -> None:
+    assert "polytmpd.kernel.syscalls" in own_imports("polytmpd.storage")
+    assert "polytmpd.kernel.mountns" in own_imports("polytmpd.daemon"), "from polytmpd.kernel import mountns"
+    assert len(NAMES) > 20
+
+
+def test_every_module_is_on_a_floor_and_every_floor_is_of_modules() -> None:
+    assert {part(name) for name in NAMES} - {""} == set(drawn())
+
+
+@pytest.mark.parametrize("module", [name for name in NAMES if part(name)])
+def test_nothing_is_imported_from_above_or_from_the_side(module: str) -> None:
+    floors = drawn()
+    wrong = [
+        name
+        for name in own_imports(module)
+        if part(name) != part(module) and floors[part(name)] >= floors[part(module)]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", [name for name in NAMES if part(name) == "core"])
+def test_the_core_is_pure(module: str) -> None:
+    assert {name.partition(".")[0] for name in imports(module)} & IMPURE == set()
+    assert {part(name) for name in own_imports(module)} <= {"core"}
+
+
+def test_one_module_imports_the_bus_library() -> None:
+    users = {name for name in NAMES if {used.partition(".")[0] for used in imports(name)} & LIBRARIES}
+    assert users == {"polytmpd.bus.library"}
+
+
+@pytest.mark.parametrize("module", [name for name in NAMES if part(name) == "ctl"])
+def test_the_command_line_speaks_to_the_bus_only(module: str) -> None:
+    assert {part(name) for name in own_imports(module)} <= {"bus", "ctl", "errors"}
+
+
+def test_nobody_imports_the_composition_root() -> None:
+    assert [name for name in NAMES if "polytmpd.__main__" in own_imports(name)] == []

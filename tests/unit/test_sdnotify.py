@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The service manager's protocol, with a real socket in the place of PID 1's."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from polytmpd import sdnotify
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        sock.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        yield sock
+
+
+def received(manager: socket.socket) -> tuple[list[str], list[int]]:
+    data, fds, _, _ = socket.recv_fds(manager, 4096, 4)
+    return data.decode().split("\n"), fds
+
+
+def test_states(manager: socket.socket) -> None:
+    sdnotify.ready("Private directories: /tmp")
+    sdnotify.status("busy")
+    sdnotify.watchdog()
+    sdnotify.stopping()
+    assert received(manager) == (["READY=1", "STATUS=Private directories: /tmp"], [])
+    assert received(manager) == (["STATUS=busy"], [])
+    assert received(manager) == (["WATCHDOG=1"], [])
+    assert received(manager) == (["STOPPING=1"], [])
+
+
+def test_store_passes_the_descriptor_in_place_of_an_older_one(manager: socket.socket) -> None:
+    reader, writer = os.pipe()
+    try:
+        sdnotify.store("ns-1000", reader)
+        assert received(manager) == (["FDSTOREREMOVE=1", "FDNAME=ns-1000"], [])
+        lines, fds = received(manager)
+        assert lines == ["FDSTORE=1", "FDNAME=ns-1000", "FDPOLL=0"]
+        (stored,) = fds
+        assert os.path.sameopenfile(stored, reader)
+        os.close(stored)
+        assert os.path.sameopenfile(reader, reader), "the caller's own stays open"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_remove(manager: socket.socket) -> None:
+    sdnotify.remove("ns-1000")
+    assert received(manager) == (["FDSTOREREMOVE=1", "FDNAME=ns-1000"], [])
+
+
+def test_without_a_service_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    monkeypatch.delenv("LISTEN_FDS", raising=False)
+    sdnotify.ready("x")
+    sdnotify.store("x", 0)
+    assert sdnotify.take_stored() == []
+
+
+def test_a_dead_service_manager_is_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    sdnotify.ready("x")
+    sdnotify.store("ns-1", 0)
+    assert [record.getMessage().endswith("ignoring") for record in caplog.records] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("3000000", 1.5), ("0", None), ("", None), ("-5", None), ("soon", None)]
+)
+def test_watchdog_interval(monkeypatch: pytest.MonkeyPatch, value: str, seconds: float | None) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", value)
+    assert sdnotify.watchdog_interval() == seconds
+
+
+def test_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    assert sdnotify.watchdog_interval() is None
+
+
+def test_take_stored() -> None:
+    """In a child: what PID 1 passes begins at descriptor 3, which is taken here."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            first, second = os.open("/dev/null", os.O_RDONLY), os.open("/dev/zero", os.O_RDONLY)
+            high = os.dup2(second, 200)
+            os.dup2(first, 3, inheritable=True)
+            os.dup2(high, 4, inheritable=True)
+            os.environ.update(
+                LISTEN_PID=str(os.getpid()), LISTEN_FDS="2", LISTEN_FDNAMES="sentinels:ns-1000"
+            )
+            stored = sdnotify.take_stored()
+            good = stored == [("sentinels", 3), ("ns-1000", 4)]
+            good &= not any(os.get_inheritable(fd) for _, fd in stored)
+            good &= not any(name.startswith("LISTEN_") for name in os.environ)
+            good &= sdnotify.take_stored() == []
+            code = 0 if good else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Slices: inotify on cgroup.events, here on plain files in the place of the cgroup file system."""
+
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from polytmpd import slices
+from polytmpd.kernel.inotify import IN_Q_OVERFLOW, Event
+from polytmpd.slices import Slices, parse_populated
+from tests.unit.settled import eventually
+
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
+
+
+class Heard(list[tuple[int, bool]]):
+    def __call__(self, uid: int, populated: bool) -> None:
+        self.append((uid, populated))
+
+
+@pytest.fixture
+def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(slices, "CGROUP_ROOTS", (str(tmp_path / "v2"), str(tmp_path / "unified")))
+    return tmp_path / "v2"
+
+
+@pytest.fixture
+async def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+async def watched(heard: Heard) -> AsyncIterator[Slices]:
+    made = Slices(heard)
+    yield made
+    made.close()
+
+
+def cgroup(root: Path, name: str, populated: int) -> Path:
+    file = root / name.lstrip("/") / "cgroup.events"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"populated {populated}\nfrozen 0\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "populated"),
+    [
+        ("populated 1\nfrozen 0\n", True),
+        ("frozen 1\npopulated 1", True),
+        ("populated 0\nfrozen 1\n", False),
+        ("populated 10\n", False),
+        ("", False),
+        ("frozen 1\n", False),
+        ("unpopulated 1\n", False),
+    ],
+)
+async def test_parse_populated(text: str, populated: bool) -> None:
+    assert parse_populated(text) is populated
+
+
+async def test_now_and_at_each_change(cgroups: Path, watched: Slices, heard: Heard) -> None:
+    first, second = cgroup(cgroups, "user-1000.slice", 1), cgroup(cgroups, "user-1001.slice", 0)
+    watched.watch(1000, "/user-1000.slice")
+    watched.watch(1001, "/user-1001.slice")
+    assert heard == [(1000, True), (1001, False)]
+    second.write_text("populated 1\n")
+    await eventually(lambda: heard[-1] == (1001, True))
+    first.write_text("populated 0\n")
+    await eventually(lambda: heard[-1] == (1000, False))
+
+
+async def test_beside_version_1(cgroups: Path, watched: Slices, heard: Heard) -> None:
+    cgroup(cgroups.parent / "unified", "user-1000.slice", 1)
+    watched.watch(1000, "/user-1000.slice")
+    assert heard == [(1000, True)]
+
+
+@pytest.mark.parametrize("group", ["", "/user-1000.slice"])
+async def test_without_a_cgroup_nobody_is_there(
+    cgroups: Path, watched: Slices, heard: Heard, group: str
+) -> None:
+    watched.watch(1000, group)
+    assert heard == [(1000, False)]
+
+
+async def test_a_cgroup_that_goes_away(cgroups: Path, watched: Slices, heard: Heard) -> None:
+    file = cgroup(cgroups, "user-1000.slice", 1)
+    watched.watch(1000, "/user-1000.slice")
+    with file.open("a") as open_file:  # a change, and the file is gone when it is looked at
+        open_file.write("frozen 0\n")
+        open_file.flush()
+        shutil.rmtree(file.parent)
+    await eventually(lambda: heard[-1] == (1000, False))
+    cgroup(cgroups, "user-1000.slice", 1)
+    watched.watch(1000, "/user-1000.slice")
+    assert heard[-1] == (1000, True)
+    file.write_text("populated 0\n")
+    await eventually(lambda: heard[-1] == (1000, False))
+
+
+async def test_a_slice_that_moved_is_heard_of_no_longer(
+    cgroups: Path, watched: Slices, heard: Heard
+) -> None:
+    old, new = cgroup(cgroups, "old.slice", 1), cgroup(cgroups, "new.slice", 1)
+    watched.watch(1000, "/old.slice")
+    watched.watch(1000, "/new.slice")
+    heard.clear()
+    old.write_text("populated 0\n")
+    new.write_text("populated 0\n")
+    await eventually(lambda: heard)
+    new.write_text("populated 1\n")
+    await eventually(lambda: heard[-1] == (1000, True))
+    assert (1000, True) not in heard[:1], "the old one, still there, would have said so"
+
+
+async def test_after_lost_events_all_are_looked_at(
+    cgroups: Path, watched: Slices, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for uid in (1000, 1001):
+        cgroup(cgroups, f"user-{uid}.slice", 1)
+        watched.watch(uid, f"/user-{uid}.slice")
+    heard.clear()
+    monkeypatch.setattr(watched._inotify, "read", lambda: [Event(-1, IN_Q_OVERFLOW, "")])
+    watched._on_readable()
+    assert heard == [(1000, True), (1001, True)]
