@@ -46,6 +46,7 @@ async def run() -> int:
     logind, systemd = Logind(connection, daemon), Systemd(connection, daemon.slice_changed)
     service = Service(connection, daemon)
     daemon.connect(service, logind, systemd, slices)
+    await daemon.restore()
     await logind.subscribe()
     await systemd.subscribe()
     await daemon.start()
@@ -87,7 +88,7 @@ async def _feed_watchdog() -> None:
 
 
 def _boot_id() -> str:
-    # PID 1's /proc: the unit's sandbox has one of its own, in which a container's PID 1 has not put its boot id.
+    # PID 1's own: the sandbox's /proc is another one, which has not got a container's boot id.
     path = Path(f"{HOST}/root/proc/sys/kernel/random/boot_id")
     return path.read_text(encoding="ascii").strip().replace("-", "")
 

@@ -9,7 +9,9 @@ import asyncio
 import logging
 import os
 import pwd
+import threading
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -30,7 +32,7 @@ from polytmpd.errors import (
 )
 from polytmpd.executor import Executor
 from polytmpd.journal import MessageId, fields
-from polytmpd.kernel import mountns, processes
+from polytmpd.kernel import holders, mountns, processes
 from polytmpd.slices import CGROUP_ROOTS, Slices
 from polytmpd.storage import usage as count_usage
 
@@ -39,6 +41,9 @@ log = logging.getLogger(__name__)
 NAME_LOOKUP_TIMEOUT: Final = 10.0
 """Seconds that NSS may take for a user whom logind does not know (a cron job of a directory service's user).
 """
+_COUNTS_AT_ONCE: Final = 2
+_NAMED_AT_MOST: Final = 5
+"""Processes that an error names."""
 
 
 class Announcer(Protocol):
@@ -79,6 +84,11 @@ class Daemon:
         self._load_config = load_config
         self._records: dict[int, _Record] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        # Not the loop's own threads: logins need those, and a user decides how long counting takes.
+        self._counters = ThreadPoolExecutor(_COUNTS_AT_ONCE, "usage")
+        self._leftovers: list[tuple[str, str]] = []
+        self._ended: list[int] = []
+        self._listing: set[str] | None = None
         self._announcer: Announcer | None = None
         self._logind: Logind | None = None
         self._systemd: Systemd | None = None
@@ -91,36 +101,44 @@ class Daemon:
         self._systemd = systemd
         self._slices = slices
 
-    async def start(self) -> None:
-        """Take over what lives, hear what logind says, clear what is left. Raises BusError, OSError."""
-        restored = await asyncio.to_thread(self._executor.restore)
+    async def restore(self) -> None:
+        """Take over what lives, find what is left over. Raises OSError.
+
+        Before anything can call for an instance: one that is being made would be taken for one that was left
+        over.
+        """
+        restored = await asyncio.to_thread(self._executor.restore, self._config.directories)
         for instance in (*restored.held, *restored.draining, *restored.ended):
             record = self._record(instance.uid, instance.user)
             record.instance = instance
             state = State.ACTIVE if instance in restored.held else State.DRAINING
             record.standing = Standing(state, claimed=state is State.ACTIVE)
             self._show(instance.uid, record)
+        known = {entry.barrier for record in self._records.values() for entry in _made(record).directories}
+        self._leftovers = await self._executor.find_leftovers(self._config.directories, known)
+        self._ended = [instance.uid for instance in restored.ended]
+
+    async def start(self) -> None:
+        """Hear what logind and the kernel say, clear what is left over. Raises BusError."""
+        self._start(self._executor.delete_leftovers(self._leftovers))
+        restored = list(self._records)
+        for uid in restored:  # before logind is asked: a slice with processes holds what was held
+            await self._look_at_slice(uid)
         await self._list_logind()
-        for instance in (*restored.held, *restored.draining):
-            await self._look_at_slice(instance.uid)
-            self._settle(instance.uid)
-        for instance in restored.ended:
-            self._feed(instance.uid, Event.NAMESPACE_ENDED)
+        for uid in self._ended:
+            self._feed(uid, Event.NAMESPACE_ENDED)
+        for uid in restored:
+            if uid in self._records:
+                self._settle(uid)
         self._executor.start()
-        known = {
-            entry.barrier
-            for record in self._records.values()
-            if record.instance
-            for entry in record.instance.directories
-        }
-        self._start(self._executor.clear_leftovers(self._config.directories, known))
 
     async def stop(self) -> None:
         """Let unfinished work end as far as it does so by itself; instances stay."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._executor.close()
+        self._counters.shutdown(wait=False, cancel_futures=True)
+        await self._executor.close()
 
     # What is told by logind, the slices and the kernel
 
@@ -136,6 +154,8 @@ class Daemon:
         self._claim(session.user, lambda claims: claims.with_session(session.id))
 
     def session_removed(self, session_id: str) -> None:
+        if self._listing is not None:
+            self._listing.add(session_id)
         for uid, record in list(self._records.items()):
             if session_id in record.claims.sessions:
                 self._release(uid, lambda claims: claims.without_session(session_id))
@@ -185,15 +205,34 @@ class Daemon:
         log.info("Configuration reloaded; instances that exist stay as they are")
         self._announce().manager_changed(["Directories"])
 
-    async def remove(self, uid: int) -> None:
-        record = self._shown(uid)
-        if record.standing.state is not State.FAILED:
-            count = len(await self.processes(uid))
-            raise BusyError(
-                f"the instance of {record.user} is {record.standing.state}: {count} processes live in it; "
-                f"loginctl terminate-user {record.user} ends his sessions"
-            )
-        self._feed(uid, Event.UNCLAIMED)
+    async def remove(self, uid: int, *, persistent: bool = False) -> None:
+        record = self._records.get(uid)
+        is_shown = record is not None and record.shown
+        if record is not None and is_shown and record.standing.state is not State.FAILED:
+            await self._refuse_removal(uid, record)
+        if not is_shown and not persistent:
+            self._shown(uid)
+        if persistent:
+            try:
+                removed = await self._executor.remove_persistent(uid, self._config.directories)
+            except OSError as error:
+                raise PolytmpError(f"not everything can be removed: {error}") from error
+            if not removed and not is_shown:
+                raise NoSuchInstanceError(f"UID {uid} has no instance, and nothing is kept of former ones")
+        if record is not None and self._records.get(uid) is record and record.standing.state is State.FAILED:
+            self._feed(uid, Event.UNCLAIMED)
+
+    async def _refuse_removal(self, uid: int, record: _Record) -> None:
+        living = await self.processes(uid)
+        names = ", ".join(
+            f"{command.split(' ')[0].rstrip(':').rpartition('/')[2]} ({pid})"
+            for pid, command in living[:_NAMED_AT_MOST]
+        )
+        more = f" and {len(living) - _NAMED_AT_MOST} more" if len(living) > _NAMED_AT_MOST else ""
+        raise BusyError(
+            f"the instance of {record.user} is {record.standing.state}"
+            + (f", processes live in it: {names}{more}" if living else "")
+        )
 
     async def processes(self, uid: int) -> list[tuple[int, str]]:
         record = self._shown(uid)
@@ -208,27 +247,48 @@ class Daemon:
 
         return [(process.pid, process.command) for process in await asyncio.to_thread(look)]
 
-    async def usage(self, uid: int) -> list[tuple[str, int, int]]:
+    async def holders(self, uid: int) -> list[tuple[int, str, str, str]]:
         record = self._shown(uid)
-        directories = record.instance.directories if record.instance else ()
+        instance, group = record.instance, record.control_group
+        found = await asyncio.to_thread(
+            holders.find,
+            instance.namespace if instance else 0,
+            {entry.barrier for entry in instance.directories} if instance else (),
+            [root + group for root in CGROUP_ROOTS] if group else (),
+        )
+        return [(entry.pid, entry.command, entry.control_group, entry.how.value) for entry in found]
+
+    async def usage(self, uid: int) -> list[tuple[str, int, int]]:
+        record = self._records.get(uid)
+        directories = (
+            record.instance.directories
+            if record and record.instance
+            else await asyncio.to_thread(self._executor.persistent, uid, self._config.directories)
+        )
+        if not directories:
+            self._shown(uid)
+        cancelled = threading.Event()
 
         def count() -> list[tuple[str, int, int]]:
             result = []
             for entry in directories:
                 fd = os.open(
-                    mountns.HOST + "/root" + entry.host_path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+                    mountns.HOST + "/root" + entry.host_path,
+                    os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
                 )
                 try:
-                    used = count_usage(fd)
+                    used = count_usage(fd, cancelled.is_set)
                 finally:
                     os.close(fd)
                 result.append((entry.directory.path, used.bytes, used.inodes))
             return result
 
         try:
-            return await asyncio.to_thread(count)
+            return await asyncio.get_running_loop().run_in_executor(self._counters, count)
         except OSError as error:
             raise PolytmpError(f"cannot be counted: {error}") from error
+        finally:
+            cancelled.set()
 
     def views(self) -> list[View]:
         return [self._view_of(uid, record) for uid, record in sorted(self._records.items()) if record.shown]
@@ -245,7 +305,7 @@ class Daemon:
 
     def resolve(self, uid: int, path: str) -> str:
         record = self._shown(uid)
-        normal = os.path.normpath(path)
+        normal = "/" + os.path.normpath(path).lstrip("/")  # normpath() leaves two slashes alone
         if not path.startswith("/"):
             raise InvalidArgsError(f"{path!r} is not an absolute path")
         for entry in record.instance.directories if record.instance else ():
@@ -285,24 +345,33 @@ class Daemon:
         self._feed(uid, Event.CLAIMED if claimed else Event.UNCLAIMED)
 
     async def _list_logind(self) -> None:
-        """Compare with what logind says now: at start, and when it came back."""
+        """Compare with what logind says now: at start, and when it came back.
+
+        What comes while it answers is newer than the answer: a record, or a session, that was not there
+        before is left alone, and a session that went meanwhile does not come back.
+        """
         if self._logind is None:
             return
+        before = {uid: record.claims.sessions for uid, record in self._records.items()}
+        removed = self._listing = set()
         try:
             users, sessions = await self._logind.users(), await self._logind.sessions()
         except BusError as error:
             log.warning("systemd-logind does not answer, going on without: %s", error)
             return
-        for user in users:
-            self.user_new(user)
+        finally:
+            self._listing = None
+        # Users without a session linger: their managers ask by themselves, and slices hold what is there.
         for session in sessions:
-            self.session_new(session)
+            if session.id not in removed:
+                self.session_new(session)
         listed = {session.id for session in sessions}
-        for record in list(self._records.values()):
-            for gone in record.claims.sessions - listed:
+        for known in before.values():
+            for gone in known - listed:
                 self.session_removed(gone)
-        for uid in set(self._records) - {user.uid for user in users}:
-            self.user_removed(uid)
+        for uid in set(before) - {user.uid for user in users}:
+            if uid in self._records and self._records[uid].claims.sessions <= before[uid]:
+                self.user_removed(uid)
 
     async def _look_at_slice(self, uid: int) -> None:
         if self._systemd is None or self._slices is None:
@@ -352,14 +421,14 @@ class Daemon:
             case Action.LET_GO:
                 self._executor.let_go(uid)
             case Action.REMOVE:
-                self._start(self._remove(uid, record, _made(record)))
+                self._start(self._remove(uid, record, _made(record), record.generation))
             case Action.FORGET:
                 self._hide(uid, record)
 
     async def _prepare(self, uid: int, record: _Record) -> None:
         try:
             instance = await self._executor.prepare(uid, record.user, self._config.directories)
-        except OSError as error:
+        except Exception as error:  # a login waits: it gets an answer to "can't start new thread", too
             self._prepare_failed(uid, record, error)
             return
         log.info(
@@ -373,8 +442,10 @@ class Daemon:
     async def _rejoin(self, uid: int, record: _Record, draining: Instance) -> None:
         try:
             instance = await self._executor.rejoin(draining)
-        except OSError as error:
-            self._prepare_failed(uid, record, error)
+        except Exception as error:
+            self._prepare_failed(uid, record, error, Event.REJOIN_FAILED)
+            if self._executor.has_ended(uid):
+                self._feed(uid, Event.NAMESPACE_ENDED)  # while it was tried
             return
         self._prepared(uid, record, instance)
 
@@ -387,15 +458,18 @@ class Daemon:
         self._settle(uid)
         self._feed(uid, Event.PREPARED)
 
-    def _prepare_failed(self, uid: int, record: _Record, error: OSError) -> None:
+    def _prepare_failed(
+        self, uid: int, record: _Record, error: Exception, event: Event = Event.PREPARE_FAILED
+    ) -> None:
         log.error(
             "User %s gets no private directories: %s",
             record.user,
             error,
+            exc_info=None if isinstance(error, OSError) else error,
             extra=fields(MessageId.PREPARE_FAILED, uid, record.user),
         )
         record.error = PolytmpError(f"the instance cannot be made: {error}")
-        self._feed(uid, Event.PREPARE_FAILED)
+        self._feed(uid, event)
 
     def _hand_over(self, uid: int, record: _Record) -> None:
         waiting, record.waiting = record.waiting, []
@@ -413,8 +487,7 @@ class Daemon:
             if not future.done():
                 future.set_exception(record.error or PolytmpError("the instance cannot be made"))
 
-    async def _remove(self, uid: int, record: _Record, instance: Instance) -> None:
-        generation = record.generation
+    async def _remove(self, uid: int, record: _Record, instance: Instance, generation: int) -> None:
         try:
             await self._executor.remove(instance)
         except OSError as error:

@@ -17,6 +17,7 @@ class ErrorName(StrEnum):
     FAILED = "org.polytmp1.Error.Failed"
     INVALID_ARGS = "org.freedesktop.DBus.Error.InvalidArgs"
     ACCESS_DENIED = "org.freedesktop.DBus.Error.AccessDenied"
+    INTERACTIVE = "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"
 
 
 class PolytmpError(Exception):
@@ -47,6 +48,12 @@ class InvalidArgsError(PolytmpError):
 
 class AccessDeniedError(PolytmpError):
     name = ErrorName.ACCESS_DENIED
+
+
+class InteractiveAuthorizationError(PolytmpError):
+    """It would be allowed after authentication; the call did not allow to ask for it."""
+
+    name = ErrorName.INTERACTIVE
 
 
 class ConfigError(Exception):

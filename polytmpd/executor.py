@@ -8,15 +8,19 @@ Not here: when anything is to be done (daemon, core/lifecycle).
 
 import asyncio
 import contextlib
+import errno
+import functools
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
-from polytmpd import deletion, sdnotify, shared, storage
+from polytmpd import deletion, recovery, sdnotify, shared, storage
 from polytmpd.core.model import (
     INNER,
     LEFTOVER,
@@ -27,23 +31,33 @@ from polytmpd.core.model import (
     barrier_name,
 )
 from polytmpd.journal import MessageId, fields
-from polytmpd.kernel import mountns, processes
-from polytmpd.kernel.inotify import IN_DELETE_SELF, IN_UNMOUNT, Inotify, is_inotify
+from polytmpd.kernel import mountns, pidfd, processes
+from polytmpd.kernel.inotify import (
+    IN_DELETE_SELF,
+    IN_Q_OVERFLOW,
+    IN_UNMOUNT,
+    Inotify,
+    is_inotify,
+    living_watches,
+)
 from polytmpd.state import StateDirectory
 
 log = logging.getLogger(__name__)
 
 SENTINELS: Final = "sentinels"
+_STORED: Final = "ns-"
 _DELETIONS_AT_ONCE: Final = 4
+_LOOK_AGAIN: Final = 30.0
+"""Seconds after which it is looked again whether a process still has an instance mounted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
     """What was there at start. ended: instances nobody lives in any more, to be removed."""
 
-    held: tuple[Instance, ...]
-    draining: tuple[Instance, ...]
-    ended: tuple[Instance, ...]
+    held: list[Instance]
+    draining: list[Instance]
+    ended: list[Instance]
 
 
 class Executor:
@@ -59,62 +73,116 @@ class Executor:
         self._locks: dict[int, asyncio.Lock] = {}
         self._deletions = asyncio.Semaphore(_DELETIONS_AT_ONCE)
         self._inotify: Inotify | None = None
+        self._instances: dict[int, Instance] = {}
+        self._confirming: dict[int, asyncio.Task[None]] = {}
+        self._stopping = threading.Event()
 
     # Start and stop
 
-    def restore(self) -> Restored:
-        """Take over what a former process left:
+    def restore(self, directories: Sequence[Directory]) -> Restored:
+        """Take over what a former process left: the FD store, the state files, and whoever lives in a
+        namespace.
 
-        the FD store, the state files. Blocking; once, before start().
+        Any of the three can be missing: Debian 12's systemd drops the FD store at a stop, and a state file
+        can be lost. Blocking; once, before start(). Raises OSError.
         """
-        stored: dict[str, int] = {}
-        for name, kept in sdnotify.take_stored():
-            if name in stored:
-                os.close(kept)
-            else:
-                stored[name] = kept
-        inotify_fd: int | None = stored.pop(SENTINELS, None)
-        if inotify_fd is not None and not is_inotify(inotify_fd):
-            log.warning("The FD store's %s is no inotify instance, ignoring", SENTINELS)
-            os.close(inotify_fd)
-            inotify_fd = None
-        self._inotify = Inotify(inotify_fd)
-        if inotify_fd is None:
-            sdnotify.store(SENTINELS, self._inotify.fd)
+        namespaces = self._take_stored()
+        watched = living_watches(self._sentinels.fd)
         recorded, problems = self._state.load()
         for problem in problems:
             log.warning("%s", problem)
-        held: list[Instance] = []
-        draining: list[Instance] = []
-        ended: list[Instance] = []
-        for uid, instance in recorded.items():
-            fd: int | None = stored.pop(_stored_name(uid), None)
-            if fd is not None and _inode_or_none(fd) != instance.namespace:
-                log.warning("The FD store's ns-%d is not the namespace of that user, ignoring", uid)
-                os.close(fd)
-                fd = None
-            if fd is not None:
-                self._held[uid] = fd
-                held.append(instance)
-            elif (found := processes.open_namespace(instance.namespace)) is not None:
-                os.close(found)
-                draining.append(instance)
-            else:
-                ended.append(instance)
+        living = {entry.uid: entry for entry in recovery.living(directories)}
+        restored = Restored([], [], [])
+        for uid in sorted({*namespaces, *recorded, *living}):
+            fd = namespaces.get(uid)
+            instance = recorded.get(uid)
+            if fd is not None and (instance is None or _inode(fd) != instance.namespace):
+                instance = recovery.reconstruct(uid, _inode(fd), mountns.mounts_in(fd), directories)
+            elif instance is None and uid in living:
+                entry = living[uid]
+                instance = recovery.reconstruct(uid, entry.namespace, entry.mounts, directories)
+            if instance is None:
+                log.warning("The FD store's namespace of UID %d is none of ours, letting it go", uid)
+                self._drop(uid, fd)
                 continue
-            self._watches.update(dict.fromkeys(instance.watches, uid))
-        for name, kept in stored.items():
-            log.warning("The FD store's %s belongs to no instance, letting it go", name)
-            sdnotify.remove(name)
-            os.close(kept)
-        return Restored(tuple(held), tuple(draining), tuple(ended))
+            self._restore_one(instance, fd, instance.watches & watched, restored)
+        return restored
+
+    def _take_stored(self) -> dict[int, int]:
+        """UID → namespace descriptor, ours from now on. The inotify instance is taken, or a new one made."""
+        namespaces: dict[int, int] = {}
+        for name, fd in sdnotify.take_stored():
+            uid = name.removeprefix(_STORED)
+            if name == SENTINELS and self._inotify is None and is_inotify(fd):
+                self._inotify = Inotify(fd)
+            elif (
+                name.startswith(_STORED) and uid.isdecimal() and _is_namespace(fd, namespaces.get(int(uid)))
+            ):
+                namespaces[int(uid)] = fd
+            else:
+                log.warning("The FD store's %s is nothing that we put there, letting it go", name)
+                sdnotify.remove(name)
+                os.close(fd)
+        if self._inotify is None:
+            self._inotify = Inotify()
+            sdnotify.store(SENTINELS, self._inotify.fd)
+        return namespaces
+
+    def _restore_one(
+        self, instance: Instance, fd: int | None, watches: frozenset[int], restored: "Restored"
+    ) -> None:
+        """watches: those of the instance that are still there.
+
+        Their sentinels live, and so does the namespace.
+        """
+        uid = instance.uid
+        if not watches:
+            found = fd if fd is not None else _open_living(instance)
+            if found is None:
+                self._instances[uid] = instance
+                restored.ended.append(instance)
+                return
+            try:
+                watches = frozenset({self._renew_sentinel(instance, found)})
+            except OSError as error:
+                log.error(
+                    "The end of %s's instance cannot be noticed any more, it stays until the next boot: %s",
+                    instance.user,
+                    error,
+                )
+            if fd is None:
+                os.close(found)
+        self._watches.update(dict.fromkeys(watches, uid))
+        instance = replace(instance, watches=watches)
+        self._instances[uid] = instance
+        self._save(instance)
+        if fd is not None:
+            self._held[uid] = fd
+            restored.held.append(instance)
+        else:
+            restored.draining.append(instance)
+
+    def _renew_sentinel(self, instance: Instance, fd: int) -> int:
+        first = instance.directories[0].directory
+        return mountns.renew_sentinel(fd, first.path, first.shared, self._watch_sentinel)
+
+    def _drop(self, uid: int, fd: int | None) -> None:
+        if fd is not None:
+            sdnotify.remove(_stored_name(uid))
+            os.close(fd)
 
     def start(self) -> None:
         """Hear of namespaces that end, also of those that ended before."""
         asyncio.get_running_loop().add_reader(self._sentinels.fd, self._on_sentinel)
 
-    def close(self) -> None:
-        """Let go of everything but what the FD store holds."""
+    async def close(self) -> None:
+        """Let go of everything but what the FD store holds.
+
+        Deletions stop where they are; the next start goes on.
+        """
+        self._stopping.set()
+        for task in self._confirming.values():
+            task.cancel()
         if self._inotify is not None:
             asyncio.get_running_loop().remove_reader(self._inotify.fd)
             self._inotify.close()
@@ -140,10 +208,14 @@ class Executor:
         bind mount of the namespace): then a new namespace is made over the same directories. Raises OSError.
         """
         async with self._lock(instance.uid):
-            fd = await asyncio.to_thread(processes.open_namespace, instance.namespace)
+            fd = await asyncio.to_thread(_open_living, instance)
             if fd is not None:
                 return self._hold(instance, fd)
             return self._hold(*await asyncio.to_thread(self._rebuild, instance))
+
+    def has_ended(self, uid: int) -> bool:
+        """Whether no sentinel of the user's instance is left, and nobody is being waited for."""
+        return not self._watches_of(uid) and uid not in self._confirming
 
     def hand_over(self, uid: int) -> int:
         """A copy of the descriptor of a held namespace, the caller's to close. Raises OSError (EMFILE)."""
@@ -165,16 +237,43 @@ class Executor:
                 del self._watches[watch]
             aside = await asyncio.to_thread(_set_aside, instance)
             self._forget(instance.uid)
+            self._instances.pop(instance.uid, None)
         async with self._deletions:
-            await asyncio.to_thread(_delete, aside)
+            await asyncio.to_thread(_delete, aside, self._stopping.is_set)
 
-    async def clear_leftovers(self, directories: Sequence[Directory], known: set[str]) -> None:
-        """Delete what former boots, and a daemon that was killed, left on disk.
+    async def remove_persistent(self, uid: int, directories: Sequence[Directory]) -> bool:
+        """Delete what is kept of a user who has no instance; whether there was anything. Raises OSError."""
+        async with self._lock(uid):
+            if self._watches_of(uid):
+                raise OSError(errno.EBUSY, "the user has just logged in")
+            aside = await asyncio.to_thread(_set_persistent_aside, uid, directories)
+        async with self._deletions:
+            await asyncio.to_thread(_delete, aside, self._stopping.is_set)
+        return bool(aside)
 
-        Logs what cannot be deleted.
+    def persistent(self, uid: int, directories: Sequence[Directory]) -> tuple[InstanceDirectory, ...]:
+        """What is kept of a user between instances. Blocking, short."""
+        entries = [
+            InstanceDirectory(directory, barrier_name(directory.lifetime, self._boot_id, uid, ""))
+            for directory in _effective(directories)
+            if directory.lifetime is Lifetime.PERSISTENT
+        ]
+        return tuple(entry for entry in entries if Path(f"{mountns.HOST}/root{entry.host_path}").is_dir())
+
+    async def find_leftovers(
+        self, directories: Sequence[Directory], known: set[str]
+    ) -> list[tuple[str, str]]:
+        """(directory, barrier) of what former boots, and a daemon that was killed, left on disk.
+
+        known: the barriers of instances. No instance may be made meanwhile: it would be taken for one.
         """
-        async with self._deletions:
-            await asyncio.to_thread(_clear_leftovers, directories, known)
+        return await asyncio.to_thread(_find_leftovers, directories, known)
+
+    async def delete_leftovers(self, leftovers: Sequence[tuple[str, str]]) -> None:
+        """Delete what find_leftovers() found. Logs what cannot be deleted."""
+        for path, name in leftovers:
+            async with self._deletions:
+                await asyncio.to_thread(_delete_leftover, path, name, self._stopping.is_set)
 
     # Within
 
@@ -200,12 +299,16 @@ class Executor:
         # Not the ones that the instance had: a former namespace over the same files may have ended
         # meanwhile.
         instance = replace(instance, watches=frozenset(self._watches_of(instance.uid)))
+        self._instances[instance.uid] = instance
         sdnotify.store(_stored_name(instance.uid), fd)
+        self._save(instance)
+        return instance
+
+    def _save(self, instance: Instance) -> None:
         try:
             self._state.save(instance)
         except OSError as error:
             log.warning("State of UID %d cannot be written: %s, ignoring", instance.uid, error)
-        return instance
 
     def _forget(self, uid: int) -> None:
         try:
@@ -217,12 +320,46 @@ class Executor:
         return self._sentinels.add_watch(path, IN_DELETE_SELF)
 
     def _on_sentinel(self) -> None:
-        for event in self._sentinels.read():
-            if not event.mask & IN_UNMOUNT or event.watch not in self._watches:
-                continue
-            uid = self._watches.pop(event.watch)
-            if not self._watches_of(uid):
+        events = self._sentinels.read()
+        ended = {event.watch for event in events if event.mask & IN_UNMOUNT}
+        if any(event.mask & IN_Q_OVERFLOW for event in events):  # some were lost: ask which are left
+            ended |= set(self._watches) - living_watches(self._sentinels.fd)
+        for watch in ended & set(self._watches):
+            uid = self._watches.pop(watch)
+            if not self._watches_of(uid) and uid not in self._confirming:
+                task = asyncio.get_running_loop().create_task(self._confirm_end(uid))
+                self._confirming[uid] = task
+                task.add_done_callback(functools.partial(self._confirmed, uid))
+
+    def _confirmed(self, uid: int, task: "asyncio.Task[None]") -> None:
+        del self._confirming[uid]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("Whether the instance of UID %d ended cannot be told, it stays: %r", uid, error)
+
+    async def _confirm_end(self, uid: int) -> None:
+        """Report the end, unless somebody took a bind mount of the instance along into a namespace of his
+        own.
+
+        That one has no sentinel: bwrap --bind /tmp /tmp, say, moved to another cgroup so that the slice does
+        not know of it.
+        """
+        barriers = {
+            entry.barrier
+            for entry in self._instances[uid].directories
+            if entry.directory.lifetime is Lifetime.INSTANCE
+        }
+        while not self._watches_of(uid):
+            mounted = await asyncio.to_thread(recovery.mounted_barriers)
+            if self._watches_of(uid):
+                return  # a login came meanwhile, and made a new namespace over the same files
+            pid = next((mounted[barrier] for barrier in barriers if barrier in mounted), None)
+            if pid is None:
                 self._ended(uid)
+                return
+            log.info("Process %d has the instance of UID %d mounted in its own namespace, waiting", pid, uid)
+            # It may unmount it and live on, root's shell say: look again every now and then.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(pidfd.wait_for_exit(pid), _LOOK_AGAIN)
 
     def _prepare(self, uid: int, user: str, directories: Sequence[Directory]) -> tuple[Instance, int, int]:
         made: list[InstanceDirectory] = []
@@ -258,14 +395,34 @@ class Executor:
 
 
 def _stored_name(uid: int) -> str:
-    return f"ns-{uid}"
+    return f"{_STORED}{uid}"
 
 
-def _inode_or_none(fd: int) -> int | None:
-    try:
-        return mountns.namespace_inode(fd)
-    except OSError:
+def _inode(fd: int) -> int:
+    return os.fstat(fd).st_ino
+
+
+def _open_living(instance: Instance) -> int | None:
+    """A descriptor of the instance's namespace where somebody lives in it.
+
+    Inodes are used again: its mounts count.
+    """
+    fd = processes.open_namespace(instance.namespace)
+    if fd is None:
         return None
+    mounted = {recovery.barrier_of(mount) for mount in mountns.mounts_in(fd)}
+    if all(entry.barrier in mounted for entry in instance.directories):
+        return fd
+    os.close(fd)
+    return None
+
+
+def _is_namespace(fd: int, other: int | None) -> bool:
+    """Whether it is a mount namespace, the first of that name."""
+    try:
+        return mountns.namespace_inode(fd) != 0 and other is None
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -333,7 +490,9 @@ def _roll_back(entries: Sequence[InstanceDirectory]) -> None:
 
 
 def _set_aside(instance: Instance) -> list[tuple[str, str]]:
-    aside = []
+    """Rename what does not persist. Raises OSError where one could not be renamed, after the others were."""
+    aside: list[tuple[str, str]] = []
+    failure: OSError | None = None
     for entry in instance.directories:
         if entry.directory.lifetime is Lifetime.PERSISTENT:
             continue
@@ -342,37 +501,60 @@ def _set_aside(instance: Instance) -> list[tuple[str, str]]:
                 aside.append((entry.directory.path, storage.set_aside(base, entry.barrier)))
         except FileNotFoundError:
             log.warning("%s was gone already", entry.host_path)
+        except OSError as error:
+            failure = error
+    if failure is not None and not aside:
+        raise failure
+    if failure is not None:
+        log.error("%s", failure)
     return aside
 
 
-def _delete(aside: Sequence[tuple[str, str]]) -> None:
+def _set_persistent_aside(uid: int, directories: Sequence[Directory]) -> list[tuple[str, str]]:
+    aside: list[tuple[str, str]] = []
+    for directory in _effective(directories):
+        if directory.lifetime is Lifetime.PERSISTENT:
+            with contextlib.suppress(FileNotFoundError), _base(directory.path) as base:
+                aside.append(
+                    (directory.path, storage.set_aside(base, barrier_name(directory.lifetime, "", uid, "")))
+                )
+    return aside
+
+
+def _delete(aside: Sequence[tuple[str, str]], cancelled: Callable[[], bool]) -> None:
     failures: list[OSError] = []
     for path, name in aside:
         try:
             with _base(path) as base:
-                deletion.remove_tree(base, name)
+                deletion.remove_tree(base, name, cancelled=cancelled)
         except OSError as error:
             failures.append(error)
     if failures:
         raise failures[0]
 
 
-def _clear_leftovers(directories: Sequence[Directory], known: set[str]) -> None:
+def _find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[tuple[str, str]]:
+    """(directory, barrier) of what nobody lives in, and nobody has mounted."""
+    in_use = known | set(recovery.mounted_barriers())
+    leftovers: list[tuple[str, str]] = []
     for directory in _effective(directories):
         with _base(directory.path) as base:
             found = storage.leftovers(base, LEFTOVER)
-            for name in found.removable:
-                if name in known:
-                    continue
-                try:
-                    deletion.remove_tree(base, name)
-                except OSError as error:
-                    log.error(
-                        "Left-over instance cannot be deleted, the next start tries again: %s",
-                        error,
-                        extra=fields(MessageId.REMOVE_FAILED),
-                    )
-            for name, reason in found.foreign:
-                log.warning(
-                    "%s/%s has a name of polytmp's but is not: %s, ignoring", directory.path, name, reason
-                )
+        leftovers += [(directory.path, name) for name in found.removable if name not in in_use]
+        for name, reason in found.foreign:
+            log.warning(
+                "%s/%s has a name of polytmp's but is not: %s, ignoring", directory.path, name, reason
+            )
+    return leftovers
+
+
+def _delete_leftover(path: str, name: str, cancelled: Callable[[], bool]) -> None:
+    try:
+        with _base(path) as base:
+            deletion.remove_tree(base, name, cancelled=cancelled)
+    except OSError as error:
+        log.error(
+            "Left-over instance cannot be deleted, the next start tries again: %s",
+            error,
+            extra=fields(MessageId.REMOVE_FAILED),
+        )

@@ -2,6 +2,12 @@
 """Whether a user's slice has processes, by inotify on cgroup.events; no polling (cgroups(7), "populated").
 
 Not here: where the slice's cgroup is (bus/systemd1), and what follows.
+
+Hard facts
+- The kernel sends at most one IN_MODIFY in 10 ms for a cgroup.events (CGROUP_FILE_NOTIFY_MIN_INTV in
+  kernel/cgroup); one that is due later is dropped where the cgroup is removed before, and the removal itself
+  sends nothing to the file's watch. So `populated 0` may never be heard. The directory above sends IN_DELETE
+  when the slice's is removed; that is always heard.
 """
 
 import asyncio
@@ -10,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from polytmpd.kernel.inotify import IN_MODIFY, IN_Q_OVERFLOW, Inotify
+from polytmpd.kernel.inotify import IN_DELETE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +50,7 @@ class Slices:
             self._populated(uid, False)
             return
         try:
+            self._inotify.add_watch(str(path.parent.parent), IN_DELETE | IN_ONLYDIR)
             watch = self._inotify.add_watch(str(path), IN_MODIFY)
         except FileNotFoundError:
             self._populated(uid, False)
@@ -72,10 +79,8 @@ class Slices:
 
     def _on_readable(self) -> None:
         for event in self._inotify.read():
-            if event.mask & IN_Q_OVERFLOW:
-                for uid, path in list(self._files.values()):
+            for watch, (uid, path) in list(self._files.items()):
+                if watch == event.watch or event.mask & IN_Q_OVERFLOW or event.name == path.parent.name:
                     self._report(uid, path)
-            elif event.watch in self._files:
-                self._report(*self._files[event.watch])
-                if not self._files[event.watch][1].exists():
-                    del self._files[event.watch]
+                    if not path.exists():
+                        self._files.pop(watch, None)

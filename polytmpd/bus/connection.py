@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -70,8 +70,10 @@ class Connection:
         self._owners: dict[str, str | None] = {}
         self._owner_handlers: dict[str, list[Callable[[str | None], None]]] = {}
         self._call_handler: Callable[[Message], bool] | None = None
+        self._kept: dict[int, list[int]] = {}
         self._expected: set[int] = set()
         self._asking_owner: set[str] = set()
+        self._departures: dict[str, list[asyncio.Future[None]]] = {}
         bus.add_message_handler(self._on_message)
         # One, and never cancelled: the library hands out one future, which a cancelled waiter ends for all.
         self._closed = asyncio.ensure_future(self._wait_for_disconnect())
@@ -120,9 +122,15 @@ class Connection:
         signature: str = "",
         body: Sequence[Any] = (),
         *,
-        timeout: float = TIMEOUT,  # noqa: ASYNC109
+        timeout: float | None = TIMEOUT,  # noqa: ASYNC109
+        interactive: bool = False,
+        keep_fds: bool = False,
     ) -> list[Any]:
-        """Call a method, wait for the answer's body. Descriptors in it are closed. Raises BusError."""
+        """Call a method, wait for the answer's body. Raises BusError.
+
+        interactive: the user may be asked for a password meanwhile (ALLOW_INTERACTIVE_AUTHORIZATION).
+        keep_fds: instead of the body, the answer's descriptors, the caller's to close; else they are closed.
+        """
         if not self.connected:
             raise BusError(f"{DBUS}.Error.Disconnected", "not connected to the bus")
         message = Message(
@@ -132,10 +140,12 @@ class Connection:
             member=member,
             signature=signature,
             body=list(body),
+            flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else MessageFlag.NONE,
             serial=self._bus.next_serial(),
         )
+        if keep_fds:
+            self._kept[message.serial] = []
         call = asyncio.ensure_future(self._bus.call(message))
-        self._expected.add(message.serial)
         try:
             await asyncio.wait((call, self._closed), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
@@ -144,16 +154,20 @@ class Connection:
                     f"{DBUS}.Error.{name}", f"no answer from {destination} to {interface}.{member}"
                 )
             reply = call.result()
+            fds = self._kept.pop(message.serial, [])
+        except (BusError, asyncio.CancelledError):
+            raise
+        except Exception as error:  # the library's own: the connection broke, the body fits no signature
+            raise BusError(f"{DBUS}.Error.Failed", f"{interface}.{member} failed: {error!r}") from error
         finally:
-            self._expected.discard(message.serial)
             call.cancel()
+            _close_all(self._kept.pop(message.serial, []))
         if reply is None:
             raise BusError(f"{DBUS}.Error.NoReply", f"no answer from {destination} to {interface}.{member}")
-        _close_all(reply.unix_fds)
         if reply.message_type is MessageType.ERROR:
             text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else str(reply.error_name)
             raise BusError(str(reply.error_name), text)
-        return list(reply.body)
+        return fds if keep_fds else list(reply.body)
 
     async def ask_bus(self, member: str, signature: str = "", *body: Any) -> list[Any]:
         """Call a method of the bus itself."""
@@ -212,6 +226,32 @@ class Connection:
                 self._owners[service] = owner
         self._asking_owner.discard(service)
 
+    @contextlib.asynccontextmanager
+    async def departure(self, name: str) -> AsyncIterator["asyncio.Future[None]"]:
+        """A future that is done when a caller's unique name leaves the bus, while the context lasts.
+
+        Raises BusError.
+        """
+        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = self._departures.setdefault(name, [])
+        waiting.append(gone)
+        rule = f"type='signal',sender='{DBUS}',interface='{DBUS}',member='NameOwnerChanged',arg0='{name}'"
+        try:
+            if len(waiting) == 1:
+                await self.ask_bus("AddMatch", "s", rule)
+            (there,) = await self.ask_bus("NameHasOwner", "s", name)
+            if not there and not gone.done():
+                gone.set_result(None)
+            yield gone
+        finally:
+            gone.cancel()
+            waiting.remove(gone)
+            if not waiting:
+                self._departures.pop(name, None)
+                if self.connected:
+                    with contextlib.suppress(BusError):
+                        await self.ask_bus("RemoveMatch", "s", rule)
+
     def owner(self, service: str) -> str | None:
         """The unique name behind a followed name, as known now."""
         return self._owners.get(service)
@@ -233,11 +273,13 @@ class Connection:
             sent.add_done_callback(lambda future: _sent(future, on_sent))
 
     def _on_message(self, message: Message) -> bool:
+        # Here and at no later time: dbus-fast gives one list to several messages, and fills it later.
+        if message.message_type is MessageType.METHOD_RETURN and message.reply_serial in self._kept:
+            self._kept[message.reply_serial] = list(message.unix_fds)
+        else:
+            _close_all(message.unix_fds)
         if message.message_type in {MessageType.METHOD_RETURN, MessageType.ERROR}:
-            if message.reply_serial not in self._expected:
-                _close_all(message.unix_fds)
-            return False
-        _close_all(message.unix_fds)
+            return False  # the library knows who waits for it
         if message.message_type is MessageType.SIGNAL:
             self._on_signal(message)
             return True
@@ -248,6 +290,9 @@ class Connection:
     def _on_signal(self, message: Message) -> None:
         if message.sender == DBUS and message.member == "NameOwnerChanged" and message.signature == "sss":
             name, _, owner = message.body
+            for gone in self._departures.get(name, []):
+                if not owner and not gone.done():
+                    gone.set_result(None)
             if name in self._owners:
                 self._asking_owner.discard(name)
                 self._owners[name] = owner or None

@@ -7,6 +7,8 @@ SERVICE: Final = "org.polytmp1"
 PATH: Final = "/org/polytmp1"
 MANAGER: Final = "org.polytmp1.Manager"
 INSTANCE: Final = "org.polytmp1.Instance"
+REMOVE_PERSISTENT: Final = 1
+"""Flag of RemoveInstanceWithFlags: what is kept between logins (/var/tmp) goes too."""
 
 
 def instance_path(uid: int) -> str:

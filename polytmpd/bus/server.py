@@ -144,11 +144,20 @@ class Server:
     """Serves objects on a connection. The object at root carries the ObjectManager of all others."""
 
     def __init__(
-        self, connection: Connection, root: str, may_read: Callable[[str, str], Awaitable[bool]]
+        self,
+        connection: Connection,
+        root: str,
+        may_list: Callable[[str, str], Awaitable[bool]],
+        require_read: Callable[[Call], Awaitable[None]],
     ) -> None:
-        """may_read(sender, path) says whether a caller may read an object's properties."""
+        """may_list(sender, path) says whether GetManagedObjects shows an object to a caller.
+
+        require_read(call) raises PolytmpError where the caller may not read an object's properties; it may
+        take as long as a person needs to type a password.
+        """
         self._connection = connection
-        self._may_read = may_read
+        self._may_list = may_list
+        self._require_read = require_read
         self._root = root
         self._objects: dict[str, tuple[Interface, ...]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -246,12 +255,11 @@ class Server:
                 f"{interface.name}.{member} takes the signature {expected!r}, not {message.signature!r}",
             )
         outs = "".join(signature for _, signature in method.outs)
-        if interface in _STANDARD or interface is _OBJECT_MANAGER:
-            return outs, await self._standard(
-                message.sender or "", path, interface.name, member, message.body
-            )
         interactive = bool(int(message.flags.value) & 4)  # ALLOW_INTERACTIVE_AUTHORIZATION
-        return outs, await method.answer(Call(message.sender or "", path, list(message.body), interactive))
+        call = Call(message.sender or "", path, list(message.body), interactive)
+        if interface in _STANDARD or interface is _OBJECT_MANAGER:
+            return outs, await self._standard(call, member)
+        return outs, await method.answer(call)
 
     def _interfaces(self, path: str) -> list[Interface]:
         found = [*_STANDARD, *self._objects.get(path, ())]
@@ -265,9 +273,8 @@ class Server:
                 return interface
         raise _AnswerError(f"{DBUS_ERROR}.UnknownInterface", f"no interface {name} at {path}")
 
-    async def _standard(
-        self, sender: str, path: str, interface: str, member: str, body: list[Any]
-    ) -> Sequence[Any]:
+    async def _standard(self, call: Call, member: str) -> Sequence[Any]:
+        path, body = call.path, call.arguments
         match member:
             case "Introspect":
                 return [self.introspect(path)]
@@ -277,7 +284,7 @@ class Server:
                 return [_machine_id()]
             case "GetManagedObjects":
                 paths = [child for child in self._objects if child != self._root]
-                readable = [child for child in paths if await self._may_read(sender, child)]
+                readable = [child for child in paths if await self._may_list(call.sender, child)]
                 return [
                     {
                         child: {entry.name: entry.values() for entry in self._objects[child]}
@@ -285,8 +292,7 @@ class Server:
                         if child in self._objects
                     }
                 ]
-        if not await self._may_read(sender, path):
-            raise _AnswerError(ErrorName.ACCESS_DENIED.value, f"{path} is for its user and root")
+        await self._require_read(call)
         if path not in self._objects:
             raise _AnswerError(f"{DBUS_ERROR}.UnknownObject", f"no object at {path}")
         if member == "GetAll":

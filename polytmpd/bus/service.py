@@ -4,15 +4,32 @@
 Not here: decisions about instances (the daemon behind Backend), the mechanics of objects (server.py).
 """
 
-from collections.abc import Sequence
-from typing import Any, Final, Protocol
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any, Final, Protocol, TypeVar
 
 from polytmpd import __version__
 from polytmpd.bus.connection import BusError, Connection, Credentials
-from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE, instance_path, uid_of_path
+from polytmpd.bus.contract import (
+    INSTANCE,
+    MANAGER,
+    PATH,
+    REMOVE_PERSISTENT,
+    SERVICE,
+    instance_path,
+    uid_of_path,
+)
+from polytmpd.bus.polkit import Polkit, PolkitAction
 from polytmpd.bus.server import Call, Interface, Method, Property, Server, Signal
 from polytmpd.core.model import View
-from polytmpd.errors import AccessDeniedError, NoSuchInstanceError
+from polytmpd.errors import AccessDeniedError, InvalidArgsError, NoSuchInstanceError, PolytmpError
+
+T = TypeVar("T")
+
+USAGE_TIMEOUT: Final = 20.0
+"""Seconds that counting may take; below the 25 that callers wait by default."""
+_COUNTS_AT_ONCE: Final = 2
+_COUNTS_WAITING: Final = 16
 
 _USER: Final = (("uid", "u"),)
 
@@ -26,11 +43,19 @@ class Backend(Protocol):
 
     async def reload(self) -> None: ...
 
-    async def remove(self, uid: int) -> None: ...
+    async def remove(self, uid: int, *, persistent: bool = False) -> None:
+        """persistent: what outlives an instance is removed too."""
+        ...
 
     async def processes(self, uid: int) -> list[tuple[int, str]]: ...
 
-    async def usage(self, uid: int) -> list[tuple[str, int, int]]: ...
+    async def holders(self, uid: int) -> list[tuple[int, str, str, str]]:
+        """(pid, command, cgroup, how) of each process that keeps the instance."""
+        ...
+
+    async def usage(self, uid: int) -> list[tuple[str, int, int]]:
+        """Also where there is no instance, of what was kept. Cancelled, the counting ends."""
+        ...
 
     def views(self) -> list[View]: ...
 
@@ -49,7 +74,10 @@ class Service:
     def __init__(self, connection: Connection, backend: Backend) -> None:
         self._connection = connection
         self._backend = backend
-        self._server = Server(connection, PATH, self._may_read)
+        self._polkit = Polkit(connection)
+        self._counting = asyncio.Semaphore(_COUNTS_AT_ONCE)
+        self._counts = 0
+        self._server = Server(connection, PATH, self._may_list, self._require_read)
         self._server.add(PATH, self._manager())
 
     async def publish(self) -> None:
@@ -85,13 +113,27 @@ class Service:
             raise AccessDeniedError(f"{what} is for root only")
         return caller
 
+    async def _require(self, call: Call, action: PolkitAction, what: str, uid: int | None = None) -> None:
+        """Root may; others where polkit says so. Raises PolytmpError."""
+        if (await self._caller(call)).uid == 0:
+            return
+        details = {} if uid is None else {"uid": str(uid), "user": self._name(uid)}
+        await self._while_there(
+            call, self._polkit.require(call.sender, action, what, details, interactive=call.interactive)
+        )
+
     async def _require_owner(self, call: Call, uid: int, what: str) -> None:
         caller = await self._caller(call)
         if caller.uid not in {0, uid}:
-            raise AccessDeniedError(f"{what} of UID {uid} is for that user and root")
+            await self._require(call, PolkitAction.INSPECT, f"{what} of {self._name(uid)}", uid)
 
-    async def _may_read(self, sender: str, path: str) -> bool:
-        """Another user's paths and processes are not everybody's."""
+    async def _require_read(self, call: Call) -> None:
+        uid = uid_of_path(call.path)
+        if uid is not None:
+            await self._require_owner(call, uid, "the instance")
+
+    async def _may_list(self, sender: str, path: str) -> bool:
+        """Another user's paths and processes are not everybody's, and a list is no reason to ask polkit."""
         uid = uid_of_path(path)
         if uid is None:
             return True
@@ -99,6 +141,26 @@ class Service:
             return (await self._connection.credentials(sender)).uid in {0, uid}
         except BusError:
             return False
+
+    def _name(self, uid: int) -> str:
+        view = self._backend.view(uid)
+        return view.user if view else f"UID {uid}"
+
+    async def _while_there(self, call: Call, work: Awaitable[T]) -> T:
+        """What work gives; it is cancelled when the caller leaves the bus, who then needs no answer."""
+        task = asyncio.ensure_future(work)
+        try:
+            async with self._connection.departure(call.sender) as gone:
+                await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+                if task.done():
+                    return task.result()
+        except BusError as error:
+            raise PolytmpError(f"the bus does not say whether the caller is still there: {error}") from None
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait((task,))
+        raise PolytmpError("the caller is gone")
 
     # The manager
 
@@ -112,6 +174,8 @@ class Service:
                 Method("ListInstances", self._list_instances, (), (("instances", "a(uso)"),)),
                 Method("ResolvePath", self._resolve_path, (*_USER, ("path", "s")), (("host_path", "s"),)),
                 Method("RemoveInstance", self._remove_instance, _USER),
+                Method("RemoveInstanceWithFlags", self._remove_instance, (*_USER, ("flags", "t"))),
+                Method("GetUserUsage", self._get_user_usage, _USER, (("usage", "a(stt)"),)),
                 Method("Reload", self._reload),
             ),
             properties=(
@@ -146,12 +210,24 @@ class Service:
         return [self._backend.resolve(uid, path)]
 
     async def _remove_instance(self, call: Call) -> Sequence[Any]:
-        await self._require_root(call, "RemoveInstance")
-        await self._backend.remove(call.arguments[0])
+        uid, flags = call.arguments[0], call.arguments[1] if len(call.arguments) > 1 else 0
+        if flags & ~REMOVE_PERSISTENT:
+            raise InvalidArgsError(
+                f"flags {flags:#x} are unknown; {REMOVE_PERSISTENT} stands for what persists"
+            )
+        own = (await self._caller(call)).uid == uid
+        action = PolkitAction.REMOVE_OWN if own else PolkitAction.REMOVE
+        await self._require(call, action, f"removing the instance of {self._name(uid)}", uid)
+        await self._backend.remove(uid, persistent=bool(flags & REMOVE_PERSISTENT))
         return []
 
+    async def _get_user_usage(self, call: Call) -> Sequence[Any]:
+        uid = call.arguments[0]
+        await self._require_owner(call, uid, "the disk usage")
+        return [await self._count(call, uid)]
+
     async def _reload(self, call: Call) -> Sequence[Any]:
-        await self._require_root(call, "Reload")
+        await self._require(call, PolkitAction.RELOAD, "reloading the configuration")
         await self._backend.reload()
         return []
 
@@ -174,6 +250,7 @@ class Service:
             INSTANCE,
             methods=(
                 Method("ListProcesses", self._list_processes, (), (("processes", "a(us)"),)),
+                Method("ListHolders", self._list_holders, (), (("holders", "a(usss)"),)),
                 Method("GetUsage", self._get_usage, (), (("usage", "a(stt)"),)),
             ),
             properties=(
@@ -196,10 +273,38 @@ class Service:
         await self._require_owner(call, uid, "the process list")
         return [[[pid, command] for pid, command in await self._backend.processes(uid)]]
 
+    async def _list_holders(self, call: Call) -> Sequence[Any]:
+        uid = self._uid(call)
+        await self._require_owner(call, uid, "the process list")
+        return [[list(entry) for entry in await self._backend.holders(uid)]]
+
     async def _get_usage(self, call: Call) -> Sequence[Any]:
         uid = self._uid(call)
         await self._require_owner(call, uid, "the disk usage")
-        return [[list(entry) for entry in await self._backend.usage(uid)]]
+        return [await self._count(call, uid)]
+
+    async def _count(self, call: Call, uid: int) -> list[list[Any]]:
+        """Counting reads a whole tree, as large as its user likes: few at once, not for long, for nobody who
+        has left.
+        """
+        if self._counts >= _COUNTS_WAITING:
+            raise PolytmpError("too many callers wait for a count already; try again later")
+
+        async def count() -> list[tuple[str, int, int]]:
+            async with self._counting:
+                return await self._backend.usage(uid)
+
+        self._counts += 1
+        try:
+            async with asyncio.timeout(USAGE_TIMEOUT):
+                return [list(entry) for entry in await self._while_there(call, count())]
+        except TimeoutError:
+            raise PolytmpError(
+                f"the files were not counted within {USAGE_TIMEOUT:.0f} s; du -x on the host's path takes "
+                "the time it takes"
+            ) from None
+        finally:
+            self._counts -= 1
 
     def _uid(self, call: Call) -> int:
         uid = uid_of_path(call.path)

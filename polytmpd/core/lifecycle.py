@@ -31,6 +31,8 @@ class Event(Enum):
     """The namespace is ready and its descriptor held."""
     PREPARE_FAILED = auto()
     """It could not be made; nothing is left of the attempt."""
+    REJOIN_FAILED = auto()
+    """The draining namespace could not be held again; whoever lives in it lives on."""
     NAMESPACE_ENDED = auto()
     """The kernel reported the end of the namespace: no process, no descriptor holds it."""
     REMOVED = auto()
@@ -72,11 +74,14 @@ TABLE: Final[dict[tuple[State, Event], Row]] = {
     (State.ABSENT, Event.CLAIMED): (State.PREPARING, (Action.PREPARE,)),
     (State.ABSENT, Event.UNCLAIMED): (State.ABSENT, ()),
     (State.ABSENT, Event.ACQUIRED): (State.PREPARING, (Action.PREPARE,)),
+    # One that nobody waited for any more.
+    (State.ABSENT, Event.NAMESPACE_ENDED): (State.ABSENT, ()),
     (State.PREPARING, Event.CLAIMED): (State.PREPARING, ()),
     (State.PREPARING, Event.UNCLAIMED): (State.PREPARING, ()),
     (State.PREPARING, Event.ACQUIRED): (State.PREPARING, ()),
     (State.PREPARING, Event.PREPARED): (State.ACTIVE, (Action.HAND_OVER,)),
     (State.PREPARING, Event.PREPARE_FAILED): (State.FAILED, (Action.REFUSE,)),
+    (State.PREPARING, Event.REJOIN_FAILED): (State.DRAINING, (Action.REFUSE,)),
     # A namespace that ends while it is joined again: the executor sees it and makes a new one over the same
     # files.
     (State.PREPARING, Event.NAMESPACE_ENDED): (State.PREPARING, ()),
@@ -95,11 +100,13 @@ TABLE: Final[dict[tuple[State, Event], Row]] = {
     (State.REMOVING, Event.CLAIMED): (State.PREPARING, (Action.FORGET, Action.PREPARE)),
     (State.REMOVING, Event.UNCLAIMED): (State.REMOVING, ()),
     (State.REMOVING, Event.ACQUIRED): (State.PREPARING, (Action.FORGET, Action.PREPARE)),
+    (State.REMOVING, Event.NAMESPACE_ENDED): (State.REMOVING, ()),
     (State.REMOVING, Event.REMOVED): (State.ABSENT, (Action.FORGET,)),
     (State.REMOVING, Event.REMOVE_FAILED): (State.FAILED, ()),
     (State.FAILED, Event.CLAIMED): (State.PREPARING, (Action.FORGET, Action.PREPARE)),
     (State.FAILED, Event.UNCLAIMED): (State.ABSENT, (Action.FORGET,)),
     (State.FAILED, Event.ACQUIRED): (State.PREPARING, (Action.FORGET, Action.PREPARE)),
+    (State.FAILED, Event.NAMESPACE_ENDED): (State.FAILED, ()),
 }
 """What is not in the table is illegal and raises: an executor that reports what it was not asked for."""
 

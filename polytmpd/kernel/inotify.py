@@ -81,6 +81,19 @@ def parse(data: bytes) -> list[Event]:
     return events
 
 
+def living_watches(fd: int) -> set[int]:
+    """The watch descriptors that an inotify instance still has, from /proc/PID/fdinfo (proc_pid_fdinfo(5)).
+
+    One whose file system was unmounted is not among them, whether its events were read or not.
+    """
+    found = set()
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        for line in file:
+            if line.startswith(b"inotify wd:"):
+                found.add(int(line.split()[1].removeprefix(b"wd:"), 16))
+    return found
+
+
 def is_inotify(fd: int) -> bool:
     """Whether a descriptor is an inotify instance."""
     try:

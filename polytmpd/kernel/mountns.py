@@ -17,6 +17,10 @@ Hard facts
   fs/namespace.c), so the sources are opened after unshare() and compared by inode with what storage made.
 - Any descriptor that was opened through a mount of the new namespace keeps that mount's file system busy.
   None may survive this module, or the sentinel would never report the end.
+- The sentinel lies beneath the private directory, where no path leads: it is set once, and can be watched
+  again only by setting a new one. move_mount(2) can do so beneath what is mounted, MOVE_MOUNT_BENEATH, Linux
+  6.5. Before that, one is set on a shared directory and covered again by it: for some microseconds an X
+  client that connects is refused.
 - fs.mount-max (100000 by default) makes unshare() fail with ENOSPC, user.max_mnt_namespaces likewise.
 """
 
@@ -27,7 +31,7 @@ import stat
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from polytmpd.kernel import mountinfo
 from polytmpd.kernel.mountinfo import Mount
@@ -37,6 +41,7 @@ from polytmpd.kernel.syscalls import (
     CLONE_FS,
     CLONE_NEWNS,
     MNT_DETACH,
+    MOVE_MOUNT_BENEATH,
     MOVE_MOUNT_SET_GROUP,
     MS_NODEV,
     MS_NOEXEC,
@@ -45,6 +50,7 @@ from polytmpd.kernel.syscalls import (
     MS_REC,
     OPEN_TREE_CLONE,
     UMOUNT_NOFOLLOW,
+    fsmount,
     get_nstype,
     mount,
     move_mount,
@@ -54,8 +60,12 @@ from polytmpd.kernel.syscalls import (
     unshare,
 )
 
+T = TypeVar("T")
+
 HOST: Final = "/proc/1"
 SENTINEL_SOURCE: Final = "polytmp-sentinel"
+# One page at most, no access for anybody: it only has to end with the namespace.
+_SENTINEL_OPTIONS: Final = (("size", "4k"), ("nr_inodes", "2"), ("mode", "0000"))
 _BUILDS_AT_MOST: Final = 8
 _READS_AT_MOST: Final = 50
 _O_DIRECTORY_PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -94,6 +104,60 @@ class _HostChangedError(Exception):
     """A mount event of the host may have been missed; build again."""
 
 
+def mounts_in(namespace: int) -> list[Mount]:
+    """The mounts of the namespace behind a descriptor. Blocking, about a millisecond. Raises OSError."""
+
+    def look() -> list[Mount]:
+        unshare(CLONE_FS)
+        setns(namespace, CLONE_NEWNS)
+        return mountinfo.read()
+
+    return _in_disposable_thread(look)
+
+
+def renew_sentinel(
+    namespace: int, path: str, shared: Sequence[str], watch_sentinel: Callable[[str], int]
+) -> int:
+    """Set a new sentinel in a namespace whose old one is not watched any more; returns its watch descriptor.
+
+    path, shared: a private directory of the namespace, and the names in it that are the host's own. Raises
+    OSError.
+    """
+
+    def renew() -> int:
+        unshare(CLONE_FS)
+        setns(namespace, CLONE_NEWNS)
+        try:
+            return _set_sentinel_beneath(path, watch_sentinel)
+        except OSError as error:
+            if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP} or not shared:
+                raise
+            return _set_sentinel_under_shared(f"{path}/{shared[0]}", watch_sentinel)
+
+    return _in_disposable_thread(renew)
+
+
+def _set_sentinel_beneath(path: str, watch_sentinel: Callable[[str], int]) -> int:
+    with contextlib.ExitStack() as fds:
+        sentinel = fsmount(SENTINEL_SOURCE, "tmpfs", _SENTINEL_OPTIONS)
+        fds.callback(os.close, sentinel)
+        target = os.open(path, _O_DIRECTORY_PATH | os.O_NOFOLLOW)
+        fds.callback(os.close, target)
+        move_mount(sentinel, target, MOVE_MOUNT_BENEATH)
+        return watch_sentinel(f"/proc/self/fd/{sentinel}")
+
+
+def _set_sentinel_under_shared(place: str, watch_sentinel: Callable[[str], int]) -> int:
+    with contextlib.ExitStack() as fds:
+        cover = open_tree(AT_FDCWD, place, OPEN_TREE_CLONE)
+        fds.callback(os.close, cover)
+        watch = _mount_sentinel(place, watch_sentinel)
+        target = os.open(place, _O_DIRECTORY_PATH | os.O_NOFOLLOW)
+        fds.callback(os.close, target)
+        move_mount(cover, target)
+        return watch
+
+
 def build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[str], int]) -> Namespace:
     """Make the namespace from PID 1's, whatever the calling process's own is. Blocking, about a millisecond.
 
@@ -113,8 +177,8 @@ def build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[str
     )
 
 
-def _in_disposable_thread(work: Callable[[], Namespace]) -> Namespace:
-    results: list[Namespace] = []
+def _in_disposable_thread(work: Callable[[], T]) -> T:
+    results: list[T] = []
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -252,8 +316,8 @@ def _detach_below(table: Sequence[Mount], path: str) -> None:
 
 
 def _mount_sentinel(path: str, watch_sentinel: Callable[[str], int]) -> int:
-    # One inode, one page at most, no access for anybody: it only has to end with the namespace.
-    mount(SENTINEL_SOURCE, path, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=4k,nr_inodes=2,mode=0000")
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    mount(SENTINEL_SOURCE, path, "tmpfs", flags, ",".join("=".join(option) for option in _SENTINEL_OPTIONS))
     root = os.open(path, _O_DIRECTORY_PATH | os.O_NOFOLLOW)
     try:
         return watch_sentinel(f"/proc/self/fd/{root}")

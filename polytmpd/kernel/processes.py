@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from polytmpd.kernel import mountinfo
+from polytmpd.kernel.mountinfo import Mount
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -82,6 +85,25 @@ def _open_checked(path: str, inode: int) -> int | None:
             return fd
         os.close(fd)
     return None
+
+
+def mount_tables() -> Iterator[tuple[int, int, list[Mount]]]:
+    """(namespace inode, pid, mounts) of each mount namespace that a process lives in, once.
+
+    Blocking: reads all of /proc.
+    """
+    seen: set[int] = set()
+    for pid in pids():
+        for path in namespace_paths(pid):
+            inode = _inode(path)
+            if inode is None or inode in seen:
+                continue
+            process = path.removeprefix("/proc/").removesuffix("/ns/mnt")
+            with contextlib.suppress(OSError, ValueError):
+                table = mountinfo.read(process)
+                if _inode(path) == inode:
+                    seen.add(inode)
+                    yield inode, pid, table
 
 
 def command(pid: int) -> str:
