@@ -14,6 +14,8 @@ PYTHONDIR ?= $(PREFIX)/lib/python3/dist-packages
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 DATADIR ?= $(PREFIX)/share
+# Where zsh looks: Debian has a directory of its own for packages.
+ZSHDIR ?= $(DATADIR)/zsh/vendor-completions
 # The pam/ Makefile knows where the system keeps its modules.
 PAMDIR ?=
 INSTALL ?= install
@@ -33,7 +35,7 @@ SETUP_PACKAGES := python3 python3-dev python3-venv build-essential pkgconf libpa
 
 MODULES := $(shell find polytmpd -name '*.py' 2>/dev/null)
 MANPAGES := $(wildcard docs/man/*.[1-8])
-SHELL_FILES := .ci/run $(wildcard debian/polytmp.postinst debian/polytmp.prerm debian/polytmp.postrm) \
+SHELL_FILES := .ci/run completions/polytmpctl.bash $(wildcard debian/polytmp.postinst debian/polytmp.prerm debian/polytmp.postrm) \
 	$(shell find tests -name '*.sh' 2>/dev/null)
 
 help: ## Show this
@@ -94,10 +96,10 @@ test-e2e: setup ## Booted Debian systems; root
 	$(PYTEST) tests/e2e -n $(E2E_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 demo: setup ## The five objections, one after the other, on a booted Debian
-	$(VENV)/bin/python -m tests.bed.demo
+	$(VENV)/bin/python -m tests.demo
 
 soak: setup ## Logins and logouts for a long time, watching for leaks
-	$(VENV)/bin/python -m tests.bed.soak
+	$(VENV)/bin/python -m tests.soak
 
 build-pam: ## pam/pam_polytmp.so
 	$(MAKE) -C pam all
@@ -134,6 +136,8 @@ install: build-pam ## Install below $(DESTDIR)$(PREFIX)
 	$(INSTALL) -D -m 0644 dbus-policy/org.polytmp1.conf "$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.polytmp1.conf"
 	$(INSTALL) -D -m 0644 dbus-policy/org.polytmp1.policy "$(DESTDIR)$(DATADIR)/polkit-1/actions/org.polytmp1.policy"
 	$(INSTALL) -D -m 0644 pam/polytmp.pam-config "$(DESTDIR)$(DATADIR)/pam-configs/polytmp"
+	$(INSTALL) -D -m 0644 completions/polytmpctl.bash "$(DESTDIR)$(DATADIR)/bash-completion/completions/polytmpctl"
+	$(INSTALL) -D -m 0644 completions/_polytmpctl "$(DESTDIR)$(ZSHDIR)/_polytmpctl"
 	for page in $(MANPAGES); do \
 		$(INSTALL) -D -m 0644 "$$page" "$(DESTDIR)$(DATADIR)/man/man$${page##*.}/$${page##*/}"; done
 	$(MAKE) -C pam install DESTDIR="$(DESTDIR)" $(if $(PAMDIR),PAMDIR="$(PAMDIR)")
@@ -144,7 +148,8 @@ uninstall: ## Remove what install installed (disable the PAM profile first: pam-
 		"$(DESTDIR)$(UNITDIR)/polytmpd.service" "$(DESTDIR)$(TMPFILESDIR)/polytmp.conf" \
 		"$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.polytmp1.service" \
 		"$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.polytmp1.conf" \
-		"$(DESTDIR)$(DATADIR)/polkit-1/actions/org.polytmp1.policy" "$(DESTDIR)$(DATADIR)/pam-configs/polytmp"
+		"$(DESTDIR)$(DATADIR)/polkit-1/actions/org.polytmp1.policy" "$(DESTDIR)$(DATADIR)/pam-configs/polytmp" \
+		"$(DESTDIR)$(DATADIR)/bash-completion/completions/polytmpctl" "$(DESTDIR)$(ZSHDIR)/_polytmpctl"
 	for page in $(MANPAGES); do rm -f "$(DESTDIR)$(DATADIR)/man/man$${page##*.}/$${page##*/}"; done
 	rm -f "$(DESTDIR)$(or $(PAMDIR),/usr/lib/$(shell $(CC) -print-multiarch)/security)/pam_polytmp.so"
 

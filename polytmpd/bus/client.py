@@ -1,15 +1,30 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of org.polytmp1, for polytmpctl.
+"""A client of org.polytmp1, and of what polytmpctl shows beside it: logind's sessions, systemd's units.
 
 Not here: how anything is shown.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from polytmpd.bus.connection import Connection
-from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE
-from polytmpd.bus.server import PROPERTIES
+from polytmpd.bus.connection import DBUS, BusError, Connection
+from polytmpd.bus.contract import (
+    INSTANCE,
+    MANAGER,
+    PATH,
+    REMOVE_PERSISTENT,
+    SERVICE,
+    instance_path,
+    uid_of_path,
+)
+
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
+LOGIN1: Final = "org.freedesktop.login1"
+LOGIN1_PATH: Final = "/org/freedesktop/login1"
+SYSTEMD1: Final = "org.freedesktop.systemd1"
+SYSTEMD1_PATH: Final = "/org/freedesktop/systemd1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,25 +36,218 @@ class Listed:
     path: str
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One row of ListHolders."""
+
+    pid: int
+    command: str
+    control_group: str
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session of logind's; what it does not tell is empty."""
+
+    id: str
+    uid: int
+    user: str
+    leader: int = 0
+    service: str = ""
+    tty: str = ""
+    remote_host: str = ""
+    state: str = ""
+
+
 class Polytmp:
     """Speaks to polytmpd on a connection that others own. Every method raises BusError."""
+
+    def __init__(self, connection: Connection, *, interactive: bool = False) -> None:
+        """interactive: a person at the terminal may be asked for a password, through polkit."""
+        self._connection = connection
+        self._interactive = interactive
+
+    async def _manager(self, member: str, signature: str = "", *body: Any, **more: Any) -> list[Any]:
+        return await self._connection.ask(
+            SERVICE, PATH, MANAGER, member, signature, body, interactive=self._interactive, **more
+        )
+
+    async def _instance(self, uid: int, member: str) -> list[Any]:
+        # As long as a person takes to type a password.
+        timeout = None if self._interactive else 25.0
+        return await self._connection.ask(
+            SERVICE, instance_path(uid), INSTANCE, member, interactive=self._interactive, timeout=timeout
+        )
+
+    async def instances(self) -> list[Listed]:
+        (rows,) = await self._manager("ListInstances")
+        return [Listed(*row) for row in rows]
+
+    async def all_properties(self) -> dict[int, dict[str, Any]]:
+        """The properties of all instances that the caller may see, in one call."""
+        (objects,) = await self._connection.ask(SERVICE, PATH, OBJECT_MANAGER, "GetManagedObjects")
+        return {
+            uid: _plain(interfaces[INSTANCE])
+            for path, interfaces in objects.items()
+            if INSTANCE in interfaces and (uid := uid_of_path(path)) is not None
+        }
+
+    async def instance(self, uid: int) -> str:
+        """Its object path; NoSuchInstance where the user has none."""
+        (path,) = await self._manager("GetInstance", "u", uid)
+        return str(path)
+
+    async def properties(self, uid: int) -> dict[str, Any]:
+        """The properties of an instance, as plain values."""
+        (found,) = await self._connection.ask(
+            SERVICE,
+            instance_path(uid),
+            PROPERTIES,
+            "GetAll",
+            "s",
+            (INSTANCE,),
+            interactive=self._interactive,
+            timeout=None if self._interactive else 25.0,
+        )
+        return _plain(found)
+
+    async def holders(self, uid: int) -> list[Holder]:
+        (rows,) = await self._instance(uid, "ListHolders")
+        return [Holder(*row) for row in rows]
+
+    async def usage(self, uid: int) -> list[tuple[str, int, int]]:
+        """(directory, bytes, inodes); also of what is kept of a user without an instance."""
+        (rows,) = await self._manager("GetUserUsage", "u", uid, timeout=None)
+        return [(directory, size, inodes) for directory, size, inodes in rows]
+
+    async def resolve(self, uid: int, path: str) -> str:
+        (found,) = await self._manager("ResolvePath", "us", uid, path, timeout=None)
+        return str(found)
+
+    async def uid_of_process(self, pid: int) -> int | None:
+        """Whose instance a process lives in; None where in nobody's."""
+        try:
+            (path,) = await self._manager("GetInstanceByPID", "u", pid)
+        except BusError as error:
+            if error.name.endswith(".NotPolyinstantiated"):
+                return None
+            raise
+        return uid_of_path(path)
+
+    async def acquire(self, uid: int) -> int:
+        """A descriptor of the namespace, the caller's to close."""
+        fds = await self._manager("AcquireNamespace", "u", uid, keep_fds=True)
+        if len(fds) != 1:
+            raise BusError(f"{DBUS}.Error.Failed", "polytmpd handed over no namespace")
+        return int(fds[0])
+
+    async def remove(self, uid: int, *, persistent: bool) -> None:
+        """Returns when everything is deleted, which takes as long as it takes."""
+        flags = REMOVE_PERSISTENT if persistent else 0
+        await self._manager("RemoveInstanceWithFlags", "ut", uid, flags, timeout=None)
+
+    async def directories(self) -> list[str]:
+        """The directories that new instances make private."""
+        found = await _property(self._connection, SERVICE, PATH, MANAGER, "Directories")
+        return [str(directory) for directory in found]
+
+    async def version(self) -> str:
+        return str(await _property(self._connection, SERVICE, PATH, MANAGER, "Version"))
+
+    async def follow(
+        self,
+        new: Callable[[int, str], None],
+        removed: Callable[[int], None],
+        changed: Callable[[int, dict[str, Any], list[str]], None],
+        owner: Callable[[bool], None],
+    ) -> None:
+        """Tell of instances from now on: new(uid, state), removed(uid), changed(uid, values, invalidated),
+        owner(whether polytmpd is there).
+        """
+
+        def on_added(_: str, body: list[Any]) -> None:
+            uid = uid_of_path(body[0])
+            if uid is not None and INSTANCE in body[1]:
+                new(uid, str(_plain(body[1][INSTANCE]).get("State", "")))
+
+        def on_removed(_: str, body: list[Any]) -> None:
+            removed(body[0])
+
+        def on_changed(path: str, body: list[Any]) -> None:
+            uid = uid_of_path(path)
+            if uid is not None and body[0] == INSTANCE:
+                changed(uid, _plain(body[1]), list(body[2]))
+
+        await self._connection.subscribe(SERVICE, OBJECT_MANAGER, "InterfacesAdded", on_added)
+        await self._connection.subscribe(SERVICE, MANAGER, "InstanceRemoved", on_removed)
+        await self._connection.subscribe(SERVICE, PROPERTIES, "PropertiesChanged", on_changed)
+        await self._connection.follow_owner(SERVICE, lambda name: owner(name is not None))
+
+
+class Neighbours:
+    """What logind, systemd and the bus say, for the status page and the check. Raises BusError."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def instances(self) -> list[Listed]:
-        (rows,) = await self._connection.ask(SERVICE, PATH, MANAGER, "ListInstances")
-        return [Listed(*row) for row in rows]
+    async def has_owner(self, name: str) -> bool:
+        (found,) = await self._connection.ask_bus("NameHasOwner", "s", name)
+        return bool(found)
 
-    async def instance(self, uid: int) -> str:
-        (path,) = await self._connection.ask(SERVICE, PATH, MANAGER, "GetInstance", "u", (uid,))
-        return str(path)
+    async def sessions(self, uid: int | None = None) -> list[Session]:
+        """All sessions, or one user's, with what logind tells of each."""
+        (rows,) = await self._connection.ask(LOGIN1, LOGIN1_PATH, f"{LOGIN1}.Manager", "ListSessions")
+        found = []
+        for name, owner, user, _, path in rows:
+            if uid is not None and owner != uid:
+                continue
+            try:
+                (values,) = await self._connection.ask(
+                    LOGIN1, path, PROPERTIES, "GetAll", "s", (f"{LOGIN1}.Session",)
+                )
+            except BusError:  # it has just ended
+                continue
+            more = _plain(values)
+            if more.get("Class", "user").startswith("manager"):  # user@.service's own, since systemd 256
+                continue
+            found.append(
+                Session(
+                    name,
+                    owner,
+                    user,
+                    int(more.get("Leader", 0)),
+                    str(more.get("Service", "")),
+                    str(more.get("TTY", "")),
+                    str(more.get("RemoteHost", "")),
+                    str(more.get("State", "")),
+                )
+            )
+        return found
 
-    async def properties(self, path: str) -> dict[str, Any]:
-        """The properties of an instance, as plain values."""
-        (found,) = await self._connection.ask(SERVICE, path, PROPERTIES, "GetAll", "s", (INSTANCE,))
-        return {name: value.value for name, value in found.items()}
+    async def unit(self, name: str, properties: Sequence[str]) -> dict[str, Any]:
+        """Properties of a service, loaded for this if need be; those that it lacks are left out."""
+        (path,) = await self._connection.ask(
+            SYSTEMD1, SYSTEMD1_PATH, f"{SYSTEMD1}.Manager", "LoadUnit", "s", (name,)
+        )
+        found: dict[str, Any] = {}
+        for interface in ("Unit", "Service"):
+            (values,) = await self._connection.ask(
+                SYSTEMD1, path, PROPERTIES, "GetAll", "s", (f"{SYSTEMD1}.{interface}",)
+            )
+            found |= _plain({key: values[key] for key in properties if key in values})
+        return found
 
-    async def processes(self, path: str) -> list[tuple[int, str]]:
-        (rows,) = await self._connection.ask(SERVICE, path, INSTANCE, "ListProcesses")
-        return [(pid, command) for pid, command in rows]
+    async def systemd_version(self) -> str:
+        return str(
+            await _property(self._connection, SYSTEMD1, SYSTEMD1_PATH, f"{SYSTEMD1}.Manager", "Version")
+        )
+
+
+async def _property(connection: Connection, service: str, path: str, interface: str, name: str) -> Any:
+    (value,) = await connection.ask(service, path, PROPERTIES, "Get", "ss", (interface, name))
+    return value.value
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.value for name, value in values.items()}

@@ -1,163 +1,197 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command line of polytmpctl: arguments in, text and an exit status out."""
+"""polytmpctl: one command, from the arguments to the exit status.
 
-import argparse
+0 where all went well; 1 with the reason and a hint on standard error, also where check found a failure;
+`enter` ends with the status of its command.
+Not here: the commands (commands.py, status.py, remove.py, enter.py, monitor.py, check.py).
+"""
+
 import asyncio
-import json
 import os
-import pwd
 import sys
-import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from polytmpd import __version__
-from polytmpd.bus.client import Polytmp
-from polytmpd.bus.connection import BusError, Connection
-from polytmpd.bus.contract import instance_path
+from polytmpd.ctl import arguments, output
+from polytmpd.ctl.arguments import Options
+from polytmpd.ctl.output import Failure, Style
 
-_USEC = 1_000_000
+if TYPE_CHECKING:
+    from polytmpd.ctl.commands import Answer, Context
+
+_HINTS: Final = {
+    ".ServiceUnknown": "Is polytmpd installed and running? See: systemctl status polytmpd.service",
+    ".NameHasNoOwner": "Is polytmpd running? See: systemctl status polytmpd.service",
+    ".Disconnected": "The bus went away. See: systemctl status dbus.service",
+    ".NoSuchInstance": "polytmpctl list shows who has an instance.",
+    ".AccessDenied": "Try again as root, for example with sudo.",
+    ".InteractiveAuthorizationRequired": "Try again as root, or without --no-ask-password on a terminal.",
+    ".UnknownMethod": "polytmpd is of another version than polytmpctl; systemctl restart polytmpd.service",
+    ".Failed": "The journal may say more: journalctl --unit=polytmpd.service",
+    ".NoReply": "polytmpd may have ended meanwhile. See: systemctl status polytmpd.service",
+    ".Timeout": "polytmpd is busy or hangs. See: systemctl status polytmpd.service",
+    ".Spawn.ChildExited": "polytmpd does not start. See: systemctl status polytmpd.service",
+}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="polytmpctl", description="Show the private /tmp and /var/tmp of this host's users."
-    )
-    parser.add_argument("--version", action="version", version=f"polytmp {__version__}")
-    parser.add_argument("--json", choices=("pretty", "short", "off"), default="off", help="print JSON")
-    parser.add_argument("--no-legend", action="store_true", help="no headings and no counts")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("list", help="list the instances (the default)")
-    status = commands.add_parser("status", help="show one instance in full")
-    status.add_argument("user", nargs="?", metavar="USER", help="name or UID; the caller by default")
-    return parser
-
-
-def _uid(user: str | None) -> int:
-    if user is None:
-        return os.getuid()
-    if user.isdecimal():
-        return int(user)
+def main(words: Sequence[str] | None = None) -> int:
     try:
-        return pwd.getpwnam(user).pw_uid
-    except KeyError:
-        raise SystemExit(
-            f"polytmpctl: no user is called {user!r} here; polytmpctl list shows who has an instance"
-        ) from None
-
-
-async def _list(client: Polytmp) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for entry in await client.instances():
-        row: dict[str, Any] = {"uid": entry.uid, "user": entry.user}
-        try:
-            found = await client.properties(entry.path)
-        except BusError as error:
-            if not error.name.endswith((".AccessDenied", ".UnknownObject")):
-                raise
-            row |= {"state": None, "since": None}
-        else:
-            row |= {"state": found["State"], "since": found["CreatedUSec"]}
-        rows.append(row)
-    return rows
-
-
-def _since(usec: int | None) -> str:
-    if not usec:
-        return "-"
-    return time.strftime("%a %Y-%m-%d %H:%M:%S %Z", time.localtime(usec / _USEC))
-
-
-def _table(rows: Sequence[dict[str, Any]], legend: bool) -> str:
-    cells = [("UID", "USER", "STATE", "SINCE")] if legend else []
-    cells += [(str(row["uid"]), row["user"], row["state"] or "-", _since(row["since"])) for row in rows]
-    widths = [max((len(line[column]) for line in cells), default=0) for column in range(4)]
-    lines = [
-        f"{line[0]:>{widths[0]}} {line[1]:<{widths[1]}} {line[2]:<{widths[2]}} {line[3]}".rstrip()
-        for line in cells
-    ]
-    if legend:
-        lines += ["", f"{len(rows)} instance{'' if len(rows) == 1 else 's'} listed."]
-    return "\n".join(lines)
-
-
-async def _status(client: Polytmp, uid: int) -> dict[str, Any]:
-    path = instance_path(await _checked(client, uid))
-    found = await client.properties(path)
-    return {
-        "uid": found["UID"],
-        "user": found["User"],
-        "state": found["State"],
-        "since": found["CreatedUSec"],
-        "control_group": found["ControlGroup"],
-        "namespace": found["NamespaceID"],
-        "directories": [
-            {"directory": directory, "path": host, "lifetime": lifetime}
-            for directory, host, lifetime in found["Directories"]
-        ],
-        "shared": found["SharedPaths"],
-        "processes": [{"pid": pid, "command": command} for pid, command in await client.processes(path)],
-    }
-
-
-async def _checked(client: Polytmp, uid: int) -> int:
-    await client.instance(uid)  # NoSuchInstance, with its text, before anything else
-    return uid
-
-
-def _page(found: dict[str, Any]) -> str:
-    lines = [f"{found['user']} ({found['uid']})"]
-
-    def line(name: str, value: object) -> None:
-        lines.append(f"{name:>12}: {value}")
-
-    line("State", found["state"])
-    line("Since", _since(found["since"]))
-    line("CGroup", found["control_group"] or "-")
-    line("Namespace", f"mnt:[{found['namespace']}]")
-    for entry in found["directories"]:
-        line(entry["directory"], f"{entry['path']} ({entry['lifetime']})")
-    line("Shared", " ".join(found["shared"]) or "-")
-    line("Processes", len(found["processes"]))
-    lines += [f"{'':14}{entry['pid']:>7} {entry['command']}" for entry in found["processes"]]
-    return "\n".join(lines)
-
-
-async def _run(options: argparse.Namespace) -> str:
-    connection = await Connection.open()
-    client = Polytmp(connection)
-    try:
-        result: Any
-        if options.command == "status":
-            result = await _status(client, _uid(options.user))
-            text = _page(result)
-        else:
-            result = await _list(client)
-            text = _table(result, not options.no_legend)
-    finally:
-        connection.close()
-    if options.json != "off":
-        return json.dumps(result, indent="\t" if options.json == "pretty" else None)
-    return text
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit statuses as systemd's tools have them: 0, or 1 with the reason on standard error."""
-    options = _parser().parse_args(arguments)
-    try:
-        print(asyncio.run(_run(options)))  # noqa: T201
-    except BusError as error:
-        hint = ""
-        if error.name.endswith((".ServiceUnknown", ".Disconnected", ".NameHasNoOwner")):
-            hint = "\nIs polytmpd running? See: systemctl status polytmpd"
-        print(f"polytmpctl: {error}{hint}", file=sys.stderr)  # noqa: T201
+        options = arguments.parse(sys.argv[1:] if words is None else words)
+        return _run(options)
+    except Failure as failure:
+        output.warn(str(failure))
+        if failure.hint:
+            sys.stderr.write(f"{failure.hint}\n")
         return 1
-    except (OSError, BrokenPipeError) as error:
-        print(f"polytmpctl: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+    except BrokenPipeError:
+        # Whoever reads has enough. Nothing more to be flushed at the end of the program, which would fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
-    return 0
+
+
+def _run(options: Options) -> int:
+    style = Style(output.wants_colour(os.environ, sys.stdout.isatty()))
+    if options.help:
+        codes = {"bold": "\x1b[0;1;39m", "heading": "\x1b[0;4m", "reset": "\x1b[0m"}
+        codes = codes if style.coloured else dict.fromkeys(codes, "")
+        output.show(arguments.HELP.format(**codes).rstrip("\n"), pager=options.pager)
+        return 0
+    if options.version:
+        from polytmpd import __version__
+
+        sys.stdout.write(f"polytmp {__version__}\n")
+        return 0
+    if options.host or options.machine:
+        _become_remote(options)
+    return asyncio.run(_command(options, style))
+
+
+async def _command(options: Options, style: Style) -> int:
+    # Only now: what these import takes most of the time of a short command.
+    from polytmpd.bus.client import Neighbours, Polytmp
+    from polytmpd.bus.connection import BusError, Connection
+    from polytmpd.ctl import commands
+
+    try:
+        connection = await Connection.open()
+    except (OSError, BusError) as error:
+        text = f"Failed to connect to bus: {error}"
+        raise Failure(text, "Is dbus running? See: systemctl status dbus.service") from None
+    interactive = options.ask_password and os.geteuid() != 0 and sys.stdin.isatty()
+    context = commands.Context(
+        Polytmp(connection, interactive=interactive), Neighbours(connection), options, style
+    )
+    agent = _start_agent() if interactive and options.verb != "list" else None
+    argv: list[str] | None = None
+    try:
+        if options.verb == "monitor":
+            from polytmpd.ctl.monitor import Monitor
+
+            await Monitor(context).run(connection)
+            raise Failure("The bus went away.")
+        if options.verb == "enter":
+            from polytmpd.ctl import enter
+
+            argv = await enter.prepare(context)
+        else:
+            answer = await _verb(options.verb)(context)
+    except BusError as error:
+        raise Failure(_text(error.name, str(error)), _hint(error.name)) from None
+    finally:
+        connection.close()
+        if agent is not None:
+            _stop_agent(agent)
+    if argv is not None:
+        enter.run(argv)
+    if options.json != "off":
+        if answer.json is not None:
+            output.show(output.to_json(answer.json, options.json), pager=options.pager)
+    else:
+        output.show(answer.text, pager=options.pager)
+    return int(answer.status)
+
+
+def _verb(verb: str) -> "Callable[[Context], Awaitable[Answer]]":
+    """Each command's module is imported when it is asked for."""
+    from polytmpd.ctl import commands
+
+    match verb:
+        case "status":
+            from polytmpd.ctl.status import status
+
+            return status
+        case "remove":
+            from polytmpd.ctl.remove import remove
+
+            return remove
+        case "check":
+            from polytmpd.ctl.check import check
+
+            return check
+        case "ps":
+            return commands.ps
+        case "usage":
+            return commands.usage
+        case "path":
+            return commands.path
+    return commands.list_instances
+
+
+def _text(name: str, text: str) -> str:
+    if name.endswith((".AccessDenied", ".InteractiveAuthorizationRequired")):
+        return f"Access denied: {text}" if text else "Access denied"
+    return text[:1].upper() + text[1:]
+
+
+def _hint(name: str) -> str:
+    for ending, hint in _HINTS.items():
+        if name.endswith(ending):
+            return "" if ending == ".AccessDenied" and os.geteuid() == 0 else hint
+    return ""
+
+
+def _become_remote(options: Options) -> None:
+    """The polytmpctl over there knows its own host: ssh(1) and systemd-run(1) carry what it says."""
+    remote = ["polytmpctl", *options.passed_on]
+    if options.host:
+        import shlex
+
+        terminal = ["-t"] if sys.stdin.isatty() and sys.stdout.isatty() else []
+        argv = ["ssh", *terminal, "--", options.host, shlex.join(remote)]
+    else:
+        terminal = ["--pty"] if sys.stdin.isatty() and sys.stdout.isatty() else ["--pipe"]
+        argv = ["systemd-run", f"--machine={options.machine}", "--quiet", "--wait", "--collect", *terminal]
+        argv += ["--", *remote]
+    try:
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        raise Failure(f"{argv[0]} cannot be run: {error.strerror}") from None
+
+
+def _start_agent() -> Any:
+    """Ask for passwords on this terminal, as systemd's tools do, where no desktop does it."""
+    import select
+    import subprocess
+
+    read_fd, write_fd = os.pipe()
+    try:
+        process = subprocess.Popen(
+            ("pkttyagent", f"--notify-fd={write_fd}", "--fallback"), pass_fds=(write_fd,)
+        )
+    except OSError:
+        return None  # no polkit here; the daemon will say what that means
+    finally:
+        os.close(write_fd)
+    select.select([read_fd], [], [], 5)  # readable, or closed, when it is registered
+    os.close(read_fd)
+    return process
+
+
+def _stop_agent(process: Any) -> None:
+    process.terminate()
+    process.wait()
 
 
 if __name__ == "__main__":

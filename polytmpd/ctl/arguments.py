@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command line: options anywhere but in what `enter` runs, verbs and how many words each takes.
+
+Not argparse: it takes longer to import than the daemon takes to answer, and its messages are not those of
+systemd's tools, which people know.
+Not here: what a verb does.
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from polytmpd.ctl.output import Failure
+
+HELP: Final = """\
+polytmpctl [OPTIONS...] COMMAND ...
+
+{bold}Show and manage the private /tmp and /var/tmp of this host's users.{reset}
+
+{heading}Instances:{reset}
+  list                       List instances (the default)
+  status [USER...]           Show instances in full: sessions, processes,
+                             directories, journal
+  ps [USER...]               Show which processes keep an instance, and how
+  usage [USER...]            Show how much the files in an instance take
+  path FILE...               Show where a user's FILE is on the host, or whose
+                             file a path of the host is
+  enter USER [COMMAND...]    Run a shell or a command with the user's /tmp
+  remove USER...             Remove what is left of a user's files
+
+{heading}Host:{reset}
+  monitor                    Print instances as they come, change and go
+  check                      Examine the host, with a remedy for each problem
+
+{heading}Options:{reset}
+  -h --help                  Show this help
+     --version               Show package version
+     --no-pager              Do not pipe output into a pager
+     --no-legend             Do not show the headers and footers
+     --no-ask-password       Do not prompt for password
+     --json=pretty|short|off Generate JSON output
+  -j                         Same as --json=pretty on a terminal, --json=short
+                             otherwise
+  -l --full                  Do not ellipsize output
+  -n --lines=INTEGER         Number of journal entries to show
+  -u --user=USER             path: whose FILE it is; default: the caller, with
+                             sudo whoever runs it
+     --as-user               enter: run the command as USER, not as root
+     --persistent            remove: also what is kept between logins
+                             (/var/tmp)
+  -y --yes                   remove: do not ask
+  -H --host=[USER@]HOST      Operate on remote host
+  -M --machine=CONTAINER     Operate on local container
+
+Without USER, root sees all instances and everybody else his own.
+
+See the {bold}polytmpctl(1){reset} man page for details.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    verb: str = "list"
+    words: tuple[str, ...] = ()
+    help: bool = False
+    version: bool = False
+    pager: bool = True
+    legend: bool = True
+    ask_password: bool = True
+    json: str = "off"
+    full: bool = False
+    lines: int = 10
+    user: str | None = None
+    as_user: bool = False
+    persistent: bool = False
+    yes: bool = False
+    host: str | None = None
+    machine: str | None = None
+    passed_on: tuple[str, ...] = field(default=(), repr=False)
+    """The command line without --host= and --machine=, for the polytmpctl over there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Verb:
+    least: int = 0
+    most: int | None = 0
+    takes: str = ""
+    takes_command: bool = False
+
+
+VERBS: Final[dict[str, _Verb]] = {
+    "list": _Verb(),
+    "status": _Verb(0, None, "USER"),
+    "ps": _Verb(0, None, "USER"),
+    "usage": _Verb(0, None, "USER"),
+    "path": _Verb(1, None, "FILE"),
+    "enter": _Verb(1, None, "USER", takes_command=True),
+    "remove": _Verb(1, None, "USER"),
+    "monitor": _Verb(),
+    "check": _Verb(),
+    "help": _Verb(0, None),
+}
+
+_FLAGS: Final[dict[str, dict[str, Any]]] = {
+    "help": {"help": True},
+    "version": {"version": True},
+    "no-pager": {"pager": False},
+    "no-legend": {"legend": False},
+    "no-ask-password": {"ask_password": False},
+    "full": {"full": True},
+    "as-user": {"as_user": True},
+    "persistent": {"persistent": True},
+    "yes": {"yes": True},
+}
+_VALUES: Final = ("json", "lines", "user", "host", "machine")
+_SHORT: Final = {
+    "h": "help",
+    "l": "full",
+    "y": "yes",
+    "n": "lines",
+    "u": "user",
+    "H": "host",
+    "M": "machine",
+}
+_OF_VERBS: Final = {"user": ("path",), "as_user": ("enter",), "persistent": ("remove",), "yes": ("remove",)}
+"""Options that make no sense with other verbs, where they would be ignored in silence."""
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Raises Failure with the text for the person who typed it."""
+    options = Options()
+    words: list[str] = []
+    passed_on: list[str] = []
+    left = list(arguments)
+    while left:
+        word = left.pop(0)
+        if word == "--":
+            words += left
+            passed_on += [word, *left]
+            break
+        if word == "-" or not word.startswith("-"):
+            words.append(word)
+            passed_on.append(word)
+            if len(words) == 3 and words[0] == "enter":  # what follows belongs to the command
+                words += left
+                passed_on[-1:] = ["--", word, *left]
+                break
+            continue
+        before = list(left)
+        name, options = _option(word, left, options)
+        if name not in {"host", "machine"}:
+            passed_on += [word, *before[: len(before) - len(left)]]
+    options = replace(options, passed_on=tuple(passed_on))
+    if options.help or options.version:
+        return options
+    if words:
+        options = replace(options, verb=words[0], words=tuple(words[1:]))
+    if options.verb == "help":
+        return replace(options, help=True)
+    _check(options)
+    return options
+
+
+def _option(word: str, left: list[str], options: Options) -> tuple[str, Options]:
+    """One option, with its value from left where it has none of its own; its name and the new options."""
+    if word.startswith("--"):
+        given, equals, value = word[2:].partition("=")
+        name = _long(given)
+        if name in _FLAGS:
+            if equals:
+                raise Failure(f"option '--{name}' doesn't allow an argument")
+            return name, replace(options, **_FLAGS[name])
+        if not equals:
+            if not left:
+                raise Failure(f"option '--{name}' requires an argument")
+            value = left.pop(0)
+        return name, _valued(options, name, value)
+    letter, rest = word[1], word[2:]
+    if letter == "j":
+        name, options = "json", replace(options, json="pretty" if sys.stdout.isatty() else "short")
+    elif letter not in _SHORT:
+        raise Failure(f"invalid option -- '{letter}'", "polytmpctl --help lists the options.")
+    elif (name := _SHORT[letter]) in _VALUES:
+        if not rest and not left:
+            raise Failure(f"option requires an argument -- '{letter}'")
+        return name, _valued(options, name, rest or left.pop(0))
+    else:
+        options = replace(options, **_FLAGS[name])
+    if rest:
+        left.insert(0, f"-{rest}")
+    return name, options
+
+
+def _long(given: str) -> str:
+    known = [*_FLAGS, *_VALUES]
+    if given in known:
+        return given
+    found = [name for name in known if given and name.startswith(given)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise Failure(
+            f"option '--{given}' is ambiguous; possibilities: {' '.join(f'--{name}' for name in found)}"
+        )
+    near = difflib.get_close_matches(given, known, 1)
+    raise Failure(
+        f"unrecognized option '--{given}'",
+        f"Did you mean --{near[0]}?" if near else "polytmpctl --help lists the options.",
+    )
+
+
+def _valued(options: Options, name: str, value: str) -> Options:
+    if name == "json":
+        if value not in {"pretty", "short", "off"}:
+            raise Failure(f"Unknown argument to --json= switch: {value}", "It takes pretty, short or off.")
+        return replace(options, json=value)
+    if name == "lines":
+        if not value.isdecimal() or not value.isascii() or len(value) > 9:
+            raise Failure(f"Failed to parse lines '{value}'", "It takes a number, such as --lines=20.")
+        return replace(options, lines=int(value))
+    if not value:
+        raise Failure(f"option '--{name}' requires an argument that is not empty")
+    changes: dict[str, Any] = {name: value}
+    return replace(options, **changes)
+
+
+def _check(options: Options) -> None:
+    verb = VERBS.get(options.verb)
+    if verb is None:
+        near = difflib.get_close_matches(options.verb, VERBS, 1)
+        raise Failure(
+            f"Unknown command verb '{options.verb}'",
+            f"Did you mean '{near[0]}'?" if near else "polytmpctl --help lists the commands.",
+        )
+    if len(options.words) < verb.least:
+        raise Failure("Too few arguments.", f"Usage: polytmpctl {usage(options.verb)}")
+    if verb.most is not None and len(options.words) > verb.most:
+        raise Failure("Too many arguments.", f"Usage: polytmpctl {usage(options.verb)}")
+    for name, verbs in _OF_VERBS.items():
+        if getattr(options, name) and options.verb not in verbs:
+            raise Failure(
+                f"--{name.replace('_', '-')} goes with {' and '.join(verbs)}, not with {options.verb}"
+            )
+    if options.host and options.machine:
+        raise Failure("--host= and --machine= exclude each other")
+
+
+def usage(verb: str) -> str:
+    entry = VERBS[verb]
+    if entry.takes_command:
+        return f"{verb} {entry.takes} [COMMAND...]"
+    if not entry.takes:
+        return verb
+    return f"{verb} {entry.takes}..." if entry.least else f"{verb} [{entry.takes}...]"

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""check: is every login on this host private, and if not, why not? A page that an auditor can file.
+
+Looks, and changes nothing. Fails (exit status 1) where a user can end up in the shared /tmp, or mounts do
+not reach him; warns of what may surprise.
+Not here: the facts of the host itself (host.py), of PAM (pamstacks.py).
+"""
+
+import os
+import platform
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+from polytmpd import __version__
+from polytmpd.bus.connection import BusError
+from polytmpd.ctl import host, output, pamstacks, users
+from polytmpd.ctl.commands import Answer, Context
+from polytmpd.ctl.host import Result
+
+_ROOT: Final = Path("/")
+_LOGIN_UNITS: Final = (
+    *("ssh.service", "sshd.service", "cron.service", "crond.service", "atd.service", "getty@tty1.service"),
+    *(
+        "gdm.service",
+        "lightdm.service",
+        "sddm.service",
+        "xdm.service",
+        "greetd.service",
+        "xrdp-sesman.service",
+    ),
+    *("cockpit.service", "dropbear.service", "vsftpd.service", "slurmd.service", "user@.service"),
+)
+_SANDBOX: Final = (
+    *(
+        "PrivateTmp",
+        "PrivateMounts",
+        "PrivateDevices",
+        "ProtectSystem",
+        "ProtectHome",
+        "ProtectKernelTunables",
+    ),
+    *("ProtectKernelModules", "ProtectKernelLogs", "ProtectControlGroups", "RootDirectory", "RootImage"),
+    *("ReadWritePaths", "ReadOnlyPaths", "InaccessiblePaths", "BindPaths", "BindReadOnlyPaths"),
+    *("TemporaryFileSystem", "DynamicUser", "MountImages"),
+)
+"""Settings that give a service a mount namespace of its own, systemd.exec(5)."""
+_FD_STORE_PRESERVED_SINCE: Final = 254
+_NAMED_AT_MOST: Final = 5
+_MARKS: Final = {"pass": "✓", "warn": "!", "fail": "✗", "skip": "-"}
+
+
+async def check(context: Context) -> Answer:
+    results = [result async for result in _all(context)]
+    failed = any(result.verdict == "fail" for result in results)
+    counts = {
+        verdict: sum(result.verdict == verdict for result in results)
+        for verdict in ("pass", "warn", "fail", "skip")
+    }
+    about = {
+        "host": platform.node(),
+        "system": _system(),
+        "kernel": platform.release(),
+        "polytmp": __version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    value = {
+        **about,
+        "verdict": "fail" if failed else "pass",
+        "counts": counts,
+        "results": [
+            {
+                "topic": result.topic,
+                "name": result.name,
+                "verdict": result.verdict,
+                "text": result.text,
+                "remedy": result.remedy,
+            }
+            for result in results
+        ],
+    }
+    return Answer(value, _page(context, about, results, counts), 1 if failed else 0)
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
+    except OSError:
+        return "Linux"
+
+
+async def _all(context: Context) -> AsyncIterator[Result]:
+    async for result in _daemon(context):
+        yield result
+    directories = ["/tmp", "/var/tmp"]
+    listed = {}
+    try:
+        directories = await context.client.directories()
+        listed = {entry.uid: entry.user for entry in await context.client.instances()}
+    except BusError:
+        pass  # said already
+    for result in host.kernel():
+        yield result
+    for result in (
+        *host.limits(_ROOT, len(listed)),
+        *host.cgroups(_ROOT),
+        *host.directories(_ROOT, directories),
+    ):
+        yield result
+    for finding in pamstacks.judge(_ROOT):
+        yield Result("PAM", finding.service, finding.verdict, finding.text, finding.remedy)
+    async for result in _units(context):
+        yield result
+    async for result in _logged_in(context, listed):
+        yield result
+    for result in (*host.cleaners(_ROOT), *host.kerberos(_ROOT), *host.containers(_ROOT)):
+        yield result
+
+
+async def _daemon(context: Context) -> AsyncIterator[Result]:
+    unit = "polytmpd.service"
+    try:
+        version = await context.client.version()
+    except BusError as error:
+        yield Result("daemon", unit, "fail", f"does not answer: {error}", f"systemctl status {unit}")
+    else:
+        yield Result("daemon", unit, "pass", f"answers, version {version}")
+    try:
+        found = await context.neighbours.unit(unit, ("ActiveState", "UnitFileState", "NRestarts"))
+    except BusError as error:
+        yield Result("daemon", f"{unit} (unit)", "skip", f"systemd does not say: {error}")
+        return
+    if found.get("UnitFileState") in {"enabled", "enabled-runtime"}:
+        yield Result("daemon", f"{unit} (boot)", "pass", "starts at boot, before the first login")
+    else:
+        state = found.get("UnitFileState") or "not installed"
+        yield Result(
+            "daemon",
+            f"{unit} (boot)",
+            "warn",
+            f"{state}: starts at the first login",
+            f"systemctl enable {unit}",
+        )
+    if restarts := int(found.get("NRestarts", 0)):
+        yield Result(
+            "daemon",
+            f"{unit} (restarts)",
+            "warn",
+            f"restarted {restarts} times by itself",
+            f"journalctl -u {unit}",
+        )
+    version = await context.neighbours.systemd_version()
+    number = int("".join(digit if digit.isdecimal() else " " for digit in version).split()[0])
+    if number >= _FD_STORE_PRESERVED_SINCE:
+        yield Result("daemon", "systemd", "pass", f"version {version}")
+    else:
+        text = "after a stop of polytmpd, namespaces are found again by their processes"
+        yield Result("daemon", "systemd", "pass", f"version {version}: {text}")
+    try:
+        there = await context.neighbours.has_owner("org.freedesktop.login1")
+    except BusError:
+        there = False
+    if there:
+        yield Result("daemon", "systemd-logind", "pass", "is there")
+    else:
+        remedy = "systemctl status systemd-logind.service"
+        yield Result(
+            "daemon", "systemd-logind", "fail", "is not there: nobody says who is logged in", remedy
+        )
+
+
+async def _units(context: Context) -> AsyncIterator[Result]:
+    """Services that start sessions: in a mount namespace of their own, they are refused ours."""
+    names = ("Id", "ActiveState", "LoadState", "MainPID", "FragmentPath", *_SANDBOX)
+    seen: set[Any] = set()
+    for unit in _LOGIN_UNITS:
+        name = "user@0.service" if unit == "user@.service" else unit
+        try:
+            found = await context.neighbours.unit(name, names)
+        except BusError:
+            continue
+        if found.get("LoadState") != "loaded" or found.get("Id") in seen:  # sshd.service is an alias
+            continue
+        seen.add(found.get("Id"))
+        settings = [key for key in _SANDBOX if _is_set(found.get(key))]
+        pid = int(found.get("MainPID", 0))
+        inside = _same_namespace(pid) if pid else None
+        if inside is False or (settings and inside is None):
+            why = ", ".join(f"{key}=" for key in settings) or "not by a setting of its unit"
+            undo = " ".join(f"{key}=" for key in settings)
+            remedy = f"systemctl edit {unit}: {undo}" if undo else "find out who started it so"
+            text = f"runs logins in a mount namespace of its own ({why}): they are refused"
+            yield Result("services", unit, "fail", text, remedy)
+        elif found.get("ActiveState") == "active" or unit == "user@.service":
+            yield Result("services", unit, "pass", "in the host's mount namespace")
+
+
+def _is_set(value: Any) -> bool:
+    return value not in (None, False, "", "no", 0, [], ["", False])
+
+
+def _same_namespace(pid: int) -> bool | None:
+    try:
+        return os.stat(f"/proc/{pid}/ns/mnt").st_ino == os.stat("/proc/1/ns/mnt").st_ino  # noqa: PTH116
+    except OSError:
+        return None
+
+
+def _named(pid: str) -> str:
+    return f"{output.clean(Path('/proc', pid, 'comm').read_text(errors='replace').strip())} ({pid})"
+
+
+async def _logged_in(context: Context, listed: dict[int, str]) -> AsyncIterator[Result]:
+    """Who logged in before polytmp was there, and is in the shared /tmp still."""
+    if os.geteuid() != 0:
+        yield Result("sessions", "in the shared /tmp", "skip", "only root can find out", "run it as root")
+        return
+    shared: dict[int, list[str]] = {}
+    try:
+        host_namespace = os.stat("/proc/1/ns/mnt").st_ino  # noqa: PTH116
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdecimal():
+                continue
+            try:
+                uid = entry.stat().st_uid
+                if uid in listed and os.stat(f"/proc/{entry.name}/ns/mnt").st_ino == host_namespace:  # noqa: PTH116
+                    shared.setdefault(uid, []).append(_named(entry.name))
+            except OSError:
+                continue
+    except OSError as error:
+        yield Result("sessions", "in the shared /tmp", "skip", str(error))
+        return
+    for uid, names in sorted(shared.items()):
+        more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
+        user = listed.get(uid) or users.name_of(uid)
+        yield Result(
+            "sessions",
+            user,
+            "warn",
+            f"in the shared /tmp: {', '.join(names[:_NAMED_AT_MOST])}{more}",
+            f"began before polytmp was installed, or without PAM; loginctl terminate-user {user}",
+        )
+    if not shared:
+        who = f"the processes of {output.count(len(listed), 'user')} with an instance"
+        text = f"none of {who}" if listed else "nobody has an instance now"
+        yield Result("sessions", "in the shared /tmp", "pass", text)
+    try:
+        states = {
+            found["User"]: found["State"] for found in (await context.client.all_properties()).values()
+        }
+    except BusError:
+        return
+    for user, state in states.items():
+        if state == "failed":
+            remedy = f"journalctl -u polytmpd POLYTMP_USER={user}"
+            yield Result(
+                "sessions", user, "fail", "his instance could not be made, or not be removed", remedy
+            )
+
+
+def _page(context: Context, about: dict[str, str], results: list[Result], counts: dict[str, int]) -> str:
+    style = context.style
+    paint = {"pass": style.good, "warn": style.warning, "fail": style.bad, "skip": style.faint}
+    lines = []
+    if context.options.legend:
+        lines += [
+            style.bold("Private temporary directories: examination of this host"),
+            f"{about['host']}, {about['system']}, Linux {about['kernel']}, polytmp {about['polytmp']}, "
+            + about["time"],
+            "",
+        ]
+    topic_width = max(len(result.topic) for result in results)
+    name_width = max(len(result.name) for result in results)
+    for result in results:
+        mark = paint[result.verdict](f"{_MARKS[result.verdict]} {result.verdict}")
+        lines.append(f"{mark} {result.topic:<{topic_width}} {result.name:<{name_width}} {result.text}")
+        if result.remedy and result.verdict != "pass":
+            lines.append(f"{'':7}{'':{topic_width}}{style.faint('→ ' + result.remedy)}")
+    if context.options.legend:
+        parts = [f"{number} {verdict}" for verdict, number in counts.items() if number]
+        lines += ["", f"{output.count(len(results), 'check')}: {', '.join(parts)}."]
+    return "\n".join(lines)

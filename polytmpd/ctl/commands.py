@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""list, ps, usage and path.
+
+Each returns what --json= prints, and the text for people. Not here: how it comes to the terminal.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from polytmpd.bus.client import Neighbours, Polytmp
+from polytmpd.bus.connection import BusError
+from polytmpd.ctl import output, users
+from polytmpd.ctl.arguments import Options
+from polytmpd.ctl.output import Failure, Style
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every command gets."""
+
+    client: Polytmp
+    neighbours: Neighbours
+    options: Options
+    style: Style
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """json: plain values. text: empty where there is nothing to say."""
+
+    json: Any
+    text: str
+    status: int = 0
+
+
+async def list_instances(context: Context) -> Answer:
+    known = await context.client.all_properties()
+    rows: list[dict[str, Any]] = []
+    for entry in await context.client.instances():
+        found = known.get(entry.uid, {})
+        rows.append(
+            {
+                "uid": entry.uid,
+                "user": entry.user,
+                "state": found.get("State"),
+                "since": found.get("CreatedUSec"),
+            }
+        )
+    if not rows:
+        return Answer(rows, "No instances." if context.options.legend else "")
+    style, now = context.style, time.time_ns() // 1000
+    cells = [
+        (
+            str(row["uid"]),
+            output.clean(row["user"]),
+            style.state(row["state"] or "-"),
+            output.moment(row["since"] or 0),
+            output.age(row["since"] or 0, now),
+        )
+        for row in rows
+    ]
+    text = output.table(
+        ("UID>", "USER", "STATE", "SINCE", "AGE"),
+        cells,
+        style,
+        legend=context.options.legend,
+        noun="instance",
+    )
+    return Answer(rows, text)
+
+
+async def ps(context: Context) -> Answer:
+    from polytmpd.ctl import tree
+
+    users_chosen = users.chosen(context.options.words, await context.client.instances())
+    several = len(users_chosen) != 1
+    rows: list[dict[str, Any]] = []
+    cells: list[tuple[str, ...]] = []
+    for uid, user in users_chosen:
+        for holder in await context.client.holders(uid):
+            why = tree.why(holder, uid)
+            rows.append(
+                {
+                    "uid": uid,
+                    "user": user,
+                    "pid": holder.pid,
+                    "how": holder.how,
+                    "where": why,
+                    "control_group": holder.control_group,
+                    "command": holder.command,
+                }
+            )
+            how = context.style.warning(holder.how) if holder.how != "namespace" else holder.how
+            cell = (str(holder.pid), how, output.clean(why), output.clean(holder.command))
+            cells.append((output.clean(user), *cell) if several else cell)
+    if not rows:
+        return Answer(rows, "No processes." if context.options.legend else "")
+    columns: tuple[str, ...] = ("PID>", "HOW", "WHERE", "COMMAND")
+    if several:
+        columns = ("USER", *columns)
+    if not context.options.full:
+        cells = _fitted(cells)
+    legend = context.options.legend
+    text = output.table(columns, cells, context.style, legend=legend, noun="processe")
+    return Answer(rows, text.replace("1 processe listed", "1 process listed"))
+
+
+def _fitted(cells: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The last column as wide as the terminal leaves room for."""
+    widths = [max(output.width(row[column]) for row in cells) for column in range(len(cells[0]) - 1)]
+    left = max(output.terminal_columns() - sum(widths) - len(widths) - 1, 20)
+    return [(*row[:-1], output.shorten(row[-1], left)) for row in cells]
+
+
+async def usage(context: Context) -> Answer:
+    rows: list[dict[str, Any]] = []
+    for uid, user in users.chosen(
+        context.options.words, await context.client.instances(), must_have_one=False
+    ):
+        try:
+            counted = await context.client.usage(uid)
+        except BusError as error:
+            if error.name.endswith(".NoSuchInstance") and not context.options.words and os.geteuid() == 0:
+                continue  # it has just gone
+            if error.name.endswith(".NoSuchInstance"):
+                raise users.no_instance(user) from None
+            raise
+        rows += [
+            {"uid": uid, "user": user, "directory": directory, "bytes": size, "inodes": inodes}
+            for directory, size, inodes in counted
+        ]
+    rows.sort(key=lambda row: (row["uid"], row["directory"]))
+    if not rows:
+        return Answer(rows, "No instances." if context.options.legend else "")
+    cells = [
+        (output.clean(row["user"]), row["directory"], output.size(row["bytes"]), str(row["inodes"]))
+        for row in rows
+    ]
+    legend = context.options.legend
+    text = output.table(("USER", "DIRECTORY", "SIZE>", "FILES>"), cells, context.style, legend=legend)
+    if legend and len(rows) > 1:
+        total, inodes = sum(row["bytes"] for row in rows), sum(row["inodes"] for row in rows)
+        text += f"\n\n{output.size(total)} in {output.count(inodes, 'file')}."
+    return Answer(rows, text)
+
+
+async def path(context: Context) -> Answer:
+    """FILE as the user calls it → the host's path; a host path in somebody's instance → user:path."""
+    instances = await context.client.instances()
+    if context.options.user is not None:
+        uid = users.uid_of(context.options.user, instances)
+    else:
+        uid = users.caller(os.environ)
+    places = await context.client.all_properties()
+    rows, lines = [], []
+    for word in context.options.words:
+        file = _absolute(word, own=uid == os.geteuid())
+        if (owner := _owner(file, places)) is not None:
+            whose, inside = owner
+            user = places[whose]["User"]
+            rows.append({"uid": whose, "user": user, "path": inside, "host_path": file})
+            lines.append(f"{user}:{inside}")
+            continue
+        host = await _on_host(context, uid, file)
+        rows.append({"uid": uid, "user": users.name_of(uid), "path": file, "host_path": host})
+        lines.append(host)
+    return Answer(rows, "\n".join(lines))
+
+
+def _absolute(word: str, *, own: bool) -> str:
+    """Without '..'. In one's own view links are followed, too; in another's the words are all we have."""
+    if not word:
+        raise Failure("An empty path names no file.")
+    found = os.path.realpath(word) if own else os.path.abspath(word)  # noqa: PTH100  (it need not exist)
+    return "/" + found.lstrip("/")
+
+
+def _owner(file: str, places: dict[int, dict[str, Any]]) -> tuple[int, str] | None:
+    for uid, found in places.items():
+        for directory, host, _ in found["Directories"]:
+            if file == host or file.startswith(f"{host}/"):
+                return uid, directory + file[len(host) :]
+    return None
+
+
+async def _on_host(context: Context, uid: int, file: str) -> str:
+    try:
+        return await context.client.resolve(uid, file)
+    except BusError as error:
+        if error.name.endswith(".NotPolyinstantiated"):
+            return file
+        if not error.name.endswith(".NoSuchInstance"):
+            raise
+    # The user has none: what is private to nobody is the same for all.
+    directories = await context.client.directories()
+    if not any(file == directory or file.startswith(f"{directory}/") for directory in directories):
+        return file
+    user = users.name_of(uid)
+    if uid == 0:
+        raise Failure(
+            f"root has no private directories: {file} is the host's own",
+            "Say whose file it is: polytmpctl path FILE --user=USER",
+        )
+    raise Failure(f"{user} has no instance now: no {file} of his own", "polytmpctl list shows who has one.")

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How polytmpctl prints: colours, tables, sizes and times as systemd's tools have them, JSON, the pager.
+
+Not here: what is printed.
+"""
+
+import os
+import re
+import sys
+import time
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TextIO
+
+USEC: Final = 1_000_000
+_UNITS: Final = "BKMGTPE"
+_SPANS: Final = (
+    ("y", 31_557_600),
+    ("month", 2_629_800),
+    ("w", 604_800),
+    ("d", 86_400),
+    ("h", 3600),
+    ("min", 60),
+    ("s", 1),
+)
+_ESCAPE: Final = re.compile(r"\x1b\[[0-9;]*m|\x1b\]8;;.*?\x1b\\")
+PAGER_OPTIONS: Final = "FRSXMK"
+"""What less gets in LESS=, as from systemctl."""
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """Wraps text in escape sequences, or leaves it alone."""
+
+    coloured: bool = False
+
+    def _wrap(self, code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self.coloured and text else text
+
+    def good(self, text: str) -> str:
+        return self._wrap("0;1;32", text)
+
+    def bad(self, text: str) -> str:
+        return self._wrap("0;1;31", text)
+
+    def warning(self, text: str) -> str:
+        return self._wrap("0;1;38;5;185", text)
+
+    def bold(self, text: str) -> str:
+        return self._wrap("0;1;39", text)
+
+    def faint(self, text: str) -> str:
+        return self._wrap("0;38;5;245", text)
+
+    def heading(self, text: str) -> str:
+        return self._wrap("0;4", text)
+
+    def state(self, state: str, text: str | None = None) -> str:
+        """An instance's state, or what stands for it, in its colour."""
+        text = state if text is None else text
+        match state:
+            case "active":
+                return self.good(text)
+            case "failed":
+                return self.bad(text)
+            case "preparing" | "removing" | "draining":
+                return self.warning(text)
+        return self.faint(text)
+
+
+def wants_colour(environment: Mapping[str, str], is_terminal: bool) -> bool:
+    """SYSTEMD_COLORS= decides, then NO_COLOR= (no-color.org), then whether it is a terminal that can."""
+    setting = environment.get("SYSTEMD_COLORS", "").lower()
+    if setting in {"1", "yes", "y", "true", "t", "on", "16", "256", "24bit"}:
+        return True
+    if setting in {"0", "no", "n", "false", "f", "off"}:
+        return False
+    if environment.get("NO_COLOR") or environment.get("TERM", "dumb") == "dumb":
+        return False
+    return is_terminal
+
+
+def width(text: str) -> int:
+    """Columns that a text takes on a terminal."""
+    plain = _ESCAPE.sub("", text)
+    if plain.isascii():
+        return len(plain)
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in plain
+    )
+
+
+def clean(text: str) -> str:
+    """What others chose (names of files, commands), without what would act on the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def shorten(text: str, columns: int) -> str:
+    """Cut in the middle, as systemctl does, to so many columns."""
+    if width(text) <= columns or columns < 2:
+        return text
+    left = columns // 2
+    return f"{text[:left]}…{text[len(text) - (columns - left - 1) :]}"
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], style: Style, *, legend: bool, noun: str = ""
+) -> str:
+    """Rows under headings, every column as wide as its widest cell. A heading that ends in '>' is set right.
+
+    noun: what the last line counts; none without it.
+    """
+    names = [column.rstrip(">") for column in columns]
+    right = [column.endswith(">") for column in columns]
+    lines: list[Sequence[str]] = [[style.heading(name) for name in names]] if legend else []
+    lines += rows
+    widths = [max((width(line[number]) for line in lines), default=0) for number in range(len(names))]
+    text = []
+    for line in lines:
+        cells = []
+        for number, cell in enumerate(line):
+            padding = " " * (widths[number] - width(cell))
+            cells.append(padding + cell if right[number] else cell + padding)
+        text.append(" ".join(cells).rstrip())
+    if legend and noun:
+        text += ["", f"{len(rows)} {noun}{'' if len(rows) == 1 else 's'} listed."]
+    return "\n".join(text)
+
+
+def size(number: int) -> str:
+    """Bytes to the base of 1024, one decimal, as systemd's format_bytes has them: 12.5M."""
+    unit = 0
+    while number >= 1024 ** (unit + 1) and unit < len(_UNITS) - 1:
+        unit += 1
+    if unit == 0:
+        return f"{number}B"
+    tenths = number * 10 // 1024**unit
+    return f"{tenths // 10}.{tenths % 10}{_UNITS[unit]}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def moment(usec: int) -> str:
+    """A point of time in the form of systemd.time(7)."""
+    return time.strftime("%a %Y-%m-%d %H:%M:%S %Z", time.localtime(usec / USEC)) if usec else "-"
+
+
+def age(usec: int, now_usec: int) -> str:
+    """How long ago, in the two largest units: 3min 2s ago."""
+    if not usec:
+        return ""
+    ahead = usec > now_usec
+    left = abs(now_usec - usec) // USEC
+    parts: list[str] = []
+    for name, seconds in _SPANS:
+        if left >= seconds and len(parts) < 2:
+            number, left = divmod(left, seconds)
+            plural = "s" if name == "month" and number != 1 else ""
+            parts.append(f"{number}{' ' if name == 'month' else ''}{name}{plural}")
+    if not parts:
+        return "just now"
+    return " ".join(parts) + (" left" if ahead else " ago")
+
+
+def to_json(value: Any, mode: str) -> str:
+    import json
+
+    if mode == "pretty":
+        return json.dumps(value, indent="\t", ensure_ascii=False)
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def terminal_columns(stream: TextIO | None = None) -> int:
+    """The terminal's width; where there is none, enough for anything."""
+    if os.environ.get("COLUMNS", "").isdecimal():
+        return int(os.environ["COLUMNS"]) or 80
+    try:
+        return os.get_terminal_size((stream or sys.stdout).fileno()).columns or 80
+    except (OSError, ValueError):
+        return 1_000_000
+
+
+def pager_command(environment: Mapping[str, str], *, foreign: bool) -> list[list[str]]:
+    """What to try, in this order; nothing where there is to be no pager.
+
+    foreign: the program runs with more rights than the person at the terminal has (sudo). Then it is less
+    alone, and less in its secure mode: any other could start a shell.
+    """
+    setting = environment.get("SYSTEMD_PAGER", environment.get("PAGER"))
+    if setting is not None and setting.strip() in {"", "cat"}:
+        return []
+    default = [["less"]] if foreign else [["pager"], ["less"], ["more"]]
+    if setting and not foreign:
+        return [setting.split(), *default]
+    return default
+
+
+def pager_environment(environment: Mapping[str, str], *, foreign: bool) -> dict[str, str]:
+    changed = {"LESS": environment.get("SYSTEMD_LESS", PAGER_OPTIONS)}
+    if "SYSTEMD_LESSCHARSET" in environment:
+        changed["LESSCHARSET"] = environment["SYSTEMD_LESSCHARSET"]
+    secure = environment.get("SYSTEMD_PAGERSECURE", "").lower()
+    if secure in {"1", "yes", "true", "on"} or (foreign and secure not in {"0", "no", "false", "off"}):
+        changed["LESSSECURE"] = "1"
+    return {**environment, **changed}
+
+
+def show(text: str, *, pager: bool) -> None:
+    """Print, through a pager where a person reads and it does not fit."""
+    text = text.encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8")
+    if not (pager and sys.stdout.isatty() and sys.stdin.isatty()) or not text:
+        sys.stdout.write(text + "\n" if text else "")
+        sys.stdout.flush()
+        return
+    import subprocess
+
+    foreign = os.geteuid() == 0 and "SUDO_UID" in os.environ
+    for command in pager_command(os.environ, foreign=foreign):
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, env=pager_environment(os.environ, foreign=foreign)
+            )
+        except OSError:
+            continue
+        try:
+            process.communicate(f"{text}\n".encode())
+        except KeyboardInterrupt:
+            process.wait()
+        return
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    sys.stderr.write(f"polytmpctl: {text}\n")
+
+
+class Failure(Exception):
+    """What is wrong, and what to do about it; ends the program with status 1."""
+
+    def __init__(self, text: str, hint: str = "") -> None:
+        super().__init__(text)
+        self.hint = hint

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""remove: deletes what is left of a user's files, after it said what that is.
+
+Not here: ending the user's processes. As long as one lives, the instance is not removed.
+"""
+
+import asyncio
+import sys
+import time
+from typing import Any, Final
+
+from polytmpd.bus.connection import BusError
+from polytmpd.ctl import output, users
+from polytmpd.ctl.commands import Answer, Context
+from polytmpd.ctl.output import Failure
+
+_QUICK: Final = 1.0
+"""Seconds after which a person wants to see that it is still at work."""
+
+
+async def remove(context: Context) -> Answer:
+    instances = await context.client.instances()
+    for word in context.options.words:
+        await _remove_one(context, users.uid_of(word, instances), word)
+    return Answer(None, "")
+
+
+async def _remove_one(context: Context, uid: int, user: str) -> None:
+    failed = await _failed_instance(context, uid, user)
+    # What the instance's own lifetime covers; without an instance, only what persists is left.
+    going = {path for path, _, lifetime in failed if lifetime == "instance" or context.options.persistent}
+    rows = [row for row in await _usage(context, uid, user) if not failed or row[0] in going]
+    if not context.options.yes:
+        _ask(user, rows)
+    work = asyncio.ensure_future(context.client.remove(uid, persistent=context.options.persistent))
+    begin = time.monotonic()
+    try:
+        while not work.done():
+            await asyncio.wait((work,), timeout=_QUICK)
+            if not work.done() and sys.stderr.isatty():
+                files = output.count(sum(row[2] for row in rows), "file")
+                seconds = time.monotonic() - begin
+                sys.stderr.write(f"\r\x1b[KRemoving {files} of {user}… {seconds:.0f}s")
+                sys.stderr.flush()
+    finally:
+        if sys.stderr.isatty() and time.monotonic() - begin >= _QUICK:
+            sys.stderr.write("\r\x1b[K")
+    await work
+
+
+async def _failed_instance(context: Context, uid: int, user: str) -> list[list[str]]:
+    """Its directories. Raises Failure where it is alive, before any question: it would be asked in vain."""
+    try:
+        found = await context.client.properties(uid)
+    except BusError as error:
+        if error.name.endswith((".UnknownObject", ".NoSuchInstance")):
+            if not context.options.persistent:
+                raise Failure(
+                    f"{user} has no instance now.",
+                    f"What is kept in /var/tmp goes with: polytmpctl remove --persistent {user}",
+                ) from None
+            return []
+        if error.name.endswith((".AccessDenied", ".InteractiveAuthorizationRequired")):
+            return []  # the removal itself is another question
+        raise
+    state = found["State"]
+    if state == "failed":
+        return list(found["Directories"])
+    holders = await context.client.holders(uid)
+    names = ", ".join(f"{_short(holder.command)} ({holder.pid})" for holder in holders[:5])
+    more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
+    raise Failure(
+        f"The instance of {user} is {state}" + (f", in use by {names}{more}." if holders else "."),
+        f"It goes by itself with the last process. What they are: polytmpctl ps {user}; "
+        f"to end them: loginctl terminate-user {user}",
+    )
+
+
+def _short(command: str) -> str:
+    """sshd-session: alice → sshd-session, /usr/bin/tmux → tmux."""
+    return output.clean(command.split(" ")[0].rstrip(":").rpartition("/")[2] or command)
+
+
+async def _usage(context: Context, uid: int, user: str) -> list[tuple[str, int, int]]:
+    try:
+        return await context.client.usage(uid)
+    except BusError as error:
+        if error.name.endswith(".Failed"):  # too large to count in time
+            return []
+        if error.name.endswith(".NoSuchInstance"):
+            raise Failure(f"{user} has no instance now, and nothing of former ones is kept.") from None
+        raise
+
+
+def _ask(user: str, rows: list[tuple[str, int, int]]) -> None:
+    what = [
+        f"  {directory}: {output.size(size)} in {output.count(inodes, 'file')}"
+        for directory, size, inodes in rows
+    ]
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise Failure(f"Not removing the files of {user} without a question.", "To remove them: --yes")
+    lines = [f"This removes for good what {user} has in:", *(what or ["  (not counted)"])]
+    sys.stderr.write("\n".join(lines) + f"\nRemove the files of {user}? [y/N] ")
+    sys.stderr.flush()
+    answer: Any = sys.stdin.readline()
+    if answer.strip().lower() not in {"y", "yes"}:
+        raise Failure("Nothing was removed.")

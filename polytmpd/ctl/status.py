@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""status: one page for an instance, as systemctl status and loginctl user-status have them.
+
+Not here: how the process tree is drawn (tree.py).
+"""
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from polytmpd.bus.client import Holder, Session
+from polytmpd.bus.connection import BusError
+from polytmpd.ctl import output, tree, users
+from polytmpd.ctl.commands import Answer, Context
+
+_LABEL: Final = 12
+_PATIENCE: Final = 3.0
+"""Seconds that counting may keep the page waiting; usage waits longer."""
+_SENTINEL: Final = "polytmp-sentinel"
+_LIFETIMES: Final = {"instance": "removed with the instance", "persistent": "kept between logins"}
+
+
+async def status(context: Context) -> Answer:
+    wanted = users.chosen(context.options.words, await context.client.instances())
+    found = [await _gather(context, uid) for uid, _ in wanted]
+    if not found:
+        return Answer([], "No instances." if context.options.legend else "")
+    named_one = len(context.options.words) == 1 or len(found) == 1
+    value = found[0] if named_one else found
+    return Answer(value, "\n\n".join(_page(context, page) for page in found))
+
+
+async def _gather(context: Context, uid: int) -> dict[str, Any]:
+    values = await context.client.properties(uid)
+    holders = await context.client.holders(uid)
+    usage: dict[str, tuple[str, int, int]] = {}
+    with contextlib.suppress(BusError, TimeoutError):  # a page without sizes is better than none
+        usage = {row[0]: row for row in await asyncio.wait_for(context.client.usage(uid), _PATIENCE)}
+    try:
+        sessions = await context.neighbours.sessions(uid)
+    except BusError:
+        sessions = []
+    private = [directory for directory, *_ in values["Directories"]]
+    directories = []
+    for directory, host, lifetime in values["Directories"]:
+        counted = usage.get(directory)
+        directories.append(
+            {
+                "directory": directory,
+                "path": host,
+                "lifetime": lifetime,
+                "bytes": counted[1] if counted else None,
+                "inodes": counted[2] if counted else None,
+            }
+        )
+    return {
+        "uid": values["UID"],
+        "user": values["User"],
+        "state": values["State"],
+        "since": values["CreatedUSec"],
+        "control_group": values["ControlGroup"],
+        "namespace": values["NamespaceID"],
+        "directories": directories,
+        "shared": values["SharedPaths"],
+        "sessions": [_session(session) for session in sessions],
+        "mounts": _mounts(holders, private, values["SharedPaths"]),
+        "processes": [
+            {
+                "pid": holder.pid,
+                "command": holder.command,
+                "how": holder.how,
+                "control_group": holder.control_group,
+            }
+            for holder in holders
+        ],
+        "journal": _journal(uid, context.options.lines),
+    }
+
+
+def _session(session: Session) -> dict[str, str]:
+    return {
+        "session": session.id,
+        "service": session.service,
+        "tty": session.tty,
+        "remote_host": session.remote_host,
+        "state": session.state,
+    }
+
+
+def _mounts(holders: list[Holder], directories: list[str], shared: list[str]) -> list[dict[str, str]]:
+    """What is mounted in the private directories; seen through any process in there that we may look at."""
+    for holder in holders:
+        if holder.how != "namespace":
+            continue
+        try:
+            table = Path(f"/proc/{holder.pid}/mountinfo").read_text(errors="surrogateescape")
+        except OSError:
+            continue
+        return mounts_below(table, directories, shared)
+    return []
+
+
+def mounts_below(table: str, directories: list[str], shared: list[str]) -> list[dict[str, str]]:
+    """The lines of mountinfo below the directories, but for our own."""
+    found = []
+    for line in table.splitlines():
+        fields = line.split(" ")
+        try:
+            dash = fields.index("-", 6)
+            point, fstype, source = _unescape(fields[4]), fields[dash + 1], _unescape(fields[dash + 2])
+        except (ValueError, IndexError):
+            continue
+        below = any(point.startswith(f"{directory}/") for directory in directories)
+        if below and point not in shared and source != _SENTINEL:
+            found.append({"mount": point, "type": fstype, "source": source})
+    return found
+
+
+def _unescape(text: str) -> str:
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, character)
+    return text
+
+
+def _journal(uid: int, lines: int) -> list[str]:
+    """The daemon's own last words on the user; anybody may write the field, so the unit counts, too."""
+    if not lines:
+        return []
+    try:
+        done = subprocess.run(
+            (
+                *("journalctl", "--quiet", "--no-pager", "--boot", f"--lines={lines}", "--output=json"),
+                *("_SYSTEMD_UNIT=polytmpd.service", f"POLYTMP_UID={uid}"),
+            ),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in done.stdout.splitlines():
+        try:
+            entry = json.loads(line)
+            seconds = int(entry["__REALTIME_TIMESTAMP"]) / output.USEC
+            when = time.strftime("%b %d %H:%M:%S", time.localtime(seconds))
+            host, pid = entry.get("_HOSTNAME", ""), entry.get("_PID", "?")
+            found.append(f"{when} {host} polytmpd[{pid}]: {entry['MESSAGE']}")
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _page(context: Context, found: dict[str, Any]) -> str:
+    style, columns = context.style, output.terminal_columns()
+    if context.options.full:
+        columns = 1_000_000
+    state = found["state"]
+    dot = {"failed": "\N{MULTIPLICATION SIGN}", "active": "●"}.get(state, "○")
+    lines = [f"{style.state(state, dot)} {output.clean(found['user'])} ({found['uid']})"]
+    indent = " " * (_LABEL + 2)
+
+    def line(name: str, value: str) -> None:
+        lines.append(f"{name:>{_LABEL}}{':' if name else ' '} {value}")
+
+    since = ""
+    if found["since"]:
+        ago = output.age(found["since"], time.time_ns() // 1000)
+        since = f" since {output.moment(found['since'])}; {ago}"
+    line("State", style.state(state) + since)
+    sessions = [_session_text(session) for session in found["sessions"]]
+    if sessions:
+        line("Sessions", ", ".join(sessions))
+    if found["namespace"]:
+        line("Namespace", f"mnt:[{found['namespace']}]")
+    for entry in found["directories"]:
+        line(entry["directory"], f"{entry['path']}")
+        details = [_LIFETIMES.get(entry["lifetime"], entry["lifetime"])]
+        if entry["bytes"] is not None:
+            details.insert(0, f"{output.size(entry['bytes'])} in {output.count(entry['inodes'], 'file')}")
+        lines.append(indent + style.faint("; ".join(details)))
+    if found["shared"]:
+        line("Shared", " ".join(found["shared"]))
+    for number, mount in enumerate(found["mounts"]):
+        text = output.clean(f"{mount['mount']} ({mount['type']}, {mount['source']})")
+        line("" if number else "Mounts", output.shorten(text, columns - _LABEL - 2))
+    holders = [Holder(p["pid"], p["command"], p["control_group"], p["how"]) for p in found["processes"]]
+    drawn = tree.draw(holders, style, columns - _LABEL - 2) if holders else []
+    if drawn:
+        line("CGroup", drawn[0])
+        lines += [indent + text for text in drawn[1:]]
+    else:
+        line("Processes", "none")
+    if found["journal"]:
+        lines += ["", *(output.shorten(output.clean(text), columns) for text in found["journal"])]
+    return "\n".join(lines)
+
+
+def _session_text(session: dict[str, str]) -> str:
+    place = session["tty"] or session["remote_host"]
+    details = ", ".join(text for text in (session["service"], place) if text)
+    return output.clean(f"{session['session']} ({details})" if details else session["session"])

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which users a command is about: names and UIDs as typed, and who calls.
+
+Not here: who has an instance.
+"""
+
+import os
+import pwd
+from collections.abc import Mapping, Sequence
+
+from polytmpd.bus.client import Listed
+from polytmpd.ctl.output import Failure
+
+_UID_LAST = 2**32 - 2
+
+
+def uid_of(user: str, listed: Sequence[Listed] = ()) -> int:
+    """A name or a UID, as typed. Who has an instance is looked up there, so that NSS need not be asked."""
+    for entry in listed:
+        if entry.user == user:
+            return entry.uid
+    if user.isdecimal() and user.isascii():
+        if len(user) <= 10 and int(user) <= _UID_LAST:
+            return int(user)
+        raise Failure(f"'{user}' is no UID", f"The largest is {_UID_LAST}.")
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except (KeyError, ValueError):
+        text = f"Failed to look up user {user}: No such user"
+        raise Failure(text, "polytmpctl list shows who has an instance.") from None
+
+
+def name_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except (KeyError, OverflowError):
+        return str(uid)
+
+
+def caller(environment: Mapping[str, str]) -> int:
+    """Who sits at the keyboard: with sudo (and doas, pkexec) the one who ran it."""
+    if os.geteuid() != 0:
+        return os.geteuid()
+    for name in ("SUDO_UID", "PKEXEC_UID"):
+        if (value := environment.get(name, "")).isdecimal():
+            return int(value)
+    if user := environment.get("DOAS_USER"):
+        try:
+            return pwd.getpwnam(user).pw_uid
+        except KeyError:
+            return 0
+    return 0
+
+
+def chosen(
+    words: Sequence[str], listed: Sequence[Listed], *, must_have_one: bool = True
+) -> list[tuple[int, str]]:
+    """(UID, name) of the users that were named; without any, all for root, and the caller for others.
+
+    must_have_one: raises Failure where one of them has no instance.
+    """
+    names = {entry.uid: entry.user for entry in listed}
+    if words:
+        uids = list(dict.fromkeys(uid_of(word, listed) for word in words))
+    elif os.geteuid() == 0:
+        uids = list(names)
+    else:
+        uids = [os.geteuid()]
+    for uid in uids if must_have_one else ():
+        if uid not in names:
+            raise no_instance(name_of(uid))
+    return [(uid, names.get(uid) or name_of(uid)) for uid in uids]
+
+
+def no_instance(user: str) -> Failure:
+    return Failure(f"{user} has no instance now.", "polytmpctl list shows who has one.")
