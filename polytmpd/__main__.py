@@ -43,7 +43,10 @@ async def run() -> int:
     executor = Executor(StateDirectory(STATE), boot_id, lambda uid: daemon.namespace_ended(uid))
     daemon = Daemon(settings, executor, config.load)
     slices = Slices(daemon.slice_populated)
-    logind, systemd = Logind(connection, daemon), Systemd(connection, daemon.slice_changed)
+    logind, systemd = (
+        Logind(connection, daemon),
+        Systemd(connection, daemon.slice_changed, daemon.systemd_changed),
+    )
     service = Service(connection, daemon)
     daemon.connect(service, logind, systemd, slices)
     await daemon.restore()

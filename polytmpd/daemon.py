@@ -124,12 +124,11 @@ class Daemon:
         restored = list(self._records)
         for uid in restored:  # before logind is asked: a slice with processes holds what was held
             await self._look_at_slice(uid)
+        # Where logind does not answer, what was held stays held: not to be told of a session is not to have
+        # none.
         await self._list_logind()
         for uid in self._ended:
             self._feed(uid, Event.NAMESPACE_ENDED)
-        for uid in restored:
-            if uid in self._records:
-                self._settle(uid)
         self._executor.start()
 
     async def stop(self) -> None:
@@ -166,6 +165,10 @@ class Daemon:
     def slice_changed(self, uid: int) -> None:
         """The slice started or stopped: its cgroup may be another one now."""
         if uid in self._records:
+            self._start(self._look_at_slice(uid))
+
+    def systemd_changed(self) -> None:
+        for uid in self._records:
             self._start(self._look_at_slice(uid))
 
     def slice_populated(self, uid: int, populated: bool) -> None:
@@ -372,6 +375,8 @@ class Daemon:
         for uid in set(before) - {user.uid for user in users}:
             if uid in self._records and self._records[uid].claims.sessions <= before[uid]:
                 self.user_removed(uid)
+        for uid in list(self._records):
+            self._settle(uid)
 
     async def _look_at_slice(self, uid: int) -> None:
         if self._systemd is None or self._slices is None:
@@ -379,8 +384,8 @@ class Daemon:
         try:
             group = await self._systemd.control_group(uid)
         except BusError as error:
-            log.warning("The service manager does not tell the cgroup of UID %d: %s", uid, error)
-            return
+            log.warning("The service manager does not tell the cgroup of UID %d, guessing: %s", uid, error)
+            group = f"/user.slice/user-{uid}.slice"  # see user@.service(5); it will be asked again
         record = self._records.get(uid)
         if record is None:
             return

@@ -217,6 +217,27 @@ class Executor:
         """Whether no sentinel of the user's instance is left, and nobody is being waited for."""
         return not self._watches_of(uid) and uid not in self._confirming
 
+    async def share_again(self, path: str) -> None:
+        """Give the host's socket directories in path, where they were made again, to the instances that live.
+
+        Logs what fails.
+        """
+        for uid, instance in list(self._instances.items()):
+            async with self._lock(uid):
+                try:
+                    held = os.dup(self._held[uid]) if uid in self._held else None
+                    changed = await asyncio.to_thread(_share_again, instance, held, path)
+                except OSError as error:
+                    log.warning(
+                        "User %s has the former socket directories of %s, until the instance ends: %s",
+                        instance.user,
+                        path,
+                        error,
+                    )
+                    continue
+            if changed:
+                log.info("User %s has the new %s", instance.user, ", ".join(changed))
+
     def hand_over(self, uid: int) -> int:
         """A copy of the descriptor of a held namespace, the caller's to close. Raises OSError (EMFILE)."""
         return os.dup(self._held[uid])
@@ -348,10 +369,13 @@ class Executor:
             for entry in self._instances[uid].directories
             if entry.directory.lifetime is Lifetime.INSTANCE
         }
-        while not self._watches_of(uid):
-            mounted = await asyncio.to_thread(recovery.mounted_barriers)
-            if self._watches_of(uid):
-                return  # a login came meanwhile, and made a new namespace over the same files
+        while True:
+            # Locked: a login that makes a new namespace over the same files has them mounted in a thread of
+            # our own process.
+            async with self._lock(uid):
+                if self._watches_of(uid):
+                    return  # such a login came meanwhile
+                mounted = await asyncio.to_thread(recovery.mounted_barriers)
             pid = next((mounted[barrier] for barrier in barriers if barrier in mounted), None)
             if pid is None:
                 self._ended(uid)
@@ -457,6 +481,23 @@ def _shareable(base: int, directory: Directory) -> tuple[str, ...]:
         else:
             names.append(name)
     return tuple(names)
+
+
+def _share_again(instance: Instance, held: int | None, path: str) -> list[str]:
+    """held: a descriptor of the namespace, closed here; without one its processes are asked."""
+    fd = held if held is not None else processes.open_namespace(instance.namespace)
+    if fd is None:
+        return []
+    try:
+        changed: list[str] = []
+        for entry in instance.directories:
+            if entry.directory.path == path:
+                with _base(path) as base:
+                    names = _shareable(base, entry.directory)
+                changed += mountns.share_again(fd, path, names)
+        return changed
+    finally:
+        os.close(fd)
 
 
 def _make_or_adopt(base: int, entry: InstanceDirectory) -> tuple[int, bool]:

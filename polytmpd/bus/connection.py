@@ -252,9 +252,15 @@ class Connection:
                     with contextlib.suppress(BusError):
                         await self.ask_bus("RemoveMatch", "s", rule)
 
-    def owner(self, service: str) -> str | None:
-        """The unique name behind a followed name, as known now."""
-        return self._owners.get(service)
+    def owner(self, service: str) -> str:
+        """The unique name behind a followed name, as known now. Raises BusError where nobody owns it.
+
+        A call to it starts nothing: the bus would wait 25 s for a logind that runs, but has lost the bus.
+        """
+        owner = self._owners.get(service)
+        if owner is None:
+            raise BusError(f"{DBUS}.Error.NameHasNoOwner", f"{service} is not on the bus")
+        return owner
 
     # Serving
 

@@ -79,11 +79,16 @@ class Logind:
         return [Session(session, User(uid, name)) for session, uid, name, _, _ in sessions]
 
     async def _ask(self, member: str) -> list[Any]:
-        return await self._connection.ask(SERVICE, PATH, MANAGER, member)
+        return await self._connection.ask(self._connection.owner(SERVICE), PATH, MANAGER, member)
 
     async def _property(self, path: str, interface: str, name: str) -> Any:
         (value,) = await self._connection.ask(
-            SERVICE, path, "org.freedesktop.DBus.Properties", "Get", "ss", (f"{SERVICE}.{interface}", name)
+            self._connection.owner(SERVICE),
+            path,
+            "org.freedesktop.DBus.Properties",
+            "Get",
+            "ss",
+            (f"{SERVICE}.{interface}", name),
         )
         return value.value
 

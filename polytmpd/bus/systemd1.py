@@ -4,10 +4,14 @@
 Not here: reading the cgroup.
 """
 
+import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
 from polytmpd.bus.connection import BusError, Connection
+
+log = logging.getLogger(__name__)
 
 SERVICE: Final = "org.freedesktop.systemd1"
 PATH: Final = "/org/freedesktop/systemd1"
@@ -20,10 +24,18 @@ _UNIT_SUFFIX: Final = "_2eslice"
 class Systemd:
     """Speaks to PID 1 on a connection that others own."""
 
-    def __init__(self, connection: Connection, slice_changed: Callable[[int], None]) -> None:
-        """slice_changed(uid) is called when a user's slice started or stopped."""
+    def __init__(
+        self, connection: Connection, slice_changed: Callable[[int], None], came_back: Callable[[], None]
+    ) -> None:
+        """slice_changed(uid) is called when a user's slice started or stopped.
+
+        came_back() when PID 1 is on the bus again, after a restart of the bus or daemon-reexec: what
+        happened meanwhile was not heard.
+        """
         self._connection = connection
         self._slice_changed = slice_changed
+        self._came_back = came_back
+        self._subscribing: asyncio.Task[None] | None = None
 
     async def subscribe(self) -> None:
         """Hear of slices that start and stop. Raises BusError."""
@@ -32,7 +44,20 @@ class Systemd:
         await self._connection.subscribe(
             SERVICE, PROPERTIES, "PropertiesChanged", self._on_changed, f"arg0='{SERVICE}.Slice'"
         )
-        await self._connection.ask(SERVICE, PATH, MANAGER, "Subscribe")
+        await self._connection.follow_owner(SERVICE, self._on_owner)
+        await self._subscribe()
+
+    async def _subscribe(self) -> None:
+        """PID 1 sends signals only while somebody wants them; it forgets that when it leaves the bus."""
+        try:
+            await self._connection.ask(self._connection.owner(SERVICE), PATH, MANAGER, "Subscribe")
+        except BusError as error:
+            log.warning("The service manager does not answer, waiting for it: %s", error)
+
+    def _on_owner(self, owner: str | None) -> None:
+        if owner is not None:
+            self._subscribing = asyncio.get_running_loop().create_task(self._subscribe())
+            self._came_back()
 
     async def control_group(self, uid: int) -> str:
         """The cgroup of user-UID.slice relative to the cgroup root; empty where the slice has none.
@@ -40,11 +65,12 @@ class Systemd:
         Raises BusError.
         """
         try:
+            owner = self._connection.owner(SERVICE)
             (path,) = await self._connection.ask(
-                SERVICE, PATH, MANAGER, "GetUnit", "s", (f"user-{uid}.slice",)
+                owner, PATH, MANAGER, "GetUnit", "s", (f"user-{uid}.slice",)
             )
             (value,) = await self._connection.ask(
-                SERVICE, path, PROPERTIES, "Get", "ss", (f"{SERVICE}.Slice", "ControlGroup")
+                owner, path, PROPERTIES, "Get", "ss", (f"{SERVICE}.Slice", "ControlGroup")
             )
         except BusError as error:
             if error.name.endswith((".NoSuchUnit", ".UnknownObject")):

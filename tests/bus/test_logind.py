@@ -17,6 +17,7 @@ pytestmark = pytest.mark.bus
 
 ALICE = User(1000, "alice")
 SYSTEMD = "org.freedesktop.systemd1"
+SYSTEMD_PATH = "/org/freedesktop/systemd1"
 
 
 class Listener(list[Any]):
@@ -162,7 +163,8 @@ class FakeSystemd:
         client.bus.add_message_handler(self._on_message)
 
     def _on_message(self, message: Message) -> bool:
-        if message.message_type is not MessageType.METHOD_CALL or message.destination != SYSTEMD:
+        path = message.path or ""
+        if message.message_type is not MessageType.METHOD_CALL or not path.startswith(SYSTEMD_PATH):
             return False
         self.client.bus.send(self._answer(message))
         return True
@@ -191,6 +193,19 @@ class FakeSystemd:
         )
 
 
+async def test_it_comes_back(client: Client, connection: Connection) -> None:
+    """After a restart of the bus PID 1 is away for a moment: that is no reason not to start."""
+    came_back: list[None] = []
+    systemd = Systemd(connection, lambda _: None, lambda: came_back.append(None))
+    await systemd.subscribe()
+    with pytest.raises(BusError, match="not on the bus"):
+        await systemd.control_group(1000)
+    fake = FakeSystemd(client)
+    await client.own(SYSTEMD)
+    await eventually(lambda: came_back and fake.subscribed)
+    assert await systemd.control_group(1000) == ""
+
+
 @pytest.fixture
 async def fake_systemd(client: Client) -> FakeSystemd:
     made = FakeSystemd(client)
@@ -199,7 +214,8 @@ async def fake_systemd(client: Client) -> FakeSystemd:
 
 
 async def test_control_group(fake_systemd: FakeSystemd, connection: Connection) -> None:
-    systemd = Systemd(connection, lambda _: None)
+    systemd = Systemd(connection, lambda _: None, lambda: None)
+    await systemd.subscribe()
     fake_systemd.groups["user-1000.slice"] = "/user.slice/user-1000.slice"
     assert await systemd.control_group(1000) == "/user.slice/user-1000.slice"
     assert await systemd.control_group(1001) == "", "no such unit"
@@ -210,7 +226,7 @@ async def test_control_group(fake_systemd: FakeSystemd, connection: Connection) 
 
 async def test_changes_of_users_slices_alone(fake_systemd: FakeSystemd, connection: Connection) -> None:
     changed: list[int] = []
-    systemd = Systemd(connection, changed.append)
+    systemd = Systemd(connection, changed.append, lambda: None)
     await systemd.subscribe()
     assert fake_systemd.subscribed == 1
     for unit in (

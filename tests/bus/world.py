@@ -249,7 +249,8 @@ class FakeLogind:
         await self.client.disown(LOGIN1)
 
     def _on_message(self, message: Message) -> bool:
-        if message.message_type is not MessageType.METHOD_CALL or message.destination != LOGIN1:
+        path = message.path or ""
+        if message.message_type is not MessageType.METHOD_CALL or not path.startswith(LOGIN1_PATH):
             return False
         if not self.silent:
             self.client.bus.send(self._answer(message))
