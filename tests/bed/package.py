@@ -85,5 +85,5 @@ def _build(builder: Path, source: Path, files: list[str], directory: Path) -> No
         "--setenv=DEB_BUILD_OPTIONS=nocheck parallel=2",
         "--setenv=LC_ALL=C.UTF-8",
     ]
-    name = f"build-{os.getpid()}-{secrets.token_hex(3)}"  # a directory's own name may end in what no name may
+    name = f"build-{os.getpid()}-{secrets.token_hex(3)}"  # not the directory's own: it may end in "_"
     nspawn.run(name, builder, options, ["dpkg-buildpackage", "-b", "-us", "-uc"], BUILD_TIMEOUT)
