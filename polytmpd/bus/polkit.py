@@ -101,9 +101,7 @@ class Polkit:
         if authorized:
             return
         if challenge and not interactive:
-            raise InteractiveAuthorizationError(
-                f"{what} needs authentication; run it as root, or on a terminal"
-            )
+            raise InteractiveAuthorizationError(f"{what} needs authentication")
         raise AccessDeniedError(f"{what} was not allowed by polkit ({action})")
 
     async def _withdraw(self, cancellation: str) -> None:

@@ -6,7 +6,6 @@
 Not here: the commands (commands.py, status.py, remove.py, enter.py, monitor.py, check.py).
 """
 
-import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,6 +23,7 @@ _HINTS: Final = {
     ".NameHasNoOwner": "Is polytmpd running? See: systemctl status polytmpd.service",
     ".Disconnected": "The bus went away. See: systemctl status dbus.service",
     ".NoSuchInstance": "polytmpctl list shows who has an instance.",
+    ".UnknownObject": "The instance has just gone; polytmpctl list shows who has one.",
     ".AccessDenied": "Try again as root, for example with sudo.",
     ".InteractiveAuthorizationRequired": "Try again as root, or without --no-ask-password on a terminal.",
     ".UnknownMethod": "polytmpd is of another version than polytmpctl; systemctl restart polytmpd.service",
@@ -65,6 +65,8 @@ def _run(options: Options) -> int:
         return 0
     if options.host or options.machine:
         _become_remote(options)
+    import asyncio  # as long as all the rest, and --help does without
+
     return asyncio.run(_command(options, style))
 
 
@@ -105,11 +107,12 @@ async def _command(options: Options, style: Style) -> int:
             _stop_agent(agent)
     if argv is not None:
         enter.run(argv)
+    pager = options.pager and options.verb != "path"  # a path is for a script, or to be copied
     if options.json != "off":
         if answer.json is not None:
-            output.show(output.to_json(answer.json, options.json), pager=options.pager)
+            output.show(output.to_json(answer.json, options.json), pager=pager)
     else:
-        output.show(answer.text, pager=options.pager)
+        output.show(answer.text, pager=pager)
     return int(answer.status)
 
 
@@ -146,6 +149,8 @@ def _text(name: str, text: str) -> str:
 
 
 def _hint(name: str) -> str:
+    if name.startswith("org.freedesktop.systemd1."):  # masked, gone, failed to start
+        return "polytmpd cannot be started. See: systemctl status polytmpd.service"
     for ending, hint in _HINTS.items():
         if name.endswith(ending):
             return "" if ending == ".AccessDenied" and os.geteuid() == 0 else hint

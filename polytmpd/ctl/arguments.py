@@ -6,9 +6,8 @@ systemd's tools, which people know.
 Not here: what a verb does.
 """
 
-import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -151,7 +150,10 @@ def parse(arguments: Sequence[str]) -> Options:
         before = list(left)
         name, options = _option(word, left, options)
         if name not in {"host", "machine"}:
-            passed_on += [word, *before[: len(before) - len(left)]]
+            # Letters that were written together are taken apart: -jHbox
+            passed_on += (
+                [word[:2]] if len(left) > len(before) else [word, *before[: len(before) - len(left)]]
+            )
     options = replace(options, passed_on=tuple(passed_on))
     if options.help or options.version:
         return options
@@ -204,10 +206,10 @@ def _long(given: str) -> str:
         raise Failure(
             f"option '--{given}' is ambiguous; possibilities: {' '.join(f'--{name}' for name in found)}"
         )
-    near = difflib.get_close_matches(given, known, 1)
+    near = _nearest(given, known)
     raise Failure(
         f"unrecognized option '--{given}'",
-        f"Did you mean --{near[0]}?" if near else "polytmpctl --help lists the options.",
+        f"Did you mean --{near}?" if near else "polytmpctl --help lists the options.",
     )
 
 
@@ -229,10 +231,10 @@ def _valued(options: Options, name: str, value: str) -> Options:
 def _check(options: Options) -> None:
     verb = VERBS.get(options.verb)
     if verb is None:
-        near = difflib.get_close_matches(options.verb, VERBS, 1)
+        near = _nearest(options.verb, VERBS)
         raise Failure(
             f"Unknown command verb '{options.verb}'",
-            f"Did you mean '{near[0]}'?" if near else "polytmpctl --help lists the commands.",
+            f"Did you mean '{near}'?" if near else "polytmpctl --help lists the commands.",
         )
     if len(options.words) < verb.least:
         raise Failure("Too few arguments.", f"Usage: polytmpctl {usage(options.verb)}")
@@ -245,6 +247,13 @@ def _check(options: Options) -> None:
             )
     if options.host and options.machine:
         raise Failure("--host= and --machine= exclude each other")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """What was meant, perhaps."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), "")
 
 
 def usage(verb: str) -> str:

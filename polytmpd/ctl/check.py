@@ -47,6 +47,8 @@ _SANDBOX: Final = (
 )
 """Settings that give a service a mount namespace of its own, systemd.exec(5)."""
 _FD_STORE_PRESERVED_SINCE: Final = 254
+_REGULAR: Final = range(1000, 60001)
+"""Who is a person, login.defs(5); an exempt one has no instance."""
 _NAMED_AT_MOST: Final = 5
 _MARKS: Final = {"pass": "✓", "warn": "!", "fail": "✗", "skip": "-"}
 
@@ -108,6 +110,7 @@ async def _all(context: Context) -> AsyncIterator[Result]:
         *host.directories(_ROOT, directories),
     ):
         yield result
+    yield host.module(_ROOT)
     for finding in pamstacks.judge(_ROOT):
         yield Result("PAM", finding.service, finding.verdict, finding.text, finding.remedy)
     async for result in _units(context):
@@ -200,9 +203,13 @@ def _is_set(value: Any) -> bool:
     return value not in (None, False, "", "no", 0, [], ["", False])
 
 
+def _namespace(pid: str) -> int:
+    return Path("/proc", pid, "ns/mnt").stat().st_ino
+
+
 def _same_namespace(pid: int) -> bool | None:
     try:
-        return os.stat(f"/proc/{pid}/ns/mnt").st_ino == os.stat("/proc/1/ns/mnt").st_ino  # noqa: PTH116
+        return _namespace(str(pid)) == _namespace("1")
     except OSError:
         return None
 
@@ -218,13 +225,13 @@ async def _logged_in(context: Context, listed: dict[int, str]) -> AsyncIterator[
         return
     shared: dict[int, list[str]] = {}
     try:
-        host_namespace = os.stat("/proc/1/ns/mnt").st_ino  # noqa: PTH116
+        host_namespace = _namespace("1")
         for entry in os.scandir("/proc"):
             if not entry.name.isdecimal():
                 continue
             try:
                 uid = entry.stat().st_uid
-                if uid in listed and os.stat(f"/proc/{entry.name}/ns/mnt").st_ino == host_namespace:  # noqa: PTH116
+                if (uid in listed or uid in _REGULAR) and _namespace(entry.name) == host_namespace:
                     shared.setdefault(uid, []).append(_named(entry.name))
             except OSError:
                 continue
@@ -239,7 +246,10 @@ async def _logged_in(context: Context, listed: dict[int, str]) -> AsyncIterator[
             user,
             "warn",
             f"in the shared /tmp: {', '.join(names[:_NAMED_AT_MOST])}{more}",
-            f"began before polytmp was installed, or without PAM; loginctl terminate-user {user}",
+            f"began before polytmp was installed, or without PAM; loginctl terminate-user {user}"
+            if uid in listed
+            else "all is well if ExemptUsers= in polytmpd.conf(5) names the user; "
+            f"else it began before polytmp was installed, or without PAM; loginctl terminate-user {user}",
         )
     if not shared:
         who = f"the processes of {output.count(len(listed), 'user')} with an instance"

@@ -4,6 +4,7 @@
 Each returns what --json= prints, and the text for people. Not here: how it comes to the terminal.
 """
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -116,9 +117,12 @@ def _fitted(cells: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 async def usage(context: Context) -> Answer:
     rows: list[dict[str, Any]] = []
-    for uid, user in users.chosen(
-        context.options.words, await context.client.instances(), must_have_one=False
-    ):
+    listed = await context.client.instances()
+    wanted = users.chosen(context.options.words, listed, must_have_one=False)
+    if not context.options.words and os.geteuid() == 0:
+        names = {entry.uid for entry in listed}
+        wanted += [(uid, users.name_of(uid)) for uid in await _kept(context) if uid not in names]
+    for uid, user in wanted:
         try:
             counted = await context.client.usage(uid)
         except BusError as error:
@@ -144,6 +148,19 @@ async def usage(context: Context) -> Answer:
         total, inodes = sum(row["bytes"] for row in rows), sum(row["inodes"] for row in rows)
         text += f"\n\n{output.size(total)} in {output.count(inodes, 'file')}."
     return Answer(rows, text)
+
+
+async def _kept(context: Context) -> list[int]:
+    """Whose files are kept between logins: the directories that the daemon leaves for the next one."""
+    found: set[int] = set()
+    for directory in await context.client.directories():
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                uid = entry.name.removeprefix("polytmp-")
+                ours = uid != entry.name and uid.isdecimal() and uid.isascii() and len(uid) <= 10
+                if ours and entry.stat(follow_symlinks=False).st_uid == 0:  # anybody may make that name
+                    found.add(int(uid))
+    return sorted(found)
 
 
 async def path(context: Context) -> Answer:

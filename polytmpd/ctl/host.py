@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Final
 
 _TMPFILES: Final = ("etc/tmpfiles.d", "run/tmpfiles.d", "usr/lib/tmpfiles.d")
+_MODULE_PLACES: Final = tuple(
+    f"{place}/security/pam_polytmp.so"
+    for place in ("usr/lib/*-linux-*", "lib/*-linux-*", "usr/lib64", "lib64", "usr/lib", "lib")
+)
 _CLEANERS: Final = {
     "tmpreaper": ("etc/cron.daily/tmpreaper", "etc/tmpreaper.conf"),
     "tmpwatch": ("etc/cron.daily/tmpwatch",),
@@ -164,6 +168,14 @@ def _propagation(root: Path) -> Result:
         "private: mounts of the host do not reach sessions",
         "mount --make-rshared / at boot (systemd does it by itself; who undoes it?)",
     )
+
+
+def module(root: Path) -> Result:
+    """Named in a stack and not there, it lets nobody in."""
+    for pattern in _MODULE_PLACES:
+        for found in sorted(root.glob(pattern)):
+            return Result("PAM", "pam_polytmp.so", "pass", f"/{found.relative_to(root)}")
+    return Result("PAM", "pam_polytmp.so", "fail", "the module is not installed", "install polytmp anew")
 
 
 def cleaners(root: Path) -> Iterator[Result]:

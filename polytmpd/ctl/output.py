@@ -193,6 +193,8 @@ def pager_command(environment: Mapping[str, str], *, foreign: bool) -> list[list
     setting = environment.get("SYSTEMD_PAGER", environment.get("PAGER"))
     if setting is not None and setting.strip() in {"", "cat"}:
         return []
+    if environment.get("TERM", "dumb") == "dumb":
+        return []
     default = [["less"]] if foreign else [["pager"], ["less"], ["more"]]
     if setting and not foreign:
         return [setting.split(), *default]

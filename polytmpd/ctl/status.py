@@ -29,8 +29,7 @@ async def status(context: Context) -> Answer:
     found = [await _gather(context, uid) for uid, _ in wanted]
     if not found:
         return Answer([], "No instances." if context.options.legend else "")
-    named_one = len(context.options.words) == 1 or len(found) == 1
-    value = found[0] if named_one else found
+    value = found[0] if len(context.options.words) == 1 else found
     return Answer(value, "\n\n".join(_page(context, page) for page in found))
 
 

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""polytmpctl as an administrator and as a user types it, on a booted system: what is wrong first."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import observe
+from tests.bed import Machine, Result, eventually
+
+pytestmark = pytest.mark.e2e
+
+STARTUP_SECONDS = 0.15
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    def prepare(root: Path) -> None:
+        drop_in = root / "etc/systemd/logind.conf.d/quick.conf"
+        drop_in.parent.mkdir(parents=True, exist_ok=True)
+        drop_in.write_text(observe.QUICK_LOGOUT)
+
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+@pytest.fixture
+def alice(machine: Machine) -> Iterator[Any]:
+    """alice is logged in, with a file in each directory."""
+    with machine.session("alice") as session:
+        session.run("echo hers >/tmp/file; echo kept >/var/tmp/file")
+        yield session
+
+
+def ctl(machine: Machine, *words: str, check: bool = True, timeout: float = 20) -> Result:
+    return machine.run("polytmpctl", *words, check=check, timeout=timeout)
+
+
+def values(machine: Machine, *words: str) -> Any:
+    return json.loads(ctl(machine, "--json=short", *words).stdout)
+
+
+def refused(result: Result, *texts: str) -> None:
+    """Status 1, nothing on stdout, one line that says what and one that says what to do."""
+    assert result.returncode == 1, result
+    assert result.stdout == "", result
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("polytmpctl: "), result
+    assert "Traceback" not in result.stderr
+    for text in texts:
+        assert text in result.stderr, result
+
+
+# What is wrong
+
+
+def test_wrong_arguments(machine: Machine) -> None:
+    for words, text in (
+        (["lst"], "Did you mean 'list'?"),
+        (["status", "nosuchuser"], "No such user"),
+        (["status", "99999999999"], "is no UID"),
+        (["status", "bob"], "bob has no instance now."),
+        (["ps", "4242"], "4242 has no instance now."),
+        (["usage", "bob"], "bob has no instance now."),
+        (["enter", "bob"], "bob has no instance now."),
+        (["path", "/tmp/x"], "--user=USER"),
+        (["path", "/tmp/x", "--user=bob"], "bob has no instance now"),
+        (["path", "--user=bob", ""], "empty path"),
+        (["remove", "bob"], "--persistent bob"),
+        (["remove", "--persistent", "bob"], "nothing of former ones is kept"),
+        (["monitor", "--json=pretty"], "--json=short"),
+    ):
+        refused(ctl(machine, *words, check=False), text)
+
+
+def test_without_the_daemon(machine: Machine) -> None:
+    machine.run("systemctl", "mask", "--now", "--runtime", "polytmpd.service")
+    try:
+        refused(ctl(machine, "list", check=False), "systemctl status polytmpd")
+        examined = json.loads(ctl(machine, "check", "--json=short", check=False).stdout)
+        failed = {entry["name"] for entry in examined["results"] if entry["verdict"] == "fail"}
+        assert "polytmpd.service" in failed
+    finally:
+        machine.run("systemctl", "unmask", "--runtime", "polytmpd.service")
+        machine.run("systemctl", "start", "polytmpd.service")
+
+
+def test_a_reader_that_has_enough(machine: Machine, alice: Any) -> None:
+    done = machine.sh("set -o pipefail; polytmpctl status | true; polytmpctl ps | head -n1; echo $?")
+    assert done.stderr == ""
+
+
+# What is there
+
+
+def test_an_empty_host(machine: Machine) -> None:
+    observe.log_everybody_out(machine)
+    assert ctl(machine).stdout == "No instances.\n"
+    assert ctl(machine, "--no-legend").stdout == ""
+    assert values(machine, "list") == []
+    assert values(machine, "status") == []
+
+
+def test_list(machine: Machine, alice: Any) -> None:
+    lines = ctl(machine, "list").stdout.splitlines()
+    assert lines[0].split() == ["UID", "USER", "STATE", "SINCE", "AGE"]
+    assert lines[1].split()[:3] == ["1001", "alice", "active"]
+    assert lines[-1] == "1 instance listed."
+    assert ctl(machine, "--no-legend").stdout.split()[:3] == ["1001", "alice", "active"]
+    assert alice.run("polytmpctl list --no-legend").split()[:3] == ["1001", "alice", "active"]
+    # another user knows that she is there, and no more
+    assert machine.ssh("bob", "polytmpctl list --no-legend | grep alice").stdout.split() == [
+        "1001",
+        "alice",
+        "-",
+        "-",
+    ]
+
+
+def test_list_is_quick(machine: Machine, alice: Any) -> None:
+    """By the time of the processor: other machines run beside this one, and make it wait."""
+    script = (
+        "import os, subprocess\nfor _ in range(9):\n begin = sum(os.times()[2:4])\n"
+        " subprocess.run(['polytmpctl', 'list'], stdout=subprocess.DEVNULL, check=True)\n"
+        " print(sum(os.times()[2:4]) - begin)"
+    )
+    spent = sorted(map(float, machine.run("python3", "-c", script).stdout.split()))
+    assert spent[len(spent) // 2] < STARTUP_SECONDS, spent
+
+
+def test_status(machine: Machine, alice: Any) -> None:
+    alice.run("unshare -Urm sleep 4321 >/dev/null 2>&1 & true")
+    alice.run("mkdir /tmp/m && sudo mount -t tmpfs -o size=1m inner /tmp/m")
+    eventually(lambda: machine.sh("pgrep -f -x 'sleep 4321'").stdout, what="unshare has started it")
+    page = ctl(machine, "status", "alice").stdout
+    assert page.startswith("● alice (1001)\n       State: active since ")
+    host = values(machine, "path", "/tmp", "-u", "alice")[0]["host_path"]
+    assert f"        /tmp: {host}\n" in page
+    assert "removed with the instance" in page
+    assert "kept between logins" in page
+    assert "      Mounts: /tmp/m (tmpfs, inner)\n" in page
+    assert "sleep 4321  (in a namespace made from it)" in page
+    assert "├─session-" in page or "└─session-" in page
+    assert "New instance of user alice" in page, "the journal's last lines"
+    found = values(machine, "status", "alice")
+    assert found["sessions"][0]["service"] == "sshd"
+    assert {process["how"] for process in found["processes"]} == {"namespace", "derived"}
+    assert machine.ssh("alice", "polytmpctl status").stdout.startswith("● alice (1001)\n")
+    assert "\x1b[" not in page
+    assert "\x1b[" in machine.sh("SYSTEMD_COLORS=1 polytmpctl status alice").stdout
+    alice.run("sudo umount /tmp/m; pkill -f -x 'sleep 4321'")
+
+
+def test_ps_says_why(machine: Machine, alice: Any) -> None:
+    alice.run("sudo systemd-run --quiet --unit=stray nsenter --mount=/proc/$$/ns/mnt sleep 1001")
+    eventually(lambda: machine.sh("pgrep -f -x 'sleep 1001'").stdout, what="the stray process is there")
+    holder = machine.popen("sh", "-c", f"exec 9</proc/{alice.pid}/ns/mnt; echo open; cat")
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"open\n"
+    try:
+        rows = {row["command"]: row for row in values(machine, "ps", "alice")}
+        assert (rows["sleep 1001"]["how"], rows["sleep 1001"]["where"]) == (
+            "namespace",
+            "unit stray.service",
+        )
+        # sh, before it becomes cat, or in one go: the pid is the same
+        assert rows["cat"]["how"] == "descriptor"
+        shell = next(row for row in rows.values() if row["pid"] == alice.pid)
+        assert shell["where"].startswith("session ")
+        assert not [row for row in rows.values() if "polytmpd" in row["command"] or row["pid"] == 1]
+        text = ctl(machine, "ps", "alice").stdout.splitlines()
+        assert text[0].split() == ["PID", "HOW", "WHERE", "COMMAND"]
+        assert text[-1] == f"{len(rows)} processes listed."
+    finally:
+        holder.communicate()
+        machine.run("systemctl", "stop", "stray.service")
+
+
+def test_usage(machine: Machine, alice: Any) -> None:
+    before = {row["directory"]: row for row in values(machine, "usage", "alice")}
+    alice.run("mkdir /tmp/d; head -c 3M /dev/zero >/tmp/d/big; ln /tmp/d/big /tmp/d/again")
+    after = {row["directory"]: row for row in values(machine, "usage", "alice")}
+    assert after["/tmp"]["bytes"] - before["/tmp"]["bytes"] in range(3 << 20, (3 << 20) + 65536)
+    assert after["/tmp"]["inodes"] - before["/tmp"]["inodes"] == 2
+    assert after["/var/tmp"] == before["/var/tmp"]
+    assert "3.0M" in alice.run("polytmpctl usage")
+    alice.run("rm -r /tmp/d")
+
+
+def test_path_there_and_back(machine: Machine, alice: Any) -> None:
+    host = ctl(machine, "path", "-u", "alice", "/tmp/file").stdout.strip()
+    assert machine.run("cat", host).stdout == "hers\n"
+    assert ctl(machine, "path", host).stdout == "alice:/tmp/file\n"
+    assert alice.run("cd /tmp && ln -sf file link && polytmpctl path link; rm link").strip() == host
+    assert alice.run("sudo polytmpctl path /tmp/file").strip() == host, "with sudo: whoever runs it"
+    same = ["/etc/passwd", "/tmp/.X11-unix/X0"]
+    assert ctl(machine, "path", "-u", "alice", *same, "/tmp/../tmp/./file").stdout.split() == [*same, host]
+
+
+def test_enter(machine: Machine, alice: Any) -> None:
+    assert ctl(machine, "enter", "alice", "cat", "/tmp/file").stdout == "hers\n"
+    inside = ctl(
+        machine, "enter", "alice", "sh", "-c", "id -u; readlink /proc/self/ns/mnt; pwd"
+    ).stdout.split()
+    assert inside == ["0", alice.run(observe.NAMESPACE).strip(), "/"]
+    assert machine.sh("cd /usr/bin && polytmpctl enter alice pwd").stdout == "/usr/bin\n"
+    assert machine.sh("cd /tmp && polytmpctl enter alice pwd").stdout == "/\n"
+    assert ctl(machine, "enter", "alice", "--as-user", "id", "-un").stdout == "alice\n"
+    assert ctl(machine, "enter", "alice", "sh", "-c", "exit 42", check=False).returncode == 42
+    assert ctl(machine, "enter", "alice", "nosuchcommand", check=False).returncode == 127
+    assert (
+        machine.run("env", "SHELL=/bin/sh", "polytmpctl", "enter", "alice", input="cat /tmp/file\n").stdout
+        == "hers\n"
+    )
+    refused(alice.result("polytmpctl enter alice id", check=False), "sudo")
+
+
+# What changes things
+
+
+def test_remove_refuses_while_somebody_lives_in_it(machine: Machine, alice: Any) -> None:
+    refused(
+        ctl(machine, "remove", "--yes", "alice", check=False), "in use by", "loginctl terminate-user alice"
+    )
+    refused(ctl(machine, "remove", "--yes", "--persistent", "alice", check=False), "in use by")
+    called = machine.run(
+        *("busctl", "call", "org.polytmp1", "/org/polytmp1", "org.polytmp1.Manager"),
+        *("RemoveInstanceWithFlags", "ut", "1001", "1"),
+        check=False,
+    )
+    assert "processes live in it" in called.stderr
+    assert alice.run("cat /tmp/file /var/tmp/file").split() == ["hers", "kept"]
+
+
+def test_remove_what_is_kept(machine: Machine) -> None:
+    with machine.session("bob") as bob:
+        bob.run("mkdir /var/tmp/d; head -c 2M /dev/zero >/var/tmp/d/big")
+    eventually(lambda: "bob" not in observe.instances(machine), 30, "bob's instance is gone")
+    kept = "/var/tmp/polytmp-1002/tmp/d/big"
+    refused(ctl(machine, "remove", "bob", check=False), "remove --persistent bob")
+    refused(ctl(machine, "remove", "--persistent", "bob", check=False), "--yes")
+    assert "2.0M" in ctl(machine, "usage", "bob").stdout
+    assert ("bob", "/var/tmp") in {(row["user"], row["directory"]) for row in values(machine, "usage")}
+    asked = terminal(machine, "polytmpctl remove --persistent bob", "n")
+    assert "2.0M" in asked
+    assert "Nothing was removed." in asked
+    assert machine.run("test", "-e", kept).returncode == 0
+    terminal(machine, "polytmpctl remove --persistent bob", "y")
+    assert machine.run("ls", "/var/tmp/polytmp-1002", check=False).returncode != 0
+    with machine.session("bob") as bob:
+        assert bob.run("ls /var/tmp") == ""
+    eventually(lambda: "bob" not in observe.instances(machine), 30, "bob's instance is gone")
+    ctl(machine, "remove", "--persistent", "--yes", "bob")
+    refused(
+        ctl(machine, "remove", "--persistent", "--yes", "bob", check=False), "nothing of former ones is kept"
+    )
+
+
+def terminal(machine: Machine, command: str, typed: str) -> str:
+    """What root's terminal shows; the line is typed when the question is there."""
+    return machine.ssh("root", command, tty=True, input=f"{typed}\n", check=False).stdout
+
+
+def test_monitor(machine: Machine) -> None:
+    observe.log_everybody_out(machine)
+    process = machine.popen("polytmpctl", "monitor", "--json=short")
+    assert process.stdout is not None
+    # the name on the bus is there before the subscription: a first event shows that it listens
+    time.sleep(1)
+    try:
+        with machine.session("alice") as alice:
+            alice.run("true")
+        eventually(lambda: "alice" not in observe.instances(machine), 30, "alice's instance is gone")
+    finally:
+        process.terminate()
+    events = [json.loads(line) for line in process.communicate()[0].splitlines()]
+    seen = [(event["event"], event.get("state")) for event in events if event["user"] == "alice"]
+    states = [entry for entry in seen if entry[0] != "changed"]
+    assert states[0] == ("new", "preparing")
+    assert ("state", "active") in states
+    assert ("state", "draining") in states
+    assert states[-1] == ("removed", None)
+
+
+# On a terminal
+
+
+def test_a_terminal_has_colours_and_a_pager(machine: Machine, alice: Any) -> None:
+    shown = machine.ssh("root", "TERM=xterm polytmpctl --no-pager list", tty=True).stdout
+    assert "\x1b[0;1;32mactive\x1b[0m" in shown
+    assert (
+        "\x1b[0;" not in machine.ssh("root", "TERM=xterm NO_COLOR=1 polytmpctl --no-pager", tty=True).stdout
+    )
+    pager = "TERM=xterm SYSTEMD_PAGER='tr a-z A-Z' polytmpctl"
+    assert "ALICE" in machine.ssh("root", f"{pager} list", tty=True).stdout
+    assert "ALICE" not in machine.ssh("root", f"{pager} --no-pager list", tty=True).stdout
+    assert "ALICE" not in machine.ssh("root", f"{pager} list | cat", tty=True).stdout
+    assert "FRSXMK" in machine.ssh("root", "TERM=xterm SYSTEMD_PAGER=env polytmpctl list", tty=True).stdout
+
+
+def test_the_completion_of_bash(machine: Machine, alice: Any) -> None:
+    script = (
+        ". /usr/share/bash-completion/completions/polytmpctl; COMP_WORDS=(polytmpctl {}); "
+        "COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _polytmpctl; echo ${{COMPREPLY[@]}}"
+    )
+    for words, expected in (("st", "status"), ("status ''", "alice"), ("remove --per", "--persistent")):
+        assert machine.sh(script.format(words)).stdout.strip() == expected
+
+
+# check
+
+
+def test_check_passes_on_this_host(machine: Machine, alice: Any) -> None:
+    done = ctl(machine, "check", check=False)
+    assert done.returncode == 0, done
+    assert " fail" not in done.stdout
+    found = values(machine, "check")
+    assert found["verdict"] == "pass"
+    names = {entry["name"]: entry["verdict"] for entry in found["results"]}
+    expected = (
+        "polytmpd.service",
+        "move_mount(MOVE_MOUNT_SET_GROUP)",
+        "cgroups",
+        "sshd",
+        "cron",
+        "su",
+        "systemd-user",
+    )
+    assert {name: names.get(name) for name in expected} == dict.fromkeys(expected, "pass")
+    assert names["/ (propagation)"] == "pass"
+
+
+def test_check_finds_what_is_wrong(machine: Machine, alice: Any) -> None:
+    machine.write("/etc/systemd/system/cron.service.d/x.conf", "[Service]\nProtectSystem=full\n")
+    machine.write("/etc/pam.d/vsftpd", "session required pam_unix.so\n")
+    machine.write("/etc/tmpfiles.d/polytmp.conf", "")
+    machine.write("/etc/krb5.conf", "[libdefaults]\n default_ccache_name = FILE:/tmp/krb5cc_%{uid}\n")
+    machine.sh("systemctl daemon-reload; systemctl restart cron")
+    machine.run("systemd-run", "--quiet", "--unit=outside", "--uid=alice", "sleep", "777")
+    try:
+        done = ctl(machine, "check", "--json=short", check=False)
+        assert done.returncode == 1
+        results = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}
+        verdicts = {name: entry["verdict"] for name, entry in results.items() if entry["verdict"] != "pass"}
+        assert verdicts == {
+            "cron.service": "fail",
+            "vsftpd": "fail",
+            "tmpfiles.d": "fail",
+            "Kerberos": "warn",
+            "alice": "warn",
+        }
+        assert all(entry["remedy"] for entry in results.values() if entry["verdict"] in {"warn", "fail"})
+        assert "ProtectSystem=" in results["cron.service"]["text"]
+        assert "sleep" in results["alice"]["text"]
+    finally:
+        machine.sh(
+            "systemctl stop outside; rm -r /etc/systemd/system/cron.service.d /etc/pam.d/vsftpd "
+            "/etc/tmpfiles.d/polytmp.conf /etc/krb5.conf; systemctl daemon-reload; systemctl restart cron"
+        )

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What check makes of a host, each in a directory of its own. The host of the tests is not looked at."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from polytmpd.ctl import host, pamstacks
+
+pytestmark = pytest.mark.unit
+
+COMMON = "session required pam_unix.so\nsession optional pam_systemd.so\nsession required pam_polytmp.so\n"
+OLD_COMMON = "session required pam_unix.so\nsession optional pam_systemd.so\n"
+
+
+def make(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def verdict(root: Path, service: str) -> tuple[str, str] | None:
+    found = [finding for finding in pamstacks.judge(root) if finding.service == service]
+    assert len(found) < 2
+    assert all(finding.remedy for finding in found if finding.verdict != "pass"), "what is to be done?"
+    return (found[0].verdict, found[0].text) if found else None
+
+
+@pytest.mark.parametrize(
+    ("service", "text", "expected"),
+    [
+        ("sshd", "@include common-session\n", ("pass", "required")),
+        ("sshd", "session include common-session\n", ("pass", "required")),
+        ("sshd", "session substack common-session # x\n", ("pass", "required")),
+        (
+            "sshd",
+            "-session required pam_systemd.so\nsession  required\tpam_polytmp.so\n",
+            ("pass", "required"),
+        ),
+        ("sshd", "session required pam_unix.so\n", ("fail", "no pam_polytmp.so")),
+        ("sshd", "# session required pam_polytmp.so\n", ("fail", "no pam_polytmp.so")),
+        ("sshd", "auth required pam_polytmp.so\n", ("fail", "no pam_polytmp.so")),
+        ("cron", "@include nosuch\n", ("fail", "no pam_polytmp.so")),
+        ("other-login", "session required pam_systemd.so\n", ("fail", "no pam_polytmp.so")),
+        (
+            "sshd",
+            "session required pam_polytmp.so\nsession optional pam_systemd.so\n",
+            ("warn", "before pam_systemd.so"),
+        ),
+        ("systemd-user", "session required pam_polytmp.so\nsession optional pam_systemd.so\n", ("pass", "")),
+        (
+            "sshd",
+            "session required pam_namespace.so\n@include common-session\n",
+            ("warn", "pam_namespace.so"),
+        ),
+        ("sshd", "@include common-session\nsession optional pam_tmpdir.so\n", ("warn", "pam_tmpdir.so")),
+        ("sshd", "@include common-session\nsession optional pam_mktemp.so\n", ("warn", "pam_mktemp.so")),
+        ("sshd", "session optional pam_polytmp.so\n", ("warn", "goes on with the shared /tmp")),
+        ("sshd", "session [success=ok default=die] pam_polytmp.so\n", ("pass", "default=die")),
+        ("sshd", "session [success=ok default=ignore] pam_polytmp.so\n", ("warn", "default=ignore")),
+        ("sshd", "session \\\n required /lib/security/pam_polytmp.so\n", ("pass", "required")),
+        ("passwd", "@include common-password\n", None),
+        ("runuser", "session required pam_unix.so\n", None),
+        ("sshd.dpkg-dist", "session required pam_systemd.so\n", None),
+    ],
+)
+def test_pam(tmp_path: Path, service: str, text: str, expected: tuple[str, str] | None) -> None:
+    make(tmp_path, {"etc/pam.d/common-session": COMMON, f"etc/pam.d/{service}": text})
+    found = verdict(tmp_path, service)
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found[0] == expected[0]
+        assert expected[1] in found[1]
+
+
+def test_pam_without_the_profile(tmp_path: Path) -> None:
+    make(tmp_path, {"etc/pam.d/common-session": OLD_COMMON, "etc/pam.d/su": "@include common-session\n"})
+    assert verdict(tmp_path, "su") == (
+        "fail",
+        "no pam_polytmp.so in its session stack: users of su get the shared /tmp",
+    )
+
+
+def test_etc_comes_before_usr(tmp_path: Path) -> None:
+    make(tmp_path, {"usr/lib/pam.d/systemd-user": COMMON, "etc/pam.d/systemd-user": OLD_COMMON})
+    found = verdict(tmp_path, "systemd-user")
+    assert found is not None
+    assert found[0] == "fail"
+
+
+def test_a_loop_of_includes_ends(tmp_path: Path) -> None:
+    make(tmp_path, {"etc/pam.d/sshd": "@include sshd\nsession required pam_polytmp.so\n"})
+    found = verdict(tmp_path, "sshd")
+    assert found is not None
+    assert found[0] == "pass"
+
+
+def test_the_module_itself(tmp_path: Path) -> None:
+    assert host.module(tmp_path).verdict == "fail"
+    make(tmp_path, {"usr/lib/x86_64-linux-gnu/security/pam_polytmp.so": ""})
+    assert host.module(tmp_path).verdict == "pass"
+
+
+def one(results: "list[host.Result]", name: str) -> host.Result:
+    (found,) = [result for result in results if result.name == name]
+    assert found.verdict == "pass" or found.remedy, "what is to be done?"
+    return found
+
+
+def test_directories(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: the directories are to belong to UID 0")
+    make(tmp_path, {"proc/1/mountinfo": "22 1 0:2 / / rw shared:1 - ext4 /dev/x rw\n"})
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "tight").mkdir(0o1770)
+    (tmp_path / "tight").chmod(0o1770)
+    results = list(host.directories(tmp_path, ["/tmp", "/open", "/tight", "/missing"]))
+    assert [result.verdict for result in results] == ["pass", "fail", "warn", "fail", "pass"]
+    assert "sticky" in one(results, "/open").text
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("22 1 0:2 / / rw shared:1 - ext4 /dev/x rw\n", "pass"),
+        ("22 1 0:2 / / rw - ext4 /dev/x rw\n", "fail"),
+        ("22 1 0:2 / / rw master:1 - ext4 shared:1 rw\n", "fail"),
+    ],
+)
+def test_propagation(tmp_path: Path, table: str, expected: str) -> None:
+    make(tmp_path, {"proc/1/mountinfo": table})
+    assert one(list(host.directories(tmp_path, [])), "/ (propagation)").verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"sys/fs/cgroup/cgroup.controllers": "", "sys/fs/cgroup/cgroup.procs": ""}, "pass"),
+        ({"sys/fs/cgroup/unified/cgroup.procs": ""}, "pass"),
+        ({"sys/fs/cgroup/systemd/cgroup.procs": ""}, "fail"),
+        ({"sys/fs/cgroup/cgroup.procs": ""}, "fail"),
+    ],
+)
+def test_cgroups(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+    assert one(list(host.cgroups(make(tmp_path, files))), "cgroups").verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"usr/lib/tmpfiles.d/polytmp.conf": "x /tmp/polytmp-*\n"}, {"tmpfiles.d": "pass"}),
+        ({}, {"tmpfiles.d": "fail"}),
+        (
+            {"usr/lib/tmpfiles.d/polytmp.conf": "x", "etc/tmpfiles.d/polytmp.conf": ""},
+            {"tmpfiles.d": "fail"},
+        ),
+        (
+            {"usr/lib/tmpfiles.d/polytmp.conf": "x", "etc/tmpfiles.d/polytmp.conf": "x"},
+            {"tmpfiles.d": "warn"},
+        ),
+        (
+            {"usr/lib/tmpfiles.d/polytmp.conf": "x", "etc/cron.daily/tmpreaper": "x"},
+            {"tmpfiles.d": "pass", "tmpreaper": "warn"},
+        ),
+    ],
+)
+def test_cleaners(tmp_path: Path, files: dict[str, str], expected: dict[str, str]) -> None:
+    results = list(host.cleaners(make(tmp_path, files)))
+    assert {result.name: result.verdict for result in results} == expected
+
+
+def test_a_masked_snippet(tmp_path: Path) -> None:
+    make(tmp_path, {"usr/lib/tmpfiles.d/polytmp.conf": "x", "etc/tmpfiles.d/other.conf": "x"})
+    (tmp_path / "etc/tmpfiles.d/polytmp.conf").symlink_to("/dev/null")
+    assert one(list(host.cleaners(tmp_path)), "tmpfiles.d").verdict == "fail"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "pass"),
+        ("[libdefaults]\n default_realm = X\n", "warn"),
+        ("[libdefaults]\n default_ccache_name = FILE:/tmp/krb5cc_%{uid}\n", "warn"),
+        ("[libdefaults]\n default_ccache_name = /var/tmp/krb5cc_%{uid}\n", "warn"),
+        ("[libdefaults]\n default_ccache_name = KEYRING:persistent:%{uid}\n", "pass"),
+        (
+            "[libdefaults]\n# default_ccache_name = KCM:\n default_ccache_name=FILE:/run/user/%{uid}/cc\n",
+            "pass",
+        ),
+    ],
+)
+def test_kerberos(tmp_path: Path, text: str, expected: str) -> None:
+    assert one(list(host.kerberos(make(tmp_path, {"etc/krb5.conf": text}))), "Kerberos").verdict == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [("100000\n", "pass"), ("0\n", "fail"), ("x", "skip")])
+def test_limits(tmp_path: Path, value: str, expected: str) -> None:
+    make(tmp_path, {"proc/sys/user/max_mnt_namespaces": value, "proc/sys/fs/mount-max": "100000"})
+    results = [result.verdict for result in host.limits(tmp_path, 10)]
+    assert results == [expected, "pass"]
