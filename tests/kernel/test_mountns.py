@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""kernel/mountns against the running kernel. Each case_ runs alone in namespaces of its own (world.py)."""
+
+import contextlib
+import errno
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+from unittest import mock
+
+import pytest
+
+from polytmpd.kernel import inotify, mountinfo, mountns, processes
+from polytmpd.kernel.mountns import Namespace, PrivateDirectory
+from tests.kernel.world import run_alone
+
+pytestmark = pytest.mark.kernel
+
+T = TypeVar("T")
+
+POINT = "/var/tmp/polytmp-test-point"
+"""On the root file system, which is private for a moment while a namespace is made."""
+
+
+def test_root_is_here() -> None:
+    if os.geteuid() != 0:
+        pytest.fail("the kernel tests need root: they make mount namespaces", pytrace=False)
+
+
+class Bed:
+    """Two private directories, as on Debian 13:
+
+    one a mount of its own, one a plain directory of the root file system.
+    """
+
+    def __init__(self) -> None:
+        self.watches = inotify.Inotify()
+        self.mounted, self.plain = "/mnt/tmp", tempfile.mkdtemp(prefix="polytmp-test-", dir="/var/tmp")
+        Path(self.mounted).mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "tmp", self.mounted], check=True)
+        Path(POINT).mkdir(exist_ok=True)
+        self.directories = [
+            self.make(self.mounted, (".X11-unix",)),
+            self.make(self.plain),
+        ]
+
+    def make(self, path: str, shared: tuple[str, ...] = ()) -> PrivateDirectory:
+        inner = Path(path, "barrier", "tmp")
+        inner.mkdir(parents=True)
+        for name in shared:
+            Path(path, name).mkdir()
+            (inner / name).mkdir()
+        status = inner.stat()
+        return PrivateDirectory(path, "barrier/tmp", (status.st_dev, status.st_ino), shared)
+
+    def watch(self, path: str) -> int:
+        return self.watches.add_watch(path, inotify.IN_DELETE_SELF)
+
+    def build(self) -> Namespace:
+        return mountns.build(self.directories, self.watch)
+
+    def ended(self) -> list[int]:
+        return [event.watch for event in self.watches.read() if event.mask & inotify.IN_UNMOUNT]
+
+
+@contextlib.contextmanager
+def bed() -> Iterator[Bed]:
+    made = Bed()
+    try:
+        yield made
+    finally:
+        subprocess.run(["umount", "--recursive", "--quiet", f"{made.plain}/iso"], check=False)
+        subprocess.run(["rm", "-rf", "--one-file-system", made.plain], check=True)
+
+
+def within(namespace: Namespace, script: str) -> str:
+    path = f"/proc/{os.getpid()}/fd/{namespace.fd}"
+    done = subprocess.run(
+        ["nsenter", f"--mount={path}", "sh", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{script}: {done.stderr}"
+    return done.stdout
+
+
+def soon(condition: Callable[[], T]) -> T:
+    """The first true value, within 10 s."""
+    deadline = time.monotonic() + 10
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "not within 10 s"
+        time.sleep(0.01)
+    return value
+
+
+def points() -> list[str]:
+    return sorted(mount.mount_point for mount in mountinfo.read("1"))
+
+
+def case_only_the_directories_are_private() -> None:
+    with bed() as it:
+        before = points()
+        namespace = it.build()
+        assert points() == before, "the host has no new mount"
+        for path in (it.mounted, it.plain):
+            within(namespace, f"touch {path}/mine")
+            assert not Path(path, "mine").exists()
+            assert Path(path, "barrier/tmp/mine").exists()
+        within(namespace, f"mount -t tmpfs x {POINT}")
+        assert POINT in points()
+        subprocess.run(["umount", POINT], check=True)
+        assert within(namespace, f"grep -c ' {POINT} ' /proc/self/mountinfo || true").strip() == "0"
+        subprocess.run(["mount", "-t", "tmpfs", "x", POINT], check=True)
+        within(namespace, f"umount {POINT}")
+        assert POINT not in points()
+
+
+def case_mounts_in_the_directories_stay_there() -> None:
+    with bed() as it:
+        namespace = it.build()
+        for path in (it.mounted, it.plain):
+            before = points()
+            within(namespace, f"mkdir {path}/m; mount -t tmpfs m {path}/m")
+            assert points() == before
+
+
+def case_two_namespaces_share_what_is_not_private() -> None:
+    with bed() as it:
+        first, second = it.build(), it.build()
+        assert first.inode != second.inode
+        within(first, f"mount -t tmpfs x {POINT}; touch {POINT}/f")
+        assert within(second, f"ls {POINT}").strip() == "f"
+        within(second, f"umount {POINT}")
+        assert within(first, f"ls {POINT}") == ""
+
+
+def case_shared_names_are_the_hosts_own() -> None:
+    with bed() as it:
+        namespace = it.build()
+        within(namespace, f"touch {it.mounted}/.X11-unix/X0")
+        assert Path(it.mounted, ".X11-unix/X0").exists()
+
+
+def case_a_host_mount_below_is_not_kept() -> None:
+    with bed() as it:
+        for path in (it.mounted, it.plain):
+            Path(path, "iso/nested").mkdir(parents=True)
+            subprocess.run(["mount", "-t", "tmpfs", "iso", f"{path}/iso"], check=True)
+            Path(path, "iso/nested").mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "nested", f"{path}/iso/nested"], check=True)
+        before = points()
+        namespace = it.build()
+        assert points() == before, "the host's own are still there"
+        table = mountns.mounts_in(namespace.fd)
+        assert not [mount for mount in table if mount.source in {"iso", "nested"}]
+
+
+def case_the_end_is_reported_when_the_last_is_gone() -> None:
+    with bed() as it:
+        namespace = it.build()
+        path = f"/proc/{os.getpid()}/fd/{namespace.fd}"
+        process = subprocess.Popen(["nsenter", f"--mount={path}", "sleep", "100"])
+        soon(lambda: processes.living_in(namespace.inode))
+        os.close(namespace.fd)
+        again = processes.open_namespace(namespace.inode)
+        assert again is not None
+        assert os.fstat(again).st_ino == namespace.inode
+        os.close(again)
+        assert it.ended() == []
+        assert inotify.living_watches(it.watches.fd) == {namespace.watch}
+        process.kill()
+        process.wait()
+        found = soon(it.ended)
+        assert found == [namespace.watch]
+        assert inotify.living_watches(it.watches.fd) == set()
+        assert processes.open_namespace(namespace.inode) is None
+
+
+@pytest.mark.parametrize("beneath", [True, False])
+def test_renewed_sentinel(beneath: bool) -> None:
+    run_alone(__name__, "case_renewed_sentinel_beneath" if beneath else "case_renewed_sentinel_under_shared")
+
+
+def case_renewed_sentinel_beneath() -> None:
+    renewed_sentinel()
+
+
+def case_renewed_sentinel_under_shared() -> None:
+    too_old = OSError(errno.EINVAL, "MOVE_MOUNT_BENEATH is not known before Linux 6.5")
+    with mock.patch.object(mountns, "_set_sentinel_beneath", side_effect=too_old):
+        renewed_sentinel()
+
+
+def renewed_sentinel() -> None:
+    with bed() as it:
+        namespace = it.build()
+        it.watches.close()
+        it.watches = inotify.Inotify()
+        within(namespace, f"touch {it.mounted}/mine")
+        first = it.directories[0]
+        watch = mountns.renew_sentinel(namespace.fd, first.path, first.shared, it.watch)
+        assert within(namespace, f"ls {it.mounted}").strip() == "mine"
+        within(namespace, f"touch {it.mounted}/.X11-unix/X0")
+        assert Path(it.mounted, ".X11-unix/X0").exists()
+        assert it.ended() == []
+        os.close(namespace.fd)
+        found = soon(it.ended)
+        assert found == [watch]
+
+
+def case_something_else_in_the_place_is_refused() -> None:
+    with bed() as it:
+        before = points()
+        Path(it.plain, "barrier/tmp").rename(Path(it.plain, "barrier/old"))
+        Path(it.plain, "barrier/tmp").mkdir()
+        with pytest.raises(OSError, match="not the instance directory") as caught:
+            it.build()
+        assert caught.value.errno == errno.ESTALE
+        assert points() == before
+        soon(lambda: inotify.living_watches(it.watches.fd) == set())
+
+
+def case_a_link_is_refused() -> None:
+    with bed() as it:
+        os.symlink(it.plain, "/mnt/link")
+        link = PrivateDirectory("/mnt/link", "barrier/tmp", it.directories[1].identity)
+        with pytest.raises(OSError, match="/mnt/link"):
+            mountns.build([link], it.watch)
+
+
+def case_nothing_leaks() -> None:
+    with bed() as it:
+        fds = len(os.listdir("/proc/self/fd"))
+        threads = threading.active_count()
+        before = points()
+        for _ in range(50):
+            os.close(it.build().fd)
+        assert len(os.listdir("/proc/self/fd")) == fds
+        assert threading.active_count() == threads
+        assert points() == before
+        soon(lambda: inotify.living_watches(it.watches.fd) == set())
+
+
+def case_no_mount_event_is_missed() -> None:
+    """The host mounts and unmounts all the time while namespaces are made; each must agree with it in the
+    end.
+    """
+    with bed() as it:
+        Path("/var/tmp/storm").mkdir(exist_ok=True)
+        stop = threading.Event()
+
+        def storm() -> None:
+            while not stop.is_set():
+                subprocess.run(["mount", "-t", "tmpfs", "storm", "/var/tmp/storm"], check=True)
+                subprocess.run(["umount", "/var/tmp/storm"], check=True)
+
+        thread = threading.Thread(target=storm)
+        thread.start()
+        made = []
+        try:
+            for _ in range(60):
+                made.append(it.build())
+        finally:
+            stop.set()
+            thread.join()
+        subprocess.run(["mount", "-t", "tmpfs", "last", "/var/tmp/storm"], check=True)
+        for namespace in made:
+            sources = [
+                m.source for m in mountns.mounts_in(namespace.fd) if m.mount_point == "/var/tmp/storm"
+            ]
+            assert sources == ["last"]
+        subprocess.run(["umount", "/var/tmp/storm"], check=True)
+        for namespace in made:
+            assert "/var/tmp/storm" not in [m.mount_point for m in mountns.mounts_in(namespace.fd)]
+        Path("/var/tmp/storm").rmdir()
+
+
+def case_a_host_without_propagation_is_served_too() -> None:
+    with bed() as it:
+        namespace = it.build()
+        within(namespace, f"touch {it.plain}/mine")
+        assert not Path(it.plain, "mine").exists()
+        within(namespace, f"mount -t tmpfs x {POINT}")
+        assert POINT not in points()
+
+
+CASES = sorted(name for name in globals() if name.startswith("case_") and "renewed" not in name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case: str) -> None:
+    run_alone(__name__, case, shared=case != "case_a_host_without_propagation_is_served_too")

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Runs a function where it is alone with the kernel: in new mount and pid namespaces, of which it sees
+process 1 as the host.
+
+polytmpd makes namespaces from PID 1's; here /proc/1 is a process of the test's own, with mounts that
+propagate among themselves and to nobody else.
+"""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ENTER = (
+    "mount --make-rshared / && mount -t proc proc /proc && mount -t tmpfs none /mnt && "
+    '"$@"; exit $?'  # not exec: the shell stays process 1, the host
+)
+
+
+def run_alone(module: str, function: str, *, shared: bool = True) -> None:
+    """Run module.function() there. Raises AssertionError with its output where it fails."""
+    script = ENTER if shared else ENTER.replace("--make-rshared", "--make-rprivate")
+    argv = [sys.executable, "-m", "tests.kernel.world", module, function]
+    done = subprocess.run(
+        [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            script,
+            "sh",
+            *argv,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, f"{function}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
+
+
+if __name__ == "__main__":
+    getattr(importlib.import_module(sys.argv[1]), sys.argv[2])()
