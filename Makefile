@@ -13,6 +13,7 @@ LIBEXECDIR ?= $(PREFIX)/libexec
 PYTHONDIR ?= $(PREFIX)/lib/python3/dist-packages
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
+CATALOGDIR ?= $(PREFIX)/lib/systemd/catalog
 DATADIR ?= $(PREFIX)/share
 # Where zsh looks: Debian has a directory of its own for packages.
 ZSHDIR ?= $(DATADIR)/zsh/vendor-completions
@@ -25,13 +26,14 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3 python3.13 python3.12 python
 	"$$p" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done || echo /usr/bin/python3)
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
-# tests of a booted system: each file has machines of its own
-E2E_WORKERS ?= 2
+WORKERS ?= 2
+# Tests of booted systems, a machine for each file and release: they wait more than they work.
+E2E_WORKERS ?= 4
 PYTEST_ARGS ?=
 
 SETUP_PACKAGES := python3 python3-dev python3-venv build-essential pkgconf libpam0g-dev libsystemd-dev \
 	dbus dpkg-dev debhelper dh-python mmdebstrap systemd systemd-container openssh-client pamtester \
-	libxml2-utils shellcheck polkitd libpam-runtime udev util-linux
+	libxml2-utils shellcheck polkitd libpam-runtime udev util-linux man-db
 
 MODULES := $(shell find polytmpd -name '*.py' 2>/dev/null)
 MANPAGES := $(wildcard docs/man/*.[1-8])
@@ -87,13 +89,13 @@ test-unit: setup ## Unit and bus tests; no privilege
 	$(PYTEST) tests/unit $(wildcard tests/bus) $(PYTEST_ARGS)
 
 test-kernel: setup ## Mounts and namespaces; root
-	$(PYTEST) tests/kernel $(PYTEST_ARGS)
+	$(PYTEST) tests/kernel -n $(WORKERS) $(PYTEST_ARGS)
 
 test-pam: setup build-pam ## The PAM module through pamtester; root
-	$(PYTEST) tests/pam $(PYTEST_ARGS)
+	$(PYTEST) tests/pam -n $(WORKERS) $(PYTEST_ARGS)
 
 test-e2e: setup ## Booted Debian systems; root
-	$(PYTEST) tests/e2e -n $(E2E_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) tests/e2e -n $(E2E_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 demo: setup ## The five objections, one after the other, on a booted Debian
 	$(VENV)/bin/python -m tests.demo
@@ -132,6 +134,10 @@ install: build-pam ## Install below $(DESTDIR)$(PREFIX)
 	sed 's|/usr/libexec/|$(LIBEXECDIR)/|' units/polytmpd.service > "$(DESTDIR)$(UNITDIR)/polytmpd.service"
 	chmod 0644 "$(DESTDIR)$(UNITDIR)/polytmpd.service"
 	$(INSTALL) -D -m 0644 units/polytmp.conf "$(DESTDIR)$(TMPFILESDIR)/polytmp.conf"
+	$(INSTALL) -D -m 0644 units/polytmp.catalog "$(DESTDIR)$(CATALOGDIR)/polytmp.catalog"
+	# the administrator's once it is there
+	test -e "$(DESTDIR)$(SYSCONFDIR)/polytmpd.conf" \
+		|| $(INSTALL) -D -m 0644 units/polytmpd.conf "$(DESTDIR)$(SYSCONFDIR)/polytmpd.conf"
 	$(INSTALL) -D -m 0644 units/org.polytmp1.service "$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.polytmp1.service"
 	$(INSTALL) -D -m 0644 dbus-policy/org.polytmp1.conf "$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.polytmp1.conf"
 	$(INSTALL) -D -m 0644 dbus-policy/org.polytmp1.policy "$(DESTDIR)$(DATADIR)/polkit-1/actions/org.polytmp1.policy"
@@ -146,10 +152,12 @@ uninstall: ## Remove what install installed (disable the PAM profile first: pam-
 	rm -rf "$(DESTDIR)$(PYTHONDIR)/polytmpd"
 	rm -f "$(DESTDIR)$(LIBEXECDIR)/polytmpd" "$(DESTDIR)$(PREFIX)/bin/polytmpctl" \
 		"$(DESTDIR)$(UNITDIR)/polytmpd.service" "$(DESTDIR)$(TMPFILESDIR)/polytmp.conf" \
+		"$(DESTDIR)$(CATALOGDIR)/polytmp.catalog" \
 		"$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.polytmp1.service" \
 		"$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.polytmp1.conf" \
 		"$(DESTDIR)$(DATADIR)/polkit-1/actions/org.polytmp1.policy" "$(DESTDIR)$(DATADIR)/pam-configs/polytmp" \
 		"$(DESTDIR)$(DATADIR)/bash-completion/completions/polytmpctl" "$(DESTDIR)$(ZSHDIR)/_polytmpctl"
+	! cmp -s units/polytmpd.conf "$(DESTDIR)$(SYSCONFDIR)/polytmpd.conf" || rm -f "$(DESTDIR)$(SYSCONFDIR)/polytmpd.conf"
 	for page in $(MANPAGES); do rm -f "$(DESTDIR)$(DATADIR)/man/man$${page##*.}/$${page##*/}"; done
 	rm -f "$(DESTDIR)$(or $(PAMDIR),/usr/lib/$(shell $(CC) -print-multiarch)/security)/pam_polytmp.so"
 
