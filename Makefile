@@ -100,8 +100,12 @@ test-e2e: setup ## Booted Debian systems; root
 demo: setup ## The five objections, one after the other, on a booted Debian
 	$(VENV)/bin/python -m tests.demo
 
-soak: setup ## Logins and logouts for a long time, watching for leaks
-	$(VENV)/bin/python -m tests.soak
+# SECONDS=600, RELEASE=trixie|bookworm|both, SEED= of a former run
+soak: setup ## Users at work on a system under stress, and a checker of everything; SECONDS=, RELEASE=, SEED=
+	$(VENV)/bin/python -m tests.soak --seconds '$(or $(SECONDS),600)' --release '$(or $(RELEASE),both)' --seed '$(SEED)'
+
+bench: setup ## Login and namespace figures, against no polytmp and pam_namespace (nothing is asserted)
+	$(VENV)/bin/python -m bench
 
 build-pam: ## pam/pam_polytmp.so
 	$(MAKE) -C pam all
@@ -135,7 +139,7 @@ install: build-pam ## Install below $(DESTDIR)$(PREFIX)
 	chmod 0644 "$(DESTDIR)$(UNITDIR)/polytmpd.service"
 	$(INSTALL) -D -m 0644 units/polytmp.conf "$(DESTDIR)$(TMPFILESDIR)/polytmp.conf"
 	$(INSTALL) -D -m 0644 units/polytmp.catalog "$(DESTDIR)$(CATALOGDIR)/polytmp.catalog"
-	# the administrator's once it is there
+# the administrator's once it is there
 	test -e "$(DESTDIR)$(SYSCONFDIR)/polytmpd.conf" \
 		|| $(INSTALL) -D -m 0644 units/polytmpd.conf "$(DESTDIR)$(SYSCONFDIR)/polytmpd.conf"
 	$(INSTALL) -D -m 0644 units/org.polytmp1.service "$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.polytmp1.service"
@@ -166,5 +170,5 @@ clean: ## Remove everything that was built, .venv too
 	rm -rf build dist $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find polytmpd tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup check lint format test test-unit test-kernel test-pam test-e2e demo soak build-pam deb install \
+.PHONY: help setup check lint format test test-unit test-kernel test-pam test-e2e demo soak bench build-pam deb install \
 	uninstall clean
