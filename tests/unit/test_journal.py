@@ -46,7 +46,7 @@ def test_fields() -> None:
         "POLYTMP_USER": "alice",
     }
     assert fields(uid=0) == {"POLYTMP_UID": "0"}
-    assert not RESERVED & set(fields(MessageId.DENIED, 1, "x"))
+    assert not RESERVED & set(fields(MessageId.BAD_CONFIG, 1, "x"))
 
 
 def test_message_ids_are_ids_and_differ() -> None:
