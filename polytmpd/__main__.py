@@ -15,6 +15,7 @@ from polytmpd.bus.logind import Logind
 from polytmpd.bus.service import Service
 from polytmpd.bus.systemd1 import Systemd
 from polytmpd.daemon import Daemon
+from polytmpd.displaylocks import DisplayLocks
 from polytmpd.errors import PolytmpError
 from polytmpd.executor import Executor
 from polytmpd.kernel.mountns import HOST
@@ -48,7 +49,7 @@ async def run() -> int:
         Systemd(connection, daemon.slice_changed, daemon.systemd_changed),
     )
     service = Service(connection, daemon)
-    daemon.connect(service, logind, systemd, slices)
+    daemon.connect(service, logind, systemd, slices, DisplayLocks(executor.share_again))
     await daemon.restore()
     await logind.subscribe()
     await systemd.subscribe()

@@ -22,6 +22,7 @@ from polytmpd.config import Config, Problem
 from polytmpd.core.lifecycle import Action, Event, Standing, advance
 from polytmpd.core.model import Instance, State, View
 from polytmpd.core.policy import Claims
+from polytmpd.displaylocks import DisplayLocks
 from polytmpd.errors import (
     BusyError,
     ExemptError,
@@ -93,13 +94,22 @@ class Daemon:
         self._logind: Logind | None = None
         self._systemd: Systemd | None = None
         self._slices: Slices | None = None
+        self._displays: DisplayLocks | None = None
 
-    def connect(self, announcer: Announcer, logind: Logind, systemd: Systemd, slices: Slices) -> None:
+    def connect(
+        self,
+        announcer: Announcer,
+        logind: Logind,
+        systemd: Systemd,
+        slices: Slices,
+        displays: DisplayLocks | None = None,
+    ) -> None:
         """Meet those who need the daemon to be made."""
         self._announcer = announcer
         self._logind = logind
         self._systemd = systemd
         self._slices = slices
+        self._displays = displays
 
     async def restore(self) -> None:
         """Take over what lives, find what is left over. Raises OSError.
@@ -117,6 +127,9 @@ class Daemon:
         known = {entry.barrier for record in self._records.values() for entry in _made(record).directories}
         self._leftovers = await self._executor.find_leftovers(self._config.directories, known)
         self._ended = [instance.uid for instance in restored.ended]
+        if self._displays is not None:
+            instances = (*restored.held, *restored.draining, *restored.ended)
+            await self._displays.start(self._config.directories, instances)
 
     async def start(self) -> None:
         """Hear what logind and the kernel say, clear what is left over. Raises BusError."""
@@ -137,6 +150,8 @@ class Daemon:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._counters.shutdown(wait=False, cancel_futures=True)
+        if self._displays is not None:
+            await self._displays.close()
         await self._executor.close()
 
     # What is told by logind, the slices and the kernel
@@ -200,6 +215,12 @@ class Daemon:
 
     async def reload(self) -> None:
         config, problems = await asyncio.to_thread(self._load_config)
+        # At start such a one is left to refuse logins, which shows; here the old setting goes on.
+        problems += [
+            f"Directories=: {directory.path} is no directory; make it, or name another"
+            for directory in config.directories
+            if not await asyncio.to_thread(os.path.isdir, directory.path)
+        ]
         if problems:
             for problem in problems:
                 log.error("%s", problem, extra=fields(MessageId.BAD_CONFIG))
@@ -426,6 +447,8 @@ class Daemon:
             case Action.LET_GO:
                 self._executor.let_go(uid)
             case Action.REMOVE:
+                if self._displays is not None:
+                    self._displays.instance_gone(uid)
                 self._start(self._remove(uid, record, _made(record), record.generation))
             case Action.FORGET:
                 self._hide(uid, record)
@@ -442,6 +465,8 @@ class Daemon:
             ", ".join(entry.host_path for entry in instance.directories),
             extra=fields(MessageId.INSTANCE_NEW, uid, record.user),
         )
+        if self._displays is not None:
+            await self._displays.instance_came(instance)
         self._prepared(uid, record, instance)
 
     async def _rejoin(self, uid: int, record: _Record, draining: Instance) -> None:
@@ -452,6 +477,8 @@ class Daemon:
             if self._executor.has_ended(uid):
                 self._feed(uid, Event.NAMESPACE_ENDED)  # while it was tried
             return
+        if self._displays is not None:
+            await self._displays.instance_came(instance)
         self._prepared(uid, record, instance)
 
     def _prepared(self, uid: int, record: _Record, instance: Instance) -> None:

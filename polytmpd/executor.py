@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -71,10 +72,12 @@ class Executor:
         self._held: dict[int, int] = {}
         self._watches: dict[int, int] = {}
         self._locks: dict[int, asyncio.Lock] = {}
-        self._deletions = asyncio.Semaphore(_DELETIONS_AT_ONCE)
+        # Threads of their own: a user decides how long a deletion takes, and no login may wait for one.
+        self._deleters = ThreadPoolExecutor(_DELETIONS_AT_ONCE, "deletion")
         self._inotify: Inotify | None = None
         self._instances: dict[int, Instance] = {}
         self._confirming: dict[int, asyncio.Task[None]] = {}
+        self._unconfirmed: list[int] = []
         self._stopping = threading.Event()
 
     # Start and stop
@@ -84,8 +87,9 @@ class Executor:
         namespace.
 
         Any of the three can be missing: Debian 12's systemd drops the FD store at a stop, and a state file
-        can be lost. Blocking; once, before start(). Raises OSError.
+        can be lost. Blocking; once, before start(). Raises OSError, also where another daemon runs.
         """
+        self._state.lock()
         namespaces = self._take_stored()
         watched = living_watches(self._sentinels.fd)
         recorded, problems = self._state.load()
@@ -97,16 +101,30 @@ class Executor:
             fd = namespaces.get(uid)
             instance = recorded.get(uid)
             if fd is not None and (instance is None or _inode(fd) != instance.namespace):
-                instance = recovery.reconstruct(uid, _inode(fd), mountns.mounts_in(fd), directories)
-            elif instance is None and uid in living:
+                held = recovery.reconstruct(uid, _inode(fd), mountns.mounts_in(fd), directories)
+                if held is not None:
+                    instance = held
+                else:
+                    log.warning("The FD store's namespace of UID %d is none of ours, letting it go", uid)
+                    self._drop(uid, fd)
+                    fd = None
+            if instance is None and uid in living:
                 entry = living[uid]
                 instance = recovery.reconstruct(uid, entry.namespace, entry.mounts, directories)
             if instance is None:
-                log.warning("The FD store's namespace of UID %d is none of ours, letting it go", uid)
-                self._drop(uid, fd)
                 continue
             self._restore_one(instance, fd, instance.watches & watched, restored)
+        self._restore_unconfirmed(restored)
         return restored
+
+    def _restore_unconfirmed(self, restored: "Restored") -> None:
+        """What has ended may be mounted in a namespace that is none of ours, see _confirm_end()."""
+        mounted = recovery.mounted_barriers() if restored.ended else {}
+        for instance in list(restored.ended):
+            if not _own_barriers(instance).isdisjoint(mounted):
+                restored.ended.remove(instance)
+                restored.draining.append(instance)
+                self._unconfirmed.append(instance.uid)
 
     def _take_stored(self) -> dict[int, int]:
         """UID → namespace descriptor, ours from now on. The inotify instance is taken, or a new one made."""
@@ -166,14 +184,15 @@ class Executor:
         first = instance.directories[0].directory
         return mountns.renew_sentinel(fd, first.path, first.shared, self._watch_sentinel)
 
-    def _drop(self, uid: int, fd: int | None) -> None:
-        if fd is not None:
-            sdnotify.remove(_stored_name(uid))
-            os.close(fd)
+    def _drop(self, uid: int, fd: int) -> None:
+        sdnotify.remove(_stored_name(uid))
+        os.close(fd)
 
     def start(self) -> None:
         """Hear of namespaces that end, also of those that ended before."""
         asyncio.get_running_loop().add_reader(self._sentinels.fd, self._on_sentinel)
+        while self._unconfirmed:
+            self._confirm(self._unconfirmed.pop())
 
     async def close(self) -> None:
         """Let go of everything but what the FD store holds.
@@ -181,6 +200,7 @@ class Executor:
         Deletions stop where they are; the next start goes on.
         """
         self._stopping.set()
+        self._deleters.shutdown(wait=False, cancel_futures=True)
         for task in self._confirming.values():
             task.cancel()
         if self._inotify is not None:
@@ -215,10 +235,10 @@ class Executor:
 
     def has_ended(self, uid: int) -> bool:
         """Whether no sentinel of the user's instance is left, and nobody is being waited for."""
-        return not self._watches_of(uid) and uid not in self._confirming
+        return not self._watches_of(uid) and uid not in {*self._confirming, *self._unconfirmed}
 
     async def share_again(self, path: str) -> None:
-        """Give the host's socket directories in path, where they were made again, to the instances that live.
+        """Give the host's socket directories in path, where they were made again, to the living instances.
 
         Logs what fails.
         """
@@ -259,8 +279,7 @@ class Executor:
             aside = await asyncio.to_thread(_set_aside, instance)
             self._forget(instance.uid)
             self._instances.pop(instance.uid, None)
-        async with self._deletions:
-            await asyncio.to_thread(_delete, aside, self._stopping.is_set)
+        await self._in_deleter(_delete, aside)
 
     async def remove_persistent(self, uid: int, directories: Sequence[Directory]) -> bool:
         """Delete what is kept of a user who has no instance; whether there was anything. Raises OSError."""
@@ -268,8 +287,7 @@ class Executor:
             if self._watches_of(uid):
                 raise OSError(errno.EBUSY, "the user has just logged in")
             aside = await asyncio.to_thread(_set_persistent_aside, uid, directories)
-        async with self._deletions:
-            await asyncio.to_thread(_delete, aside, self._stopping.is_set)
+        await self._in_deleter(_delete, aside)
         return bool(aside)
 
     def persistent(self, uid: int, directories: Sequence[Directory]) -> tuple[InstanceDirectory, ...]:
@@ -293,10 +311,13 @@ class Executor:
     async def delete_leftovers(self, leftovers: Sequence[tuple[str, str]]) -> None:
         """Delete what find_leftovers() found. Logs what cannot be deleted."""
         for path, name in leftovers:
-            async with self._deletions:
-                await asyncio.to_thread(_delete_leftover, path, name, self._stopping.is_set)
+            await self._in_deleter(_delete_leftover, path, name)
 
     # Within
+
+    async def _in_deleter(self, work: Callable[..., None], *arguments: object) -> None:
+        call = functools.partial(work, *arguments, self._stopping.is_set)
+        await asyncio.get_running_loop().run_in_executor(self._deleters, call)
 
     @property
     def _sentinels(self) -> Inotify:
@@ -348,9 +369,12 @@ class Executor:
         for watch in ended & set(self._watches):
             uid = self._watches.pop(watch)
             if not self._watches_of(uid) and uid not in self._confirming:
-                task = asyncio.get_running_loop().create_task(self._confirm_end(uid))
-                self._confirming[uid] = task
-                task.add_done_callback(functools.partial(self._confirmed, uid))
+                self._confirm(uid)
+
+    def _confirm(self, uid: int) -> None:
+        task = asyncio.get_running_loop().create_task(self._confirm_end(uid))
+        self._confirming[uid] = task
+        task.add_done_callback(functools.partial(self._confirmed, uid))
 
     def _confirmed(self, uid: int, task: "asyncio.Task[None]") -> None:
         del self._confirming[uid]
@@ -364,11 +388,7 @@ class Executor:
         That one has no sentinel: bwrap --bind /tmp /tmp, say, moved to another cgroup so that the slice does
         not know of it.
         """
-        barriers = {
-            entry.barrier
-            for entry in self._instances[uid].directories
-            if entry.directory.lifetime is Lifetime.INSTANCE
-        }
+        barriers = _own_barriers(self._instances[uid])
         while True:
             # Locked: a login that makes a new namespace over the same files has them mounted in a thread of
             # our own process.
@@ -424,6 +444,11 @@ def _stored_name(uid: int) -> str:
 
 def _inode(fd: int) -> int:
     return os.fstat(fd).st_ino
+
+
+def _own_barriers(instance: Instance) -> set[str]:
+    """The barriers that end with the instance."""
+    return {entry.barrier for entry in instance.directories if entry.directory.lifetime is Lifetime.INSTANCE}
 
 
 def _open_living(instance: Instance) -> int | None:

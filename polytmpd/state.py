@@ -8,6 +8,8 @@ Not here: what is done with it at start (executor, daemon).
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import stat
@@ -27,6 +29,20 @@ class StateDirectory:
         """Raises OSError."""
         self._path = path
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def lock(self) -> None:
+        """Keep it to ourselves until this process ends.
+
+        Raises OSError where another process does: a second daemon would take the first one's instances for
+        left over.
+        """
+        fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            text = "another polytmpd is running, see systemctl status polytmpd"
+            raise BlockingIOError(errno.EWOULDBLOCK, text, str(self._path)) from None
 
     def save(self, instance: Instance) -> None:
         """Raises OSError (ENOSPC); the old file is untouched then."""

@@ -122,15 +122,34 @@ class Demo:
             "/tmp is used by X11 among other for IPC across user boundaries. [...] You are breaking X11 "
             "this",
         )
-        self._as(alice, "Xvfb :7 -ac -nolisten tcp >/dev/null 2>&1 & sleep 0.1")
+        self._as(alice, "Xvfb :7 -ac -nolisten tcp -nolisten local >/dev/null 2>&1 &")
         tell.check_soon(
-            "alice's X server listens in /tmp/.X11-unix",
-            lambda: self._machine.run("test", "-S", "/tmp/.X11-unix/X7", check=False).returncode == 0,
+            "alice's X server, a real one, listens in /tmp/.X11-unix",
+            lambda: (
+                self._machine.run("test", "-S", "/tmp/.X11-unix/X7", check=False).returncode == 0
+                and self._machine.run("test", "-e", "/tmp/.X7-lock", check=False).returncode == 0
+            ),
         )
-        line = "DISPLAY=unix:7 xdpyinfo | grep -E 'name of display|vendor string|dimensions'"
+        listening = self._host(
+            "ss --numeric --listening --tcp --unix | grep -E 'X11-unix|:6007'"
+        ).splitlines()
+        tell.check(
+            "and nowhere else: no TCP, no abstract socket (with an @), which no directory could hide",
+            len(listening) == 1 and " /tmp/.X11-unix/X7 " in listening[0],
+        )
+        line = "DISPLAY=:7 xdpyinfo | grep -E 'name of display|vendor string|dimensions'"
         tell.check("bob's client talks to it", "dimensions" in self._as(bob, line))
         tell.check("so does one on the host", "dimensions" in self._host(line))
+        second = "Xvfb :7 -nolisten tcp -nolisten local 2>&1 | grep -A1 already"
+        tell.check(
+            "its lock, /tmp/.X7-lock, holds in bob's /tmp too: a server of his is told that :7 is taken",
+            "Server is already active for display 7" in self._as(bob, second),
+        )
         self._as(alice, "kill %1; wait 2>/dev/null")
+        tell.check_soon(
+            "hers ends, and bob's /tmp has no lock any more",
+            lambda: bob.result("test -e /tmp/.X7-lock", check=False).returncode != 0,
+        )
 
     def mounts(self, alice: Session, bob: Session) -> None:
         tell = self._tell
@@ -214,7 +233,7 @@ class Demo:
             tell.check_soon(
                 "it ends, and the instance with it", lambda: observe.state(machine, "alice") is None
             )
-        machine.run("loginctl", "terminate-user", "bob")
+        machine.run("loginctl", "terminate-user", "bob", check=False)  # logind may know of nobody any more
         tell.check_soon("bob logs out, and his goes", lambda: not observe.instances(machine))
         self._host("polytmpctl list; ls -A /tmp | grep polytmp; ls -d /var/tmp/polytmp-*")
         tell.check("nothing is left in /tmp", not observe.on_disk(machine))

@@ -15,10 +15,10 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
-from polytmpd.kernel import mountinfo
 from polytmpd.kernel.mountns import SENTINEL_SOURCE
-from polytmpd.kernel.processes import command, namespace_paths, pids
+from polytmpd.kernel.processes import commands, namespace_paths, pids
 
 
 class How(StrEnum):
@@ -74,7 +74,11 @@ def find(namespace: int, roots: Collection[str], cgroups: Collection[str] = ()) 
     for directory in cgroups:
         for pid in _in_cgroup(directory):
             found.setdefault(pid, How.OUTSIDE)
-    return [Holder(pid, command(pid), control_group(pid), found[pid]) for pid in sorted(found)]
+    ordered = sorted(found)
+    return [
+        Holder(pid, command, control_group(pid), found[pid])
+        for pid, command in zip(ordered, commands(ordered), strict=True)
+    ]
 
 
 def control_group(pid: int) -> str:
@@ -88,13 +92,12 @@ def control_group(pid: int) -> str:
 
 
 def _is_copy(process: str, roots: Collection[str]) -> bool:
+    """Not parsed: a user can have a hundred thousand mounts in each of many namespaces."""
     try:
-        mounts = mountinfo.read(process)
-    except (OSError, ValueError):
+        table = Path(f"/proc/{process}/mountinfo").read_bytes()
+    except OSError:
         return False
-    return any(entry.source == SENTINEL_SOURCE for entry in mounts) and any(
-        name in roots for entry in mounts for name in entry.root.split("/")
-    )
+    return SENTINEL_SOURCE.encode() in table and any(f"/{name}/".encode() in table for name in roots)
 
 
 def _has_open(pid: int, target: str) -> bool:

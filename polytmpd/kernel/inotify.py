@@ -18,10 +18,12 @@ from typing import Final
 from polytmpd.kernel.syscalls import inotify_add_watch, inotify_init1, inotify_rm_watch
 
 IN_MODIFY: Final = 0x00000002
+IN_MOVED_FROM: Final = 0x00000040
 IN_MOVED_TO: Final = 0x00000080
 IN_CREATE: Final = 0x00000100
 IN_DELETE: Final = 0x00000200
 IN_DELETE_SELF: Final = 0x00000400
+IN_MOVE_SELF: Final = 0x00000800
 IN_UNMOUNT: Final = 0x00002000
 IN_Q_OVERFLOW: Final = 0x00004000
 IN_IGNORED: Final = 0x00008000

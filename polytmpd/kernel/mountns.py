@@ -49,12 +49,14 @@ from polytmpd.kernel.syscalls import (
     MS_PRIVATE,
     MS_REC,
     OPEN_TREE_CLONE,
+    RESOLVE_NO_SYMLINKS,
     UMOUNT_NOFOLLOW,
     fsmount,
     get_nstype,
     mount,
     move_mount,
     open_tree,
+    openat2,
     setns,
     umount2,
     unshare,
@@ -158,6 +160,42 @@ def _set_sentinel_under_shared(place: str, watch_sentinel: Callable[[str], int])
         return watch
 
 
+def share_again(namespace: int, path: str, names: Sequence[str]) -> list[str]:
+    """Put the host's directories of these names in path over those that a namespace has, where the host made
+    them again; returns which.
+
+    What is open in a former one stays open; for some microseconds a client that connects is refused. Raises
+    OSError.
+    """
+
+    def share() -> list[str]:
+        changed = []
+        with contextlib.ExitStack() as fds:
+            host_ns = open_host_namespace()
+            fds.callback(os.close, host_ns)
+            unshare(CLONE_FS)
+            setns(host_ns, CLONE_NEWNS)
+            trees = []
+            for place in (f"{path}/{name}" for name in names):
+                trees.append((place, _clone(place)))
+                fds.callback(os.close, trees[-1][1])
+            setns(namespace, CLONE_NEWNS)
+            for place, tree in trees:
+                there, host = os.stat(place, follow_symlinks=False), os.fstat(tree)
+                if (there.st_dev, there.st_ino) == (host.st_dev, host.st_ino):
+                    continue
+                with contextlib.suppress(OSError):  # EINVAL: the mount went with its mount point
+                    umount2(place, MNT_DETACH | UMOUNT_NOFOLLOW)
+                target = os.open(place, _O_DIRECTORY_PATH | os.O_NOFOLLOW)
+                fds.callback(os.close, target)
+                move_mount(tree, target)
+                mount("none", place, None, MS_PRIVATE)  # a copy of the host's mount is its peer
+                changed.append(place)
+        return changed
+
+    return _in_disposable_thread(share)
+
+
 def build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[str], int]) -> Namespace:
     """Make the namespace from PID 1's, whatever the calling process's own is. Blocking, about a millisecond.
 
@@ -241,7 +279,7 @@ def _build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[st
         watch = -1
         for number, directory in enumerate(directories):
             source = owned(_open_source(directory))
-            shared = [(name, owned(_clone_shared(directory, name))) for name in directory.shared]
+            shared = [(name, owned(_clone(f"{directory.path}/{name}"))) for name in directory.shared]
             _detach_below(table, directory.path)
             if number == 0:
                 watch = _mount_sentinel(directory.path, watch_sentinel)
@@ -256,8 +294,9 @@ def _build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[st
                 root = owned(os.open(mount_point, _O_DIRECTORY_PATH))
                 move_mount(holder.host_fd, root, MOVE_MOUNT_SET_GROUP)
         _compare_with_host(directories, containing)
+        inode = os.stat("/proc/thread-self/ns/mnt").st_ino
         fd = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        return Namespace(fd, os.fstat(fd).st_ino, watch)
+        return Namespace(fd, inode, watch)
 
 
 def _find_containing(
@@ -290,29 +329,42 @@ def _find_containing(
 def _open_source(directory: PrivateDirectory) -> int:
     path = f"{directory.path}/{directory.source}"
     fd = open_tree(AT_FDCWD, path, OPEN_TREE_CLONE)
-    status = os.fstat(fd)
-    if (status.st_dev, status.st_ino) != directory.identity or not stat.S_ISDIR(status.st_mode):
+    try:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != directory.identity or not stat.S_ISDIR(status.st_mode):
+            raise OSError(errno.ESTALE, "not the instance directory that was made a moment ago", path)
+    except BaseException:
         os.close(fd)
-        raise OSError(errno.ESTALE, "not the instance directory that was made a moment ago", path)
+        raise
     return fd
 
 
-def _clone_shared(directory: PrivateDirectory, name: str) -> int:
-    path = f"{directory.path}/{name}"
+def _clone(path: str) -> int:
+    """A copy of the host's mount or directory at path, which must still be root's: names come and go."""
     fd = os.open(path, _O_DIRECTORY_PATH | os.O_NOFOLLOW)
     try:
+        if (owner := os.fstat(fd).st_uid) != 0:
+            raise OSError(errno.EPERM, f"owned by UID {owner} by now, not by root", path)
         return open_tree(fd, "", OPEN_TREE_CLONE | AT_EMPTY_PATH)
     finally:
         os.close(fd)
 
 
 def _detach_below(table: Sequence[Mount], path: str) -> None:
-    below = [entry.mount_point for entry in table if mountinfo.is_below(entry.mount_point, path)]
-    for mount_point in sorted(point for point in set(below) if point != path):
+    """Users write in path, and may exchange a directory on the way for a symbolic link meanwhile.
+
+    Then a path would lead to any mount, and to the host's own. So no link is followed, what is found must be
+    the very mount of the table, and from then on its descriptor is acted on.
+    """
+    below = [entry for entry in table if entry.mount_point != path]
+    for entry in reversed([entry for entry in below if mountinfo.is_below(entry.mount_point, path)]):
         # A mount that went with its parent, or that something else covers, is not there any more: fine.
-        with contextlib.suppress(FileNotFoundError, OSError):
-            mount("none", mount_point, None, MS_PRIVATE | MS_REC)
-            umount2(mount_point, MNT_DETACH | UMOUNT_NOFOLLOW)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as fds:
+            fd = openat2(AT_FDCWD, entry.mount_point, os.O_PATH, RESOLVE_NO_SYMLINKS)
+            fds.callback(os.close, fd)
+            if mountinfo.mount_id_of(fd) == entry.mount_id:
+                mount("none", f"/proc/thread-self/fd/{fd}", None, MS_PRIVATE | MS_REC)
+                umount2(f"/proc/thread-self/fd/{fd}", MNT_DETACH)
 
 
 def _mount_sentinel(path: str, watch_sentinel: Callable[[str], int]) -> int:

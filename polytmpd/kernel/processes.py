@@ -9,17 +9,24 @@ Hard facts
   (ENOENT or EINVAL): /proc/PID/task/TID/ns/mnt of a living thread has.
 - Pids are used again. A namespace descriptor is checked by its inode after it was opened: then it is the
   right one, whoever's it was.
+- Reading /proc/PID/cmdline waits for the process's memory map, which its user can keep locked for ever: a
+  thread in mmap(2) of a file of his own FUSE. Nothing but SIGKILL ends the wait, so another process reads.
 - Reading another user's ns links needs CAP_SYS_PTRACE (PTRACE_MODE_READ_FSCREDS).
 """
 
 import contextlib
 import os
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from polytmpd.kernel import mountinfo
 from polytmpd.kernel.mountinfo import Mount
+
+_COMMANDS_TIMEOUT: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +113,49 @@ def mount_tables() -> Iterator[tuple[int, int, list[Mount]]]:
                     yield inode, pid, table
 
 
-def command(pid: int) -> str:
-    """The command line on one line, unprintable characters replaced; [comm] for those without one."""
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-        text = b" ".join(words).decode(errors="replace").strip()
-        if not text:
+def commands(pids: Sequence[int]) -> list[str]:
+    """The command line of each on one line, unprintable characters replaced; [comm] for those without one,
+    and for all that are left when somebody's cannot be read in time.
+    """
+    deadline = time.monotonic() + _COMMANDS_TIMEOUT
+    return [_command(pid, deadline - time.monotonic()) for pid in pids]
+
+
+def _command(pid: int, timeout: float) -> str:
+    words = _command_line(pid, timeout).rstrip(b"\0").split(b"\0") if timeout > 0 else []
+    text = b" ".join(words).decode(errors="replace").strip()
+    if not text:
+        try:
             text = "[" + Path(f"/proc/{pid}/comm").read_text(errors="replace").strip() + "]"
-        return "".join(character if character.isprintable() else "?" for character in text)
-    return "?"
+        except OSError:
+            return "?"
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _command_line(pid: int, timeout: float) -> bytes:
+    argv = ["/bin/cat", f"/proc/{pid}/cmdline"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        # All our descriptors are O_CLOEXEC.
+        return subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=timeout,
+            close_fds=False,
+            check=False,
+        ).stdout
+    return b""
+
+
+def _processes(pids: Iterable[int]) -> list[Process]:
+    ordered = sorted(pids)
+    return [Process(pid, text) for pid, text in zip(ordered, commands(ordered), strict=True)]
 
 
 def living_in(inode: int) -> list[Process]:
     """The processes with at least one thread in that mount namespace. Blocking: reads all of /proc."""
-    return [Process(pid, command(pid)) for pid in sorted(pids()) if in_namespace(pid, inode)]
+    return _processes(pid for pid in pids() if in_namespace(pid, inode))
 
 
 def in_cgroup(directory: str) -> list[Process]:
@@ -132,4 +168,4 @@ def in_cgroup(directory: str) -> list[Process]:
         if "cgroup.procs" in files:
             with contextlib.suppress(OSError):
                 found.update(map(int, Path(path, "cgroup.procs").read_text().split()))
-    return [Process(pid, command(pid)) for pid in sorted(found - {0})]
+    return _processes(found - {0})

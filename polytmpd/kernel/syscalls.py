@@ -111,7 +111,12 @@ def _check(result: int, path: StrOrBytes | None = None, path2: StrOrBytes | None
 
 def unshare(flags: int) -> None:
     """unshare(2). Acts on the calling thread alone."""
-    _check(_libc.unshare(flags))
+    try:
+        _check(_libc.unshare(flags))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # no disk is meant
+            error.strerror = "a limit of the kernel's is reached, user.max_mnt_namespaces or fs.mount-max"
+        raise
 
 
 def setns(fd: int, nstype: int) -> None:
