@@ -459,7 +459,10 @@ def _open_living(instance: Instance) -> int | None:
     fd = processes.open_namespace(instance.namespace)
     if fd is None:
         return None
-    mounted = {recovery.barrier_of(mount) for mount in mountns.mounts_in(fd)}
+    try:
+        mounted = {recovery.barrier_of(mount) for mount in mountns.mounts_in(fd)}
+    except OSError:  # another one by now, in which no /proc is mounted: a sandbox that is being made
+        mounted = set()
     if all(entry.barrier in mounted for entry in instance.directories):
         return fd
     os.close(fd)

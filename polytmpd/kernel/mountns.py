@@ -273,8 +273,9 @@ def _build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[st
         setns(host_ns, CLONE_NEWNS)
         containing = _find_containing(directories, owned)
         unshare(CLONE_NEWNS)
-        for mount_point in containing:
-            mount("none", mount_point, None, MS_PRIVATE)
+        paths = {directory.path for directory in directories}
+        for mount_point in containing:  # one that becomes private for good, with all that lies below
+            mount("none", mount_point, None, MS_PRIVATE | (MS_REC if mount_point in paths else 0))
         table = mountinfo.read()
         watch = -1
         for number, directory in enumerate(directories):
@@ -288,9 +289,8 @@ def _build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[st
             for name, tree in shared:
                 place = owned(os.open(f"{directory.path}/{name}", _O_DIRECTORY_PATH | os.O_NOFOLLOW))
                 move_mount(tree, place)
-        own_mounts = {directory.path for directory in directories}
         for mount_point, holder in containing.items():
-            if mount_point not in own_mounts and holder.mount.propagates:
+            if mount_point not in paths and holder.mount.propagates:
                 root = owned(os.open(mount_point, _O_DIRECTORY_PATH))
                 move_mount(holder.host_fd, root, MOVE_MOUNT_SET_GROUP)
         _compare_with_host(directories, containing)
@@ -351,20 +351,36 @@ def _clone(path: str) -> int:
 
 
 def _detach_below(table: Sequence[Mount], path: str) -> None:
-    """Users write in path, and may exchange a directory on the way for a symbolic link meanwhile.
+    """Detach what is mounted below a directory whose own mount is private already.
 
-    Then a path would lead to any mount, and to the host's own. So no link is followed, what is found must be
-    the very mount of the table, and from then on its descriptor is acted on.
+    A mount whose parent is still the host's peer would go from the host, too. Where path is a mount of its
+    own all below it were made private with it; else they are here, parents first. One that lies on a covered
+    mount cannot be reached so, and stays: hidden, and busy until the namespace ends.
+
+    Users write in path, and may exchange a directory on the way for a symbolic link meanwhile. Then a path
+    would lead to any mount. So no link is followed, and what is found must be the very mount of the table.
     """
-    below = [entry for entry in table if entry.mount_point != path]
-    for entry in reversed([entry for entry in below if mountinfo.is_below(entry.mount_point, path)]):
-        # A mount that went with its parent, or that something else covers, is not there any more: fine.
-        with contextlib.suppress(OSError), contextlib.ExitStack() as fds:
-            fd = openat2(AT_FDCWD, entry.mount_point, os.O_PATH, RESOLVE_NO_SYMLINKS)
-            fds.callback(os.close, fd)
-            if mountinfo.mount_id_of(fd) == entry.mount_id:
-                mount("none", f"/proc/thread-self/fd/{fd}", None, MS_PRIVATE | MS_REC)
-                umount2(f"/proc/thread-self/fd/{fd}", MNT_DETACH)
+    below = [entry for entry in table if mountinfo.is_below(entry.mount_point, path)]
+    below = [entry for entry in below if entry.mount_point != path]
+    is_own_mount = any(entry.mount_point == path for entry in table)
+    shared = set() if is_own_mount else {entry.mount_id for entry in below}
+    for entry in below:
+        if _act_on(entry, lambda place: mount("none", place, None, MS_PRIVATE)):
+            shared.discard(entry.mount_id)
+    for entry in reversed(below):  # what covers another stands later in the table
+        if entry.parent_id not in shared:
+            _act_on(entry, lambda place: umount2(place, MNT_DETACH))
+
+
+def _act_on(entry: Mount, action: Callable[[str], None]) -> bool:
+    """Whether it could be done; not where the mount is covered, or gone with its parent."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as fds:
+        fd = openat2(AT_FDCWD, entry.mount_point, os.O_PATH, RESOLVE_NO_SYMLINKS)
+        fds.callback(os.close, fd)
+        if mountinfo.mount_id_of(fd) == entry.mount_id:
+            action(f"/proc/thread-self/fd/{fd}")
+            return True
+    return False
 
 
 def _mount_sentinel(path: str, watch_sentinel: Callable[[str], int]) -> int:

@@ -74,7 +74,8 @@ def bed() -> Iterator[Bed]:
     try:
         yield made
     finally:
-        subprocess.run(["umount", "--recursive", "--quiet", f"{made.plain}/iso"], check=False)
+        subprocess.run(["umount", "--lazy", "--quiet", f"{made.plain}/iso"], check=False)
+        subprocess.run(["umount", "--lazy", "--quiet", f"{made.plain}/iso"], check=False)
         subprocess.run(["rm", "-rf", "--one-file-system", made.plain], check=True)
 
 
@@ -151,11 +152,23 @@ def case_a_host_mount_below_is_not_kept() -> None:
             subprocess.run(["mount", "-t", "tmpfs", "iso", f"{path}/iso"], check=True)
             Path(path, "iso/nested").mkdir()
             subprocess.run(["mount", "-t", "tmpfs", "nested", f"{path}/iso/nested"], check=True)
+        # One that is covered by another: no path leads to it.
+        subprocess.run(["mount", "-t", "tmpfs", "nested", f"{it.mounted}/iso"], check=True)
         before = points()
         namespace = it.build()
-        assert points() == before, "the host's own are still there"
+        assert points() == before, f"the host's own are still there: {set(before) ^ set(points())}"
         table = mountns.mounts_in(namespace.fd)
         assert not [mount for mount in table if mount.source in {"iso", "nested"}]
+
+
+def case_a_covered_host_mount_below_is_not_taken_from_the_host() -> None:
+    with bed() as it:
+        for source in ("iso", "cover"):
+            Path(it.plain, "iso/nested").mkdir(parents=True, exist_ok=True)
+            subprocess.run(["mount", "-t", "tmpfs", source, f"{it.plain}/iso"], check=True)
+        before = points()
+        os.close(it.build().fd)
+        assert points() == before
 
 
 def case_the_end_is_reported_when_the_last_is_gone() -> None:
