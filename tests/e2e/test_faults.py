@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon dies, at every single step: nobody who is logged in notices, and nothing is left over."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import observe
+from tests.bed import Machine, Result, eventually
+from tests.faults.bed import Host, Resident, prepare, resident
+from tests.faults.launcher import Plan
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+ALICE = 1001
+END_OF_REJOIN = ["Executor.let_go", "sdnotify.remove"]
+LOGIN = f"{observe.NAMESPACE}; touch /tmp/first; ls /tmp"
+RETRY = f"{observe.NAMESPACE}; ls -A /tmp; touch /tmp/again; rm /tmp/again"
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+@pytest.fixture
+def host(machine: Machine) -> Host:
+    observe.log_everybody_out(machine)
+    return Host(machine)
+
+
+def refused_or_private(host: Host, result: Result) -> str:
+    """What the user saw of it; never the shared /tmp, and never silence."""
+    if result.returncode == 0:
+        assert result.stdout.split()[0] not in {"", host.host_namespace()}
+        return "in"
+    assert "polytmp: cannot give you a private /tmp" in result.stdout + result.stderr, str(result)
+    return "refused"
+
+
+def trace(host: Host, act: Callable[[], Result], is_over: Callable[[], bool]) -> list[str]:
+    """The steps of an act, with nothing in their way."""
+    with host.fault(Plan()):
+        assert refused_or_private(host, act()) == "in"
+        eventually(is_over, 20, "all steps are done")
+        return host.trace()
+
+
+def kill_at_each_step(
+    host: Host, user: Resident, act: Callable[[], Result], is_over: Callable[[], bool], retry: str = RETRY
+) -> list[tuple[str, str]]:
+    """[(step, what the user saw)]: act(), again and again, with the daemon killed right after each of its
+    steps, until is_over(). The steps are those of a first act that nothing disturbs.
+    """
+    kills: list[tuple[str, str]] = []
+    baseline = host.traces()
+    counted: Counter[str] = Counter()
+    for name in trace(host, act, is_over):
+        counted[name] += 1
+        host.wait_for(baseline, f"all is as before after {len(kills)} kills, the last one {kills[-1:]}")
+        host.plan(Plan(counted[name], "kill", name))
+        result = act()
+        eventually(lambda: host.fired() or is_over(), 20, f"step {counted[name]} {name} comes, or none does")
+        if not host.fired():  # logins race with each other: not each one has as many steps
+            host.unplan()
+            continue
+        saw = refused_or_private(host, result)
+        kills.append((name, saw))
+        user.check()
+        if saw == "refused" or "Executor.let_go" in host.trace():
+            # Otherwise the new daemon has just answered the login that the former one had not.
+            assert refused_or_private(host, host.login("alice", retry)) == "in"
+    host.wait_for(baseline, f"all is as before after {len(kills)} kills, the last one {kills[-1:]}")
+    return kills
+
+
+def report(kills: list[tuple[str, str]], begin: float) -> set[str]:
+    seconds = time.monotonic() - begin
+    print(f"{len(kills)} kills in {seconds:.0f} s")  # noqa: T201
+    for (step, saw), count in Counter(kills).items():
+        print(f"  {count} x {step}: {saw}")  # noqa: T201
+    return {step for step, _ in kills}
+
+
+def test_killed_at_each_step_of_a_life(host: Host) -> None:
+    """From the first login until the instance is removed: create, hand over, drain, remove."""
+    begin = time.monotonic()
+    with resident(host.machine) as bob:
+        kills = kill_at_each_step(
+            host,
+            bob,
+            lambda: host.login("alice", LOGIN, check=False),
+            lambda: "StateDirectory.forget" in host.trace() and host.state(ALICE) is None,
+        )
+    assert {
+        "storage.os.mkdir", "mountns.unshare", "mountns.build", "sdnotify.store", "state.replace",
+        "Executor.hand_over", "Executor.let_go", "storage.syscalls.renameat2", "deletion.os.rmdir",
+        "StateDirectory.forget",
+    } <= report(kills, begin)  # fmt: skip
+    host.wait_gone()
+
+
+def test_killed_at_each_step_of_a_join(host: Host) -> None:
+    """A second login, while the first goes on in the same namespace."""
+    begin = time.monotonic()
+    with resident(host.machine) as bob, host.machine.session("alice") as alice:
+        alice.run("touch /tmp/first")
+        namespace = alice.run(observe.NAMESPACE).strip()
+        join = f"{observe.NAMESPACE}; ls -A /tmp/first"
+
+        def act() -> Result:
+            result = host.login("alice", join, check=False)
+            assert result.returncode or result.stdout.split() == [namespace, "/tmp/first"]
+            assert alice.run(join).split() == [namespace, "/tmp/first"]
+            return result
+
+        kills = kill_at_each_step(host, bob, act, lambda: "Executor.hand_over" in host.trace(), join)
+        assert report(kills, begin) == {"Executor.hand_over"}
+    host.wait_gone()
+
+
+@pytest.fixture
+def straggler(host: Host) -> Iterator[str]:
+    """alice's namespace, in which only a process lives that her slice does not know of."""
+    machine = host.machine
+    with machine.session("alice") as alice:
+        alice.run("touch /tmp/first")
+        namespace = alice.run(observe.NAMESPACE).strip()
+        alice.run("setsid -f sleep 4321 >/dev/null 2>&1")
+        move = "mkdir -p /sys/fs/cgroup/elsewhere; pgrep -x sleep > /sys/fs/cgroup/elsewhere/cgroup.procs"
+        machine.sh(move)
+    eventually(lambda: host.state(ALICE) == "draining", 20, "alice's instance drains")
+    yield namespace
+    machine.sh("pkill -x sleep; true")
+    host.wait_gone()
+    machine.run("rmdir", "/sys/fs/cgroup/elsewhere")
+
+
+def test_killed_at_each_step_of_a_rejoin(host: Host, straggler: str) -> None:
+    """A login while the instance drains, and the end of that login."""
+    begin = time.monotonic()
+    with resident(host.machine) as bob:
+        rejoin = f"{observe.NAMESPACE}; ls -A /tmp/first"
+
+        def act() -> Result:
+            result = host.login("alice", rejoin, check=False)
+            assert result.returncode or result.stdout.split() == [straggler, "/tmp/first"]
+            return result
+
+        kills = kill_at_each_step(host, bob, act, lambda: host.trace()[-2:] == END_OF_REJOIN, rejoin)
+    assert {"sdnotify.store", "state.write_text", "state.replace"} <= report(kills, begin)
+
+
+@pytest.mark.parametrize("step", ["storage.os.mkdir", "mountns.build", "state.replace"])
+def test_stands_still_at_a_step(host: Host, step: str) -> None:
+    """Until the watchdog ends it: the login that waits is answered, and the next one works."""
+    with host.watchdog(), resident(host.machine) as bob:
+        before = host.running()
+        host.plan(Plan(1, "stop", step))
+        refused_or_private(host, host.login("alice", LOGIN, check=False))
+        assert host.fired() == step
+        eventually(lambda: host.running() not in {0, before}, 20, "another daemon runs")
+        assert refused_or_private(host, host.login("alice", RETRY)) == "in"
+        bob.check()
+    host.wait_gone()

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon, the service manager or the package is restarted, replaced or removed with users logged in; and
+what is done to an instance behind the daemon's back.
+"""
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import observe
+from tests.bed import Machine, eventually
+from tests.faults.bed import Host, prepare_quick, resident
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+ALICE, BOB = 1001, 1002
+PACKAGE = "/root/polytmp.deb"
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    def prepare(root: Path) -> None:
+        prepare_quick(root)
+        (root / PACKAGE.removeprefix("/")).write_bytes(deb.read_bytes())
+
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+@pytest.fixture
+def host(machine: Machine) -> Host:
+    observe.log_everybody_out(machine)
+    return Host(machine)
+
+
+@contextlib.contextmanager
+def nobody_notices(host: Host) -> Iterator[None]:
+    """bob is logged in all the time; afterwards his next login joins him, and a first one works; all of it
+    ends as ever.
+    """
+    with resident(host.machine) as bob:
+        yield
+        bob.check()
+        eventually(lambda: host.state(BOB) == "active", 20, "the daemon knows bob's instance")
+        again = host.login("bob", f"cat /tmp/mine; {observe.NAMESPACE}").stdout.split()
+        assert again == ["mine", bob.namespace]
+        assert host.login("alice", "touch /tmp/x; ls /tmp").stdout.split() == ["x"]
+        bob.check()
+        eventually(lambda: host.instances() == {BOB: "active"}, 20, "alice's instance is gone")
+    host.wait_gone()
+
+
+# Restarts
+
+
+def test_systemctl_restart(host: Host) -> None:
+    with nobody_notices(host):
+        before = host.pid()
+        host.machine.run("systemctl", "restart", "polytmpd")
+        assert host.pid() != before
+
+
+def test_stop_and_start(host: Host) -> None:
+    """Debian 12's systemd drops the FD store at a stop: found again by those who live in it."""
+    with nobody_notices(host):
+        host.machine.run("systemctl", "stop", "polytmpd")
+        kept = host.service()["NFileDescriptorStore"]
+        assert kept == ("0" if host.machine.release == "bookworm" else "2")
+        host.machine.run("systemctl", "start", "polytmpd")
+        assert host.traces().watches == 1
+
+
+def test_a_logout_while_the_daemon_is_stopped(host: Host) -> None:
+    with resident(host.machine):
+        host.machine.run("systemctl", "stop", "polytmpd")
+    eventually(lambda: not host.machine.sh("pgrep -u bob; true").stdout, 20, "bob is gone")
+    assert len(host.on_disk()) == 1
+    host.machine.run("systemctl", "start", "polytmpd")
+    host.wait_gone()
+
+
+def test_a_logout_while_the_daemon_stands_still(host: Host) -> None:
+    pid = str(host.pid())
+    with resident(host.machine):
+        host.machine.run("kill", "-STOP", pid)
+    eventually(lambda: not host.machine.sh("pgrep -u bob; true").stdout, 20, "bob is gone")
+    host.machine.run("kill", "-CONT", pid)
+    host.wait_gone()
+    assert str(host.pid()) == pid
+
+
+def test_the_watchdog_restarts_a_daemon_that_stands_still(host: Host) -> None:
+    with host.watchdog(), nobody_notices(host):
+        before = host.running()
+        host.machine.run("kill", "-STOP", str(before))
+        # A login that falls into it waits, and is answered: by the next daemon, or with a refusal.
+        result = host.login("alice", observe.NAMESPACE, check=False)
+        if result.returncode:
+            assert "polytmp: cannot give you a private /tmp" in result.stdout + result.stderr
+        else:
+            assert result.stdout.strip() != host.host_namespace()
+        eventually(lambda: host.running() not in {0, before}, 20, "another daemon runs")
+        assert "atchdog timeout" in host.machine.journal("-u", "polytmpd")
+
+
+def test_daemon_reexec(host: Host) -> None:
+    with nobody_notices(host):
+        host.machine.run("systemctl", "daemon-reexec")
+        assert host.service()["NFileDescriptorStore"] == "2"
+        host.machine.run("systemctl", "restart", "polytmpd")
+
+
+def test_a_second_daemon_refuses_to_run(host: Host) -> None:
+    with nobody_notices(host):
+        before = host.traces()
+        result = host.machine.run("/usr/libexec/polytmpd", check=False, timeout=10)
+        assert result.returncode == 1
+        assert "another polytmpd is running" in host.machine.journal("--grep=Cannot start")
+        assert host.traces() == before
+
+
+# Behind the daemon's back
+
+
+def test_the_barrier_is_removed_by_root(host: Host) -> None:
+    with host.machine.session("alice") as alice:
+        alice.run("touch /tmp/x")
+        namespace = alice.run(observe.NAMESPACE).strip()
+        for path in host.on_disk():
+            host.machine.run("rm", "-rf", path)
+        assert alice.run("ls /tmp").split() == []
+        assert host.login("alice", observe.NAMESPACE).stdout.strip() == namespace
+        assert host.state(ALICE) == "active"
+    host.wait_gone()
+    assert host.login("alice", "touch /tmp/x; ls /tmp").stdout.split() == ["x"]
+    host.wait_gone()
+
+
+def test_the_barrier_is_replaced_by_root(host: Host) -> None:
+    """What is not polytmp's is not deleted, the log says so, and the next login is not disturbed."""
+    machine = host.machine
+    with machine.session("alice") as alice:
+        alice.run("touch /tmp/x")
+        [path] = host.on_disk()
+        machine.sh(f"mv {path} /tmp/moved; mkdir -m 0755 {path}; touch {path}/precious")
+        assert alice.run("ls /tmp").split() == ["x"]
+    eventually(lambda: host.state(ALICE) in {"failed", None}, 20, "alice's instance has ended")
+    assert machine.run("ls", path).stdout.split() == ["precious"]
+    assert host.journal_of("cannot be deleted", path)
+    assert host.login("alice", "touch /tmp/y; ls /tmp").stdout.split() == ["y"]
+    machine.run("rm", "-rf", path, "/tmp/moved")
+    host.wait_gone()
+
+
+def test_a_bind_mount_in_a_namespace_of_the_users_own(host: Host) -> None:
+    """It has no sentinel in it, and the slice does not know of it; the instance stays until it ends."""
+    machine = host.machine
+    with machine.session("alice") as alice:
+        alice.run("echo kept > /tmp/kept")
+        alice.run(
+            "setsid -f bwrap --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib "
+            "--symlink usr/lib64 /lib64 --bind /tmp /tmp sleep 4321 >/tmp/log 2>&1"
+        )
+        pid = eventually(lambda: machine.run("pgrep", "-x", "sleep").stdout.split(), what="bwrap runs")[0]
+        machine.sh(
+            f"mkdir -p /sys/fs/cgroup/elsewhere; echo {pid} > /sys/fs/cgroup/elsewhere/cgroup.procs; "
+            "pkill -KILL -x bwrap"
+        )
+    eventually(lambda: host.journal_of(f"Process {pid} has the instance of UID {ALICE} mounted"), 20)
+    [path] = host.on_disk()
+
+    def stays() -> None:
+        assert machine.run("cat", f"{path}/tmp/kept").stdout == "kept\n"
+        assert host.state(ALICE) == "draining"
+
+    stays()
+    for command in ("restart", "stop", "start"):
+        machine.run("systemctl", command, "polytmpd")
+    stays()
+    rejoined = host.login("alice", f"cat /tmp/kept; {observe.NAMESPACE}").stdout.split()
+    assert rejoined[0] == "kept"
+    eventually(lambda: host.traces().held == 0 and host.state(ALICE) == "draining", 20, "it drains again")
+    stays()
+    machine.run("kill", pid)
+    host.wait_gone()
+    machine.run("rmdir", "/sys/fs/cgroup/elsewhere")
+
+
+# The package, and the next boot
+
+
+def test_an_upgrade(host: Host) -> None:
+    with nobody_notices(host):
+        before = host.pid()
+        host.machine.run("dpkg", "--install", PACKAGE)
+        assert host.pid() != before
+
+
+def test_removal_and_purge(host: Host) -> None:
+    """Who is logged in goes on; new logins get the host's /tmp. What remains in the end is what bob had in
+    /tmp, which the next boot or the package's return deletes, and what is kept in /var/tmp.
+    """
+    machine = host.machine
+    with resident(machine) as bob:
+        machine.run("dpkg", "--remove", "polytmp")
+        bob.check()
+        new = host.login("alice", f"{observe.NAMESPACE}; ls -d /tmp/polytmp-*").stdout.split()
+        [path] = host.on_disk()
+        assert new == [host.host_namespace(), path]
+        assert host.login("bob", observe.NAMESPACE).stdout.strip() == host.host_namespace()
+        assert machine.run("systemctl", "is-active", "polytmpd", check=False).stdout == "inactive\n"
+        machine.run("dpkg", "--purge", "polytmp")
+        assert not (host.root / "run/polytmpd").exists()
+        bob.check()
+    eventually(lambda: bob.namespace not in observe.namespaces(machine), 20, "bob's namespace has ended")
+    assert host.on_disk() == (path,)
+    assert machine.run("cat", "/var/tmp/polytmp-1002/tmp/mine").stdout == "mine\n"
+    found = machine.sh("find / -xdev -name '*polytmp*' ! -path '/tmp/*' ! -path '/var/tmp/*' | sort").stdout
+    assert [line for line in found.split() if line != PACKAGE and "/var/lib/systemd" not in line] == []
+    machine.run("dpkg", "--install", PACKAGE)
+    host.wait_gone()
+    assert host.login("bob", f"cat /var/tmp/mine; ls /tmp; {observe.NAMESPACE}").stdout.split()[0] == "mine"
+
+
+def test_reboot_with_leftovers(host: Host) -> None:
+    machine = host.machine
+    name = f"polytmp-removing-{secrets.token_hex(8)}"
+    machine.sh(f"mkdir -m 0700 /var/tmp/{name}; touch /var/tmp/{name}/file")
+    with resident(machine):
+        [path, _] = host.on_disk()
+        machine.reboot()
+    assert path not in host.on_disk()
+    host.wait_gone()
+    assert host.login("bob", "cat /var/tmp/mine; ls /tmp").stdout.split() == ["mine"]
+    host.wait_gone()

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""State files and FD store that make no sense or are lost, and nothing left of what an instance needs."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import observe
+from tests.bed import Machine, eventually
+from tests.faults.bed import Host, Resident, prepare, resident
+from tests.faults.launcher import Plan
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+ALICE, BOB = 1001, 1002
+STATES = "/run/polytmpd/instances"
+STATE = f"{STATES}/{BOB}"
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+@pytest.fixture
+def host(machine: Machine) -> Host:
+    observe.log_everybody_out(machine)
+    return Host(machine)
+
+
+def restart(host: Host) -> None:
+    host.machine.run("systemctl", "restart", "polytmpd")
+
+
+def assert_found_again(host: Host, bob: Resident) -> None:
+    """The daemon has bob's instance again, whole: he can join, and its end will be noticed."""
+    bob.check()
+    eventually(lambda: host.state(BOB) == "active", 20, "bob's instance is active again")
+    again = host.login("bob", f"cat /tmp/mine; {observe.NAMESPACE}").stdout.split()
+    assert again == ["mine", bob.namespace]
+    shown = observe.status(host.machine, "bob")
+    assert f"mnt:[{shown['namespace']}]" == bob.namespace
+    assert [entry["directory"] for entry in shown["directories"]] == ["/tmp", "/var/tmp"]
+    assert host.states() == (str(BOB),)
+    if (host.root / STATE.removeprefix("/")).is_file():
+        assert json.loads(host.machine.read(STATE))["watches"], "nothing will tell the end"
+
+
+@contextlib.contextmanager
+def bob_and_the_end(host: Host) -> Iterator[Resident]:
+    with resident(host.machine) as bob:
+        yield bob
+    host.wait_gone()
+
+
+def changed(**values: object) -> Callable[[str], str]:
+    return lambda text: json.dumps(json.loads(text) | values)
+
+
+BAD: dict[str, Callable[[str], str]] = {
+    "empty": lambda _: "",
+    "truncated": lambda text: text[: len(text) // 2],
+    "of no text": lambda _: "\0\0\0\0",
+    "of another type": lambda _: "[1, 2]",
+    "of a future version": changed(version=99),
+    "of a former form": lambda _: '{"uid": 1002}',
+    "of another user": changed(uid=ALICE),
+    "of wrong directories": changed(directories=[{"path": "../etc", "lifetime": "x"}]),
+    "too large": lambda text: text + " " * 70000,
+    "deep": lambda _: "[" * 60000,
+}
+PLACED = {
+    "a symbolic link": f"ln -s /etc/passwd {STATE}",
+    "a FIFO": f"mkfifo {STATE}",
+}
+
+
+def test_state_files_that_make_no_sense(host: Host) -> None:
+    """Named in the journal; the FD store has the namespace, and that says the rest."""
+    machine = host.machine
+    with bob_and_the_end(host) as bob:
+        good = machine.read(STATE).decode()
+        for what, change in BAD.items():
+            machine.write(STATE, change(good), 0o600)
+            since = machine.sh("journalctl -n 0 --show-cursor | sed -n 's/^-- cursor: //p'").stdout.strip()
+            restart(host)
+            lines = machine.journal("-u", "polytmpd", f"--after-cursor={since}")
+            assert f"{STATE}: " in lines, what
+            assert "ignoring the file" in lines, what
+            bob.check()
+            assert json.loads(machine.read(STATE))["namespace"] == json.loads(good)["namespace"], what
+        for command in PLACED.values():
+            machine.sh(f"rm {STATE}; {command}")
+            restart(host)
+            bob.check()
+            assert json.loads(machine.read(STATE))["uid"] == BOB
+        assert_found_again(host, bob)
+    assert machine.run("getent", "passwd", "bob").stdout.startswith("bob:")
+
+
+def test_a_state_file_that_cannot_be_a_file(host: Host) -> None:
+    """root put a directory there: it stays his, and nothing else suffers."""
+    machine = host.machine
+    with resident(machine) as bob:
+        machine.sh(f"rm {STATE}; mkdir {STATE}")
+        restart(host)
+        assert_found_again(host, bob)
+    eventually(lambda: not host.instances() and not host.on_disk(), 20, "bob's instance is gone")
+    assert host.journal_of(f"State of UID {BOB} cannot be removed")
+    machine.run("rmdir", STATE)
+    restart(host)
+    host.wait_gone()
+
+
+def test_the_state_is_lost(host: Host) -> None:
+    with bob_and_the_end(host) as bob:
+        host.machine.sh(f"rm {STATES}/*")
+        restart(host)
+        assert_found_again(host, bob)
+
+
+def test_the_fd_store_is_lost(host: Host) -> None:
+    with bob_and_the_end(host) as bob:
+        stop_and_clear_the_store(host)
+        host.machine.run("systemctl", "start", "polytmpd")
+        assert_found_again(host, bob)
+
+
+def test_state_and_fd_store_are_lost(host: Host) -> None:
+    with bob_and_the_end(host) as bob:
+        stop_and_clear_the_store(host)
+        host.machine.sh(f"rm -r {STATES}")
+        host.machine.run("systemctl", "start", "polytmpd")
+        assert_found_again(host, bob)
+
+
+def stop_and_clear_the_store(host: Host) -> None:
+    host.machine.run("systemctl", "stop", "polytmpd")
+    if host.machine.release != "bookworm":  # whose systemd 252 did so by itself
+        host.machine.run("systemctl", "clean", "--what=fdstore", "polytmpd")
+    assert host.service()["NFileDescriptorStore"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        (f"ns-{BOB}", "/etc/passwd"),
+        (f"ns-{BOB}", "/proc/1/ns/net"),
+        (f"ns-{BOB}", "/proc/1/ns/mnt"),
+        (f"ns-{ALICE}", "/proc/1/ns/mnt"),
+        (f"ns-{BOB}x", "/dev/null"),
+        ("sentinels", "/dev/null"),
+        ("nonsense", "/etc"),
+    ],
+)
+def test_the_fd_store_holds_what_makes_no_sense(host: Host, name: str, path: str) -> None:
+    """In place of ours, or beside it."""
+    with bob_and_the_end(host) as bob:
+        before = host.pid()
+        (host.root / "run/polytmp-faults/store").write_text(json.dumps([[name, path]]))
+        host.machine.run("kill", "-KILL", str(before))
+        # the next process stores it and dies, the one after that finds it
+        eventually(lambda: host.running() not in {0, before}, 20, "the daemon runs again")
+        assert host.journal_of("FD store", "letting it go")
+        assert_found_again(host, bob)
+        assert host.traces().stored == 2
+
+
+# No room
+
+
+def assert_refused(host: Host, *words: str) -> None:
+    result = host.login("alice", "true", check=False)
+    assert result.returncode
+    assert "polytmp: cannot give you a private /tmp" in result.stdout + result.stderr
+    assert host.journal_of("User alice gets no private directories", *words)
+    host.wait_gone("nothing is left of a login that was refused")
+
+
+def assert_works(host: Host) -> None:
+    assert host.login("alice", "touch /tmp/x; ls /tmp").stdout.split() == ["x"]
+    host.wait_gone()
+
+
+@pytest.fixture
+def small_tmp(host: Host) -> Iterator[None]:
+    """/tmp is a small disk of its own."""
+    machine = host.machine
+    machine.sh(
+        "truncate -s 4M /root/small.img; mkfs.ext4 -q -F -N 512 /root/small.img; "
+        "mount -o loop /root/small.img /tmp; chmod 1777 /tmp; rmdir /tmp/lost+found; "
+        "systemd-tmpfiles --create --prefix=/tmp"
+    )
+    yield
+    host.wait_gone()
+    machine.sh("umount /tmp || umount -l /tmp; rm /root/small.img")
+
+
+def test_a_full_disk(host: Host, small_tmp: None) -> None:
+    assert_works(host)
+    # ext4 keeps some blocks back, for directories and such
+    host.machine.sh(
+        "mkdir /tmp/more; cat /dev/zero > /tmp/fill; n=0; "
+        "while mkdir /tmp/more/$n; do n=$((n+1)); done 2>/dev/null; df -i /tmp | grep -v ' 100% '",
+    )
+    assert_refused(host, "No space left on device", "/tmp/polytmp-")
+    host.machine.run("rm", "-r", "/tmp/fill", "/tmp/more")
+    assert_works(host)
+
+
+def test_no_inodes(host: Host, small_tmp: None) -> None:
+    host.machine.sh("n=0; while touch /tmp/fill$n; do n=$((n+1)); done 2>/dev/null; true", check=False)
+    assert_refused(host, "No space left on device", "/tmp/polytmp-")
+    host.machine.sh("rm /tmp/fill*")
+    assert_works(host)
+
+
+def test_a_disk_that_fills_up_under_an_instance(host: Host, small_tmp: None) -> None:
+    """It can be removed all the same."""
+    with host.machine.session("alice") as alice:
+        alice.run("cat /dev/zero > /tmp/fill", check=False)
+        host.machine.sh("cat /dev/zero > /tmp/fill; true", check=False)
+        assert host.login("alice", "ls /tmp").stdout.split() == ["fill"]
+    host.wait_gone()
+    host.machine.run("rm", "/tmp/fill")
+
+
+def test_no_room_for_the_state(host: Host) -> None:
+    """The login goes on without; the FD store is enough to find it again."""
+    machine = host.machine
+    machine.sh(f"mount -t tmpfs -o nr_inodes=1,mode=0700 tmpfs {STATES}")
+    try:
+        with resident(machine) as bob:
+            assert host.journal_of(f"State of UID {BOB} cannot be written", "No space left on device")
+            machine.run("kill", "-KILL", str(host.pid()))
+            eventually(lambda: host.state(BOB) == "active", 20, "bob's instance is active again")
+            bob.check()
+            assert host.login("bob", "cat /tmp/mine").stdout.split() == ["mine"]
+    finally:
+        eventually(lambda: not host.instances() and not host.on_disk(), 20, "bob's instance is gone")
+        machine.run("umount", "--lazy", STATES)
+        restart(host)
+    host.wait_gone()
+
+
+@pytest.mark.parametrize("step", ["mountns.unshare", "mountns.open_tree", "Executor._watch_sentinel"])
+def test_a_limit_of_the_kernels(host: Host, step: str) -> None:
+    """user.max_mnt_namespaces, fs.mount-max, fs.inotify.max_user_watches: injected, since the real ones are
+    everybody's; tests/kernel/test_create_faults.py has the first one real.
+    """
+    with host.fault(Plan(1, "ENOSPC", step, lasting=True)):
+        assert_refused(host, "No space left on device")
+    assert_works(host)

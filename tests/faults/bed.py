@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A machine whose polytmpd runs under the launcher, and quick looks at what is left of an instance.
+
+Most looks go through /proc/LEADER/root, which costs no process in the machine: hundreds of faults are
+awaited. Not here: what should be seen (tests/e2e/test_faults*.py).
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests import observe
+from tests.bed import Machine, Result, Session, eventually
+from tests.faults import launcher
+from tests.faults.launcher import Plan
+
+LAUNCHER = "/usr/local/lib/polytmp-faults/launcher.py"
+DROP_IN = f"""[Service]
+ExecStart=
+ExecStart=/usr/bin/python3 -I {LAUNCHER}
+RuntimeDirectory=polytmp-faults
+RestartSec=50ms
+"""
+LOGIN_AT_MOST = 15.0
+
+
+def prepare(root: Path) -> None:
+    """For Machine(prepare=…): the launcher in place of the daemon, and logouts without delay."""
+    prepare_quick(root)
+    target = root / LAUNCHER.removeprefix("/")
+    target.parent.mkdir(parents=True)
+    shutil.copyfile(launcher.__file__, target)
+    _write(root / "etc/systemd/system/polytmpd.service.d/faults.conf", DROP_IN)
+
+
+def prepare_quick(root: Path) -> None:
+    """For Machine(prepare=…): the daemon as it is shipped, and logouts without delay."""
+    _write(root / "etc/systemd/logind.conf.d/quick.conf", observe.QUICK_LOGOUT)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Traces:
+    """All that there is of polytmp in a machine, but what persists."""
+
+    instances: dict[int, str]
+    on_disk: tuple[str, ...]
+    states: tuple[str, ...]
+    held: int
+    watches: int
+    stored: int
+
+
+NOTHING = Traces({}, (), (), 0, 0, 1)
+"""Of nobody: the inotify instance alone is in the FD store."""
+
+
+class Host:
+    """Looks at a machine, and logs in."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    @property
+    def root(self) -> Path:
+        """The machine's mounts as its PID 1 sees them."""
+        return Path(f"/proc/{self.machine.leader}/root")
+
+    # Looks
+
+    def service(self) -> dict[str, str]:
+        names = ("MainPID", "ActiveState", "SubState", "NFileDescriptorStore", "NRestarts")
+        options = [f"--property={name}" for name in names]
+        lines = self.machine.run("systemctl", "show", *options, "polytmpd").stdout.splitlines()
+        return dict(line.split("=", 1) for line in lines)
+
+    def pid(self) -> int:
+        return int(self.service()["MainPID"])
+
+    def running(self) -> int:
+        """The PID of a daemon that is ready; 0 while there is none."""
+        service = self.service()
+        return int(service["MainPID"]) if service["ActiveState"] == "active" else 0
+
+    def instances(self) -> dict[int, str]:
+        """UID → state, of all instances."""
+        call = ("org.freedesktop.DBus.ObjectManager", "GetManagedObjects")
+        argv = ["busctl", "--json=short", "--timeout=5", "call", "org.polytmp1", "/org/polytmp1", *call]
+        reply: dict[str, Any] = json.loads(self.machine.run(*argv).stdout)
+        found = {}
+        for interfaces in reply["data"][0].values():
+            properties = interfaces.get("org.polytmp1.Instance")
+            if properties is not None:
+                found[int(properties["UID"]["data"])] = str(properties["State"]["data"])
+        return found
+
+    def state(self, uid: int) -> str | None:
+        return self.instances().get(uid)
+
+    def on_disk(self) -> tuple[str, ...]:
+        found = [path for base in ("tmp", "var/tmp") for path in (self.root / base).glob("polytmp-*")]
+        return tuple(
+            sorted(
+                "/" + str(path.relative_to(self.root))
+                for path in found
+                if not re.fullmatch(r"polytmp-\d+", path.name)
+            )
+        )
+
+    def states(self) -> tuple[str, ...]:
+        with contextlib.suppress(FileNotFoundError):
+            return tuple(sorted(path.name for path in (self.root / "run/polytmpd/instances").iterdir()))
+        return ()
+
+    def traces(self) -> Traces:
+        service = self.service()
+        process = self.root / "proc" / service["MainPID"]
+        held = watches = 0
+        for fd in (process / "fd").iterdir():
+            target = str(fd.readlink())
+            held += target.startswith("mnt:[")
+            if target == "anon_inode:inotify":
+                # IN_DELETE_SELF: only the sentinels are watched so
+                watches += (process / "fdinfo" / fd.name).read_text().count("mask:400 ")
+        stored = int(service["NFileDescriptorStore"])
+        return Traces(self.instances(), self.on_disk(), self.states(), held, watches, stored)
+
+    def host_namespace(self) -> str:
+        return str(Path(f"/proc/{self.machine.leader}/ns/mnt").readlink())
+
+    def journal_of(self, *words: str) -> bool:
+        """Whether a line of polytmpd's journal has all the words."""
+        lines = self.machine.journal("-u", "polytmpd", "--output=cat").splitlines()
+        return any(all(word in line for word in words) for line in lines)
+
+    # Waiting
+
+    def wait_gone(self, what: str = "nothing is left of anybody", timeout: float = 20) -> None:
+        self.wait_for(NOTHING, what, timeout)
+
+    def wait_for(self, wanted: Traces, what: str, timeout: float = 20) -> None:
+        seen: list[Traces] = []
+
+        def same() -> bool:
+            seen[:] = [self.traces()]
+            return seen[0] == wanted
+
+        try:
+            eventually(same, timeout, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {seen} instead of {wanted}") from None
+
+    # Faults
+
+    def plan(self, plan: Plan) -> None:
+        directory = self.root / "run/polytmp-faults"
+        for name in ("fired", "trace"):
+            (directory / name).unlink(missing_ok=True)
+        temporary = directory / "plan.new"
+        temporary.write_text(json.dumps(dataclasses.asdict(plan)))
+        temporary.replace(directory / "plan")
+
+    def unplan(self) -> None:
+        (self.root / "run/polytmp-faults/plan").unlink(missing_ok=True)
+
+    def fired(self) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.root / "run/polytmp-faults/fired").read_text()
+        return ""
+
+    def trace(self) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.root / "run/polytmp-faults/trace").read_text().splitlines()
+        return []
+
+    @contextlib.contextmanager
+    def watchdog(self) -> Iterator[None]:
+        """With a watchdog that bites after a second."""
+        drop_in = "/run/systemd/system/polytmpd.service.d/watchdog.conf"
+        self.machine.write(drop_in, "[Service]\nWatchdogSec=1s\n")
+        self.machine.sh("systemctl daemon-reload && systemctl restart polytmpd")
+        try:
+            yield
+        finally:
+            self.machine.sh(f"rm {drop_in}; systemctl daemon-reload; systemctl restart polytmpd")
+
+    @contextlib.contextmanager
+    def fault(self, plan: Plan) -> Iterator[None]:
+        """One that lasts."""
+        self.plan(plan)
+        try:
+            yield
+        finally:
+            self.unplan()
+
+    # Logins
+
+    def login(self, user: str, command: str, *, check: bool = True) -> Result:
+        return self.machine.ssh(user, command, check=check, timeout=LOGIN_AT_MOST)
+
+
+class Resident:
+    """A user who is logged in all the time, and must not notice anything."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        session.run("echo mine > /tmp/mine; echo mine > /var/tmp/mine")
+        self.namespace = self._look()[-1]
+
+    def _look(self) -> list[str]:
+        return self._session.run(f"cat /tmp/mine /var/tmp/mine; {observe.NAMESPACE}").split()
+
+    def check(self) -> None:
+        assert self._look() == ["mine", "mine", self.namespace]
+
+
+@contextlib.contextmanager
+def resident(machine: Machine, user: str = "bob") -> Iterator[Resident]:
+    with machine.session(user) as session:
+        yield Resident(session)

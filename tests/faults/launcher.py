@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Runs polytmpd with faults: at the k-th step of what it does it dies, stops, or the step fails.
+
+The daemon's own code has no place for this. Installed into a test machine this file takes the place of
+/usr/libexec/polytmpd and is told what to do by files in DIRECTORY:
+  plan   one fault, see Plan; removed when it strikes, unless it lasts
+  fired  the name of the step that was struck
+  trace  the names of the steps since the plan was written
+  store  [[name, path], …]: put these into the FD store at the next start, and die
+Not here: what must hold afterwards (tests/e2e/test_faults*.py, tests/kernel/test_create_faults.py).
+"""
+
+import errno
+import functools
+import json
+import os
+import pathlib
+import signal
+import sys
+import types
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from polytmpd import deletion, executor, sdnotify, shared, storage
+from polytmpd.kernel import mountinfo, mountns, processes
+from polytmpd.state import StateDirectory
+
+DIRECTORY: Final = Path("/run/polytmp-faults")
+
+CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
+    (mountns, "", ("mount", "umount2", "unshare", "setns", "open_tree", "move_mount", "fsmount", "build")),
+    (storage, "os", ("mkdir", "rmdir", "fchown", "fchmod", "setxattr", "removexattr")),
+    (storage, "syscalls", ("renameat2",)),
+    (shared, "os", ("mkdir", "fchown", "fchmod")),
+    (deletion, "os", ("unlink", "rmdir", "fchown", "fchmod")),
+    (sdnotify, "", ("store", "remove")),
+    (StateDirectory, "", ("save", "forget")),
+    (executor.Executor, "", ("_watch_sentinel", "hand_over", "let_go")),
+)
+"""What changes the world: (where, the module in it that is used, functions)."""
+
+READS: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
+    (mountns, "os", ("open", "fstat")),
+    (mountinfo, "", ("read", "mount_id_of")),
+    (storage, "os", ("open", "fstat", "getxattr")),
+    (storage, "syscalls", ("openat2",)),
+    (shared, "os", ("open", "fstat")),
+    (executor, "os", ("open", "fstat")),
+    (processes, "os", ("open", "fstat")),
+)
+"""What only looks, and can fail all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """at: the step, from 1; of those with that name only, if there is a name. how: kill (after the step),
+    kill-before, stop (after), or an error's name, ENOSPC say. lasting: that step and all that follow.
+    """
+
+    at: int = 0
+    how: str = ""
+    name: str = ""
+    lasting: bool = False
+
+
+class Faults:
+    """Counts steps, and strikes at the one that the plan names."""
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.names: list[str] = []
+        self.fired = ""
+        self._count = 0
+
+    def set(self, plan: Plan | None) -> None:
+        self.plan = plan
+        self.names = []
+        self.fired = ""
+        self._count = 0
+
+    def look(self) -> Plan | None:
+        return self.plan
+
+    def note(self, name: str) -> None:
+        self.names.append(name)
+
+    def strike(self, name: str, plan: Plan) -> None:
+        self.fired = self.fired or name
+        if not plan.lasting:
+            self.plan = None
+
+    def step(self, name: str, call: Callable[[], Any]) -> Any:
+        plan = self.look()
+        if plan is None:
+            return call()
+        self.note(name)
+        if plan.name in {"", name}:
+            self._count += 1
+        if plan.name not in {"", name} or not (
+            self._count == plan.at or (plan.lasting and self._count > plan.at > 0)
+        ):
+            return call()
+        self.strike(name, plan)
+        match plan.how:
+            case "kill-before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "kill" | "stop":
+                try:
+                    return call()
+                finally:
+                    os.kill(os.getpid(), signal.SIGKILL if plan.how == "kill" else signal.SIGSTOP)
+            case error:
+                number: int = getattr(errno, error)
+                raise OSError(number, f"{os.strerror(number)} (injected)", name)
+        return None
+
+
+class FileFaults(Faults):
+    """Told by the files in DIRECTORY."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._text = ""
+
+    def look(self) -> Plan | None:
+        try:
+            text = (DIRECTORY / "plan").read_text()
+        except OSError:
+            self._text = ""
+            return None
+        if text != self._text:
+            self._text = text
+            self.set(Plan(**json.loads(text)))
+            _write("trace", "")
+        return self.plan
+
+    def note(self, name: str) -> None:
+        with (DIRECTORY / "trace").open("a") as file:
+            file.write(f"{name}\n")
+
+    def strike(self, name: str, plan: Plan) -> None:
+        super().strike(name, plan)
+        if not plan.lasting:
+            (DIRECTORY / "plan").unlink()
+        _write("fired", name)
+
+
+def _write(name: str, text: str) -> None:
+    with (DIRECTORY / name).open("w") as file:  # write_text() is a step
+        file.write(text)
+
+
+def install(faults: Faults, *, reads: bool = False) -> None:
+    """From now on all steps go through faults.step()."""
+    for where, inner, names in CHANGES + (READS if reads else ()):
+        label = where.__name__.rpartition(".")[2] if isinstance(where, types.ModuleType | type) else ""
+        target = _own_copy(where, inner) if inner else where
+        for name in names:
+            _wrap(target, name, ".".join(filter(None, (label, inner, name))), faults)
+    for name in ("write_text", "replace"):  # the state file's two steps
+        _wrap(pathlib.Path, name, f"state.{name}", faults)
+
+
+def _own_copy(where: object, name: str) -> object:
+    """A module of that module's own, in place of the one that all share."""
+    module = getattr(where, name)
+    copy = types.ModuleType(module.__name__)
+    copy.__dict__.update(module.__dict__)
+    setattr(where, name, copy)
+    return copy
+
+
+def _wrap(target: object, attribute: str, name: str, faults: Faults) -> None:
+    original = getattr(target, attribute)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return faults.step(name, lambda: original(*args, **kwargs))
+
+    setattr(target, attribute, wrapped)
+
+
+def _put_into_store() -> None:
+    path = DIRECTORY / "store"
+    try:
+        entries = json.loads(path.read_text())
+    except OSError:
+        return
+    path.unlink()
+    for name, source in entries:
+        sdnotify.store(name, os.open(source, os.O_RDONLY | os.O_CLOEXEC))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> int:
+    with suppress(OSError):
+        DIRECTORY.mkdir()
+    _put_into_store()
+    install(FileFaults())
+    from polytmpd.__main__ import main as polytmpd  # after the steps are wrapped
+
+    return polytmpd()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

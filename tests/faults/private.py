@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Makes instances with the real executor, with each step failing once, in a world of its own: as PID 1 of a
+private pid and mount namespace. Prints what came of it, one JSON object a line.
+
+For tests/kernel/test_create_faults.py, which says what should come of it:
+  unshare --mount --pid --fork python -m tests.faults.private OPERATION
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+from polytmpd.core.model import Directory, Instance, Lifetime
+from polytmpd.executor import Executor
+from polytmpd.kernel import mountinfo
+from polytmpd.kernel.inotify import living_watches
+from polytmpd.state import StateDirectory
+from tests.faults.launcher import CHANGES, Faults, Plan, install
+
+UID: Final = 1001
+PLACE: Final = Path("/mnt")
+DIRECTORIES: Final = (
+    Directory(f"{PLACE}/tmp", Lifetime.INSTANCE, (".X11-unix", ".ICE-unix")),  # a mount of its own
+    Directory(f"{PLACE}/var-tmp", Lifetime.PERSISTENT),  # lies in another mount
+)
+NEVER_FAILS: Final = ("sdnotify.store", "sdnotify.remove")
+"""They log what fails, see polytmpd/sdnotify.py."""
+PATIENCE: Final = 2.0
+MAX_MNT_NAMESPACES: Final = Path("/proc/sys/user/max_mnt_namespaces")
+_CHANGES: Final = {function for _, _, functions in CHANGES for function in functions}
+
+
+def set_up() -> None:
+    if os.getpid() != 1:
+        raise RuntimeError("not PID 1: see the docstring")
+    for command in (
+        "mount --make-rprivate /",
+        "mount -t proc proc /proc",
+        f"mount -t tmpfs -o mode=0755 tmpfs {PLACE}",
+        f"mkdir -m 1777 {PLACE}/tmp {PLACE}/var-tmp",
+        f"mount -t tmpfs -o mode=1777 tmpfs {PLACE}/tmp",
+        f"mkdir -m 1777 {PLACE}/tmp/.X11-unix {PLACE}/tmp/.ICE-unix",
+        "mount --make-rshared /",
+    ):
+        subprocess.run(command.split(), check=True)
+
+
+class World:
+    """One executor, and looks at what it has made."""
+
+    def __init__(self) -> None:
+        self.faults = Faults()
+        self.ended = asyncio.Event()
+        self.executor = Executor(StateDirectory(PLACE / "state"), "0" * 32, lambda _: self.ended.set())
+        self.executor.restore(())
+        self.executor.start()
+
+    def look(self) -> dict[str, object]:
+        """All that may be left."""
+        return {
+            "fds": _descriptors(),
+            "watches": len(living_watches(self.executor._sentinels.fd)),
+            "mounts": [mount.mount_point for mount in mountinfo.read("1")],
+            "disk": sorted(str(path) for path in PLACE.rglob("*")),
+            "namespaces": len({path.readlink() for path in Path("/proc/self/task").glob("*/ns/mnt")}),
+            "threads": sorted(thread.name for thread in threading.enumerate() if thread.name == "mountns"),
+        }
+
+    async def create(self) -> Instance:
+        return await self.executor.prepare(UID, "alice", DIRECTORIES)
+
+    async def end(self) -> None:
+        """The namespace of the instance ends; its files stay."""
+        self.ended.clear()
+        self.executor.let_go(UID)
+        await asyncio.wait_for(self.ended.wait(), 10)
+
+    async def remove(self, instance: Instance) -> None:
+        await self.executor.remove(instance)
+        await self.executor.remove_persistent(UID, DIRECTORIES)
+
+
+def _descriptors() -> list[str]:
+    links = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            links.append(str(entry.readlink()))
+    return sorted(link for link in links if link != f"/proc/{os.getpid()}/fd")
+
+
+def _highest_descriptor() -> int:
+    return max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+
+
+Work = Callable[[], Awaitable[Instance]]
+Undo = Callable[[Instance], Awaitable[None]]
+
+
+def tell(step: str, number: int, result: dict[str, object]) -> None:
+    print(json.dumps({"step": step, "number": number, **result}))  # noqa: T201
+
+
+async def outcome(world: World, work: Work, undo: Undo, plan: Plan | None = None) -> dict[str, object]:
+    """Does it, and says what is left of it: nothing, if all is well. What was made in spite of the fault is
+    undone.
+    """
+    before = world.look()
+    world.faults.set(plan)
+    made: Instance | None = None
+    error: OSError | None = None
+    try:
+        made = await work()
+    except OSError as caught:
+        error = caught
+    fired = world.faults.fired
+    world.faults.set(None)
+    if made is not None:
+        await undo(made)
+    left: dict[str, object] = {"": None}
+    deadline = time.monotonic() + PATIENCE
+    while left and time.monotonic() < deadline:  # a thread that was joined may take a moment to end
+        after = world.look()
+        left = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
+    return {"error": error and str(error), "errno": error and error.errno, "fired": fired, "left": left}
+
+
+async def each_step(world: World, work: Work, undo: Undo) -> None:
+    install(world.faults, reads=True)
+    world.faults.set(Plan())
+    await undo(await work())  # what only the first one makes
+    world.faults.set(Plan())
+    made = await work()
+    names = list(world.faults.names)
+    world.faults.set(None)
+    await undo(made)
+    counted: Counter[str] = Counter()
+    for name in names:
+        if name in NEVER_FAILS:
+            continue
+        counted[name] += 1
+        how = "ENOSPC" if name.rpartition(".")[2] in _CHANGES else "EIO"
+        tell(name, counted[name], await outcome(world, work, undo, Plan(counted[name], how, name)))
+
+
+def _undo(world: World) -> Undo:
+    async def undo(instance: Instance) -> None:
+        await world.end()
+        await world.remove(instance)
+
+    return undo
+
+
+async def create(world: World) -> None:
+    await each_step(world, world.create, _undo(world))
+
+
+async def rebuild(world: World) -> None:
+    """A login that finds nobody in the namespace, but the files."""
+    made = await world.create()
+    await world.end()
+
+    async def undo(_: Instance) -> None:
+        await world.end()
+
+    await each_step(world, lambda: world.executor.rejoin(made), undo)
+
+
+async def no_descriptors(world: World) -> None:
+    """Real ones: the limit is the n-th descriptor from now."""
+    undo = _undo(world)
+    await undo(await world.create())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def work() -> Instance:
+        highest = _highest_descriptor()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + number, hard))
+        try:
+            return await world.create()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    for number in range(100):
+        result = await outcome(world, work, undo)
+        tell("descriptors", number, result)
+        if result["error"] is None:
+            return
+
+
+async def no_namespaces(world: World) -> None:
+    """Real, too: the limit is this user namespace's own."""
+    undo = _undo(world)
+    before = MAX_MNT_NAMESPACES.read_text()
+    await undo(await world.create())
+    MAX_MNT_NAMESPACES.write_text("1")
+    tell("limited", 1, await outcome(world, world.create, undo))
+    MAX_MNT_NAMESPACES.write_text(before)
+    tell("again", 1, await outcome(world, world.create, undo))
+
+
+OPERATIONS: Final = {work.__name__: work for work in (create, rebuild, no_descriptors, no_namespaces)}
+
+
+async def main() -> None:
+    await OPERATIONS[sys.argv[1]](World())
+
+
+if __name__ == "__main__":
+    set_up()
+    asyncio.run(main())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Each step of making an instance fails once: it is rolled back to nothing, and the error says what failed.
+
+In a pid and mount namespace of its own, in which tests/faults/private.py is PID 1: the executor makes its
+namespaces from PID 1's.
+"""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(120)]
+
+PROJECT = Path(__file__).resolve().parents[2]
+UNSHARE = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What came of it when one step failed. left: what was there before and after, where they differ."""
+
+    step: str
+    number: int
+    error: str | None
+    errno: int | None
+    fired: str
+    left: dict[str, Any]
+
+
+def cases(operation: str, *options: str) -> list[Case]:
+    if os.geteuid() != 0:
+        pytest.fail("these tests need root")
+    argv = [*UNSHARE, *options, "--", sys.executable, "-W", "error", "-m", "tests.faults.private", operation]
+    done = subprocess.run(argv, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [Case(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def assert_rolled_back(found: list[Case], survived: set[str], failures: int) -> None:
+    """survived: the steps whose failure does not fail the whole."""
+    assert [case for case in found if case.left] == []
+    assert {case.step for case in found if case.error is None} == survived
+    failed = [case for case in found if case.error is not None]
+    assert [case for case in failed if case.error and "(injected)" not in case.error] == []
+    assert len(failed) >= failures
+
+
+def test_each_step_of_create() -> None:
+    """What cannot be shared is not, and the login goes on; for a state file that cannot be written there is
+    the FD store.
+    """
+    survived = {"shared.os.mkdir", "shared.os.open", "shared.os.fstat"}
+    survived |= {"StateDirectory.save", "state.write_text", "state.replace"}
+    assert_rolled_back(cases("create"), survived, 100)
+
+
+def test_each_step_of_making_the_namespace_anew_over_the_same_files() -> None:
+    """A login while nobody can be found in the namespace any more: the files stay, whatever fails."""
+    survived = {"StateDirectory.save", "state.write_text", "state.replace"}
+    assert_rolled_back(cases("rebuild"), survived, 60)
+
+
+def test_no_descriptor_is_left() -> None:
+    """RLIMIT_NOFILE, from none left to enough."""
+    found = cases("no_descriptors")
+    assert [case for case in found if case.left] == []
+    assert {case.errno for case in found[:-1]} == {errno.EMFILE}
+    assert len(found) > 10
+
+
+def test_no_mount_namespace_is_left() -> None:
+    """user.max_mnt_namespaces, in a user namespace of its own."""
+    limited, again = cases("no_namespaces", "--user", "--map-root-user")
+    assert limited.errno == errno.ENOSPC
+    assert limited.error is not None
+    assert "user.max_mnt_namespaces" in limited.error
+    assert limited.left == {}
+    assert (again.error, again.left) == (None, {})
