@@ -140,6 +140,10 @@ class Daemon:
         # Where logind does not answer, what was held stays held: not to be told of a session is not to have
         # none.
         await self._list_logind()
+        for uid in restored:
+            record = self._records.get(uid)
+            if record and record.standing.state is State.DRAINING and record.claims.claimed:
+                self._feed(uid, Event.CLAIMED)  # the FD store was lost: hold it again
         for uid in self._ended:
             self._feed(uid, Event.NAMESPACE_ENDED)
         self._executor.start()
@@ -364,8 +368,8 @@ class Daemon:
 
     def _settle(self, uid: int) -> None:
         record = self._records[uid]
-        is_there = record.standing.state in {State.PREPARING, State.ACTIVE, State.DRAINING}
-        claimed = record.claims.claimed if is_there else record.claims.calls
+        is_held = record.standing.state in {State.PREPARING, State.ACTIVE}
+        claimed = record.claims.claimed if is_held else record.claims.calls
         self._feed(uid, Event.CLAIMED if claimed else Event.UNCLAIMED)
 
     async def _list_logind(self) -> None:

@@ -49,12 +49,12 @@ class Claims:
 
     @property
     def claimed(self) -> bool:
-        """Whether an instance that is there is kept for new sessions to join."""
+        """Whether an instance that is held goes on being held, for new sessions to join."""
         return self.calls or self.populated
 
     @property
     def calls(self) -> bool:
-        """Whether an instance is wanted where there is none.
+        """Whether an instance is wanted where none is held.
 
         Processes in the slice are not enough: the last thing that systemd runs there is the removal of
         /run/user/UID, when everything is over. A login that comes without a session asks by itself.
