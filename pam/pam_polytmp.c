@@ -107,7 +107,7 @@ static int refuse(const struct session *s, const char *error_name, const char *f
         if (!(s->flags & PAM_SILENT))
                 pam_error(s->pamh, "polytmp: cannot give you a private /tmp: %s; ask your administrator",
                           reason);
-        return PAM_SESSION_ERR;
+        return PAM_PERM_DENIED; /* a session error would not stop sudo */
 }
 
 static bool parse_number(const char *text, unsigned long max, unsigned long *ret) {

@@ -33,6 +33,26 @@ def test_without_the_daemon_a_regular_user_is_refused(machine: Machine, stopped:
     assert any("alice" in line or "1001" in line for line in lines), lines
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["sudo -u bob sh -c 'touch /tmp/by-bob'", "sudo su bob -c 'touch /tmp/by-bob'"],
+    ids=["sudo", "su"],
+)
+def test_without_the_daemon_nobody_becomes_somebody_else(machine: Machine, command: str) -> None:
+    """sudo goes on after PAM_SESSION_ERR: bob would work in the /tmp of whoever called."""
+    observe.log_everybody_out(machine)
+    with machine.session("alice") as alice:
+        machine.run("systemctl", "mask", "--runtime", "--now", "polytmpd")
+        try:
+            result = alice.result(command, check=False)
+            assert result.returncode != 0
+            assert "polytmp" in result.stderr + result.stdout
+            assert alice.result("ls /tmp/by-bob", check=False).returncode != 0
+        finally:
+            machine.run("systemctl", "unmask", "--runtime", "polytmpd")
+            machine.run("systemctl", "start", "polytmpd")
+
+
 def test_without_the_daemon_root_and_system_users_log_in(machine: Machine, stopped: None) -> None:
     assert machine.ssh("root", "echo in").stdout.strip() == "in"
     assert machine.ssh("svc", "echo in").stdout.strip() == "in"

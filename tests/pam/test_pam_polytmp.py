@@ -20,7 +20,7 @@ from tests.pam.pam_world import (
     PAM_BUF_ERR,
     PAM_ERROR_MSG,
     PAM_IGNORE,
-    PAM_SESSION_ERR,
+    PAM_PERM_DENIED,
     PAM_SUCCESS,
     PAM_SYSTEM_ERR,
     PAM_USER_UNKNOWN,
@@ -81,8 +81,8 @@ def assert_clean(session: Session) -> None:
 def assert_refused(
     session: Session, reason: str, name: str = "", user: str = "alice", cwd: str = "/"
 ) -> None:
-    """PAM_SESSION_ERR, one line in the log, one for the user, and nothing moved."""
-    assert session.result == PAM_SESSION_ERR
+    """PAM_PERM_DENIED, one line in the log, one for the user, and nothing moved."""
+    assert session.result == PAM_PERM_DENIED
     assert_untouched(session, cwd)
     detail = f"{name}: {reason}" if name else reason
     assert session.log == [("ERR", f"no private /tmp for user {user}, refusing the session: {detail}")]
@@ -159,13 +159,13 @@ def test_fifty_sessions_leave_no_descriptor(
 def test_fifty_refused_sessions_leave_no_descriptor(world: World, bus: Bus, daemon: MakeDaemon) -> None:
     daemon(open=["/etc/hostname"] * 4, signature="hhhh", body=[0, 1, 2, 3])
     session = world.open_session("-o", "50", "-q", bus=bus.address)
-    assert session.result == PAM_SESSION_ERR
+    assert session.result == PAM_PERM_DENIED
     assert_untouched(session)
 
 
 def test_fifty_sessions_without_a_bus_leave_no_descriptor(world: World) -> None:
     session = world.open_session("-o", "50", "-q")
-    assert session.result == PAM_SESSION_ERR
+    assert session.result == PAM_PERM_DENIED
     assert_untouched(session)
 
 
@@ -424,7 +424,7 @@ def test_a_text_with_control_characters_stays_one_line(world: World, bus: Bus, d
 def test_a_silent_session_tells_the_log_only(world: World, bus: Bus, daemon: MakeDaemon) -> None:
     daemon(error="org.polytmp1.Error.Failed", text="no")
     session = world.open_session("-q", bus=bus.address)
-    assert session.result == PAM_SESSION_ERR
+    assert session.result == PAM_PERM_DENIED
     assert session.messages == []
     assert len(session.log) == 1
 
@@ -466,7 +466,7 @@ def test_an_answer_of_the_wrong_type(
 def test_a_descriptor_that_was_not_sent(world: World, bus: Bus, daemon: MakeDaemon) -> None:
     daemon(body=[0])
     session = world.open_session(bus=bus.address)
-    assert session.result == PAM_SESSION_ERR
+    assert session.result == PAM_PERM_DENIED
     assert_untouched(session)
     assert len(session.log) == len(session.messages) == 1
 
@@ -476,7 +476,7 @@ def test_an_index_past_the_descriptors(
 ) -> None:
     daemon(body=[7], open=[private.path])
     session = world.open_session(bus=bus.address)
-    assert session.result == PAM_SESSION_ERR
+    assert session.result == PAM_PERM_DENIED
     assert_untouched(session)
 
 
@@ -529,7 +529,7 @@ def assert_unreachable_for(world: World, user: str, bus: str | None = None) -> S
     if user == "cronuser":
         assert (session.result, level, session.messages) == (PAM_IGNORE, "WARNING", [])
     else:
-        assert (session.result, level, len(session.messages)) == (PAM_SESSION_ERR, "ERR", 1)
+        assert (session.result, level, len(session.messages)) == (PAM_PERM_DENIED, "ERR", 1)
     return session
 
 
@@ -675,7 +675,7 @@ def test_a_bus_that_is_none(world: World, user: str, serve: Callable[[socket.soc
 def test_who_is_a_system_user(world: World, login_defs: str, user: str, system: bool) -> None:
     world.login_defs(login_defs)
     session = world.open_session("-u", user)
-    assert session.result == (PAM_IGNORE if system else PAM_SESSION_ERR)
+    assert session.result == (PAM_IGNORE if system else PAM_PERM_DENIED)
 
 
 # -- arguments -------------------------------------------------------------------------------------
@@ -761,7 +761,7 @@ def test_every_failing_allocation(
     """Each allocation of a session fails once: no crash, no descriptor left, moved or not moved at all."""
     daemon(open=[private.path])
     address = bus.address if reachable else None
-    expected = PAM_SUCCESS if reachable else PAM_SESSION_ERR
+    expected = PAM_SUCCESS if reachable else PAM_PERM_DENIED
     total = world.open_session(bus=address).allocations
     assert total > 10
     seen = set()
