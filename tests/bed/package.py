@@ -16,7 +16,7 @@ from pathlib import Path
 from . import nspawn
 from .tree import PROJECT, BedError, cache_directory, locked, tree
 
-LEFT_OUT = ("tests/", ".ci/", ".github/")
+LEFT_OUT = ("bench/", "tests/", ".ci/", ".github/")
 BUILD_TIMEOUT = 900
 
 

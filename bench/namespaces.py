@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a namespace costs, through the daemon's own module: python -m bench.namespaces, JSON on stdout.
+
+Runs where mounts do no harm: `unshare --mount --pid --fork --mount-proc`, so that PID 1's namespace is ours.
+"""
+
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from polytmpd.kernel import mountns
+from polytmpd.kernel.inotify import IN_DELETE_SELF, Inotify
+
+ALIVE = (1, 50, 200)
+REPEAT = 40
+CLONE_NEWNS = 0x00020000
+CLONE_FS = 0x00000200
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(result: int) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _slab() -> int:
+    """Kernel memory in KiB, of all slabs and percpu."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) for name in ("Slab", "Percpu", "KernelStack"))
+
+
+def _milliseconds(work: Callable[[], object], repeat: int = REPEAT) -> float:
+    times = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - begin) * 1000)
+    return statistics.median(times)
+
+
+class _Builder:
+    """Namespaces with a private /tmp and /var/tmp, made as the daemon makes them."""
+
+    def __init__(self, base: Path) -> None:
+        self._inotify = Inotify()
+        self._places = []
+        for path in ("/tmp", "/var/tmp"):
+            directory = base / path[1:] / f"polytmp-bench-{os.getpid()}" / "tmp"
+            directory.mkdir(parents=True)
+            found = directory.stat()
+            source = str(directory.relative_to(path))
+            self._places.append(mountns.PrivateDirectory(path, source, (found.st_dev, found.st_ino)))
+
+    def build(self) -> int:
+        return mountns.build(self._places, lambda path: self._inotify.add_watch(path, IN_DELETE_SELF)).fd
+
+
+def main() -> int:
+    root = Path("/")
+    _call(_libc.mount(b"none", b"/", None, (1 << 20) | (1 << 14), None))  # MS_SHARED | MS_REC
+    for path in (b"/tmp", b"/var/tmp"):
+        _call(_libc.mount(b"bench", path, b"tmpfs", 0, None))  # our own: nothing is written outside
+    builder = _Builder(root)
+    result: dict[str, float] = {"mounts": len(Path("/proc/self/mountinfo").read_text().splitlines())}
+    alive: list[int] = []
+    memory = 0
+    for number in ALIVE:
+        before, made_before = _slab(), len(alive)
+        while len(alive) < number:
+            alive.append(builder.build())
+        if number == ALIVE[-1]:  # of the whole system: the shorter it takes, the less of others is in it
+            memory = (_slab() - before) // (number - made_before)
+        made: list[int] = []
+        result[f"create, {number} alive, ms"] = _milliseconds(lambda: made.append(builder.build()))  # noqa: B023
+        result[f"destroy, {number} alive, ms"] = _milliseconds(lambda: os.close(made.pop()))  # noqa: B023
+        result[f"mount on the host, {number} alive, ms"] = _milliseconds(_mount_and_umount)
+    result["kernel memory per namespace, KiB"] = memory
+    result["setns, µs"] = _setns(alive[0])
+    json.dump(result, sys.stdout)
+    return 0
+
+
+def _mount_and_umount() -> None:
+    _call(_libc.mount(b"probe", b"/mnt", b"tmpfs", 0, None))
+    _call(_libc.umount2(b"/mnt", 2))
+
+
+def _setns(fd: int) -> float:
+    """Of this process: at the end."""
+    _call(_libc.unshare(CLONE_FS))
+    return _milliseconds(lambda: _call(_libc.setns(fd, CLONE_NEWNS)), 1000) * 1000
+
+
+if __name__ == "__main__":
+    sys.exit(main())

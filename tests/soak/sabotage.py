@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Faults to put into the installed package, to see that the checker notices. Who checks the checker."""
+
+from pathlib import Path
+from typing import Final
+
+_PACKAGE: Final = "usr/lib/python3/dist-packages/polytmpd"
+
+# name → (file, what is there, what is put there)
+FAULTS: Final[dict[str, tuple[str, str, str]]] = {
+    "never-remove": (
+        "executor.py",
+        "aside = await asyncio.to_thread(_set_aside, instance)",
+        "aside: list[tuple[str, str]] = []",
+    ),
+    "set-aside-only": (
+        "deletion.py",
+        "complete = work.run()",
+        "complete = False",
+    ),
+    "too-early": (
+        "executor.py",
+        "os.close(self._held.pop(uid))",
+        "os.close(self._held.pop(uid)); asyncio.get_running_loop().call_soon(self._ended, uid)",
+    ),
+    "leak-namespace": ("executor.py", "os.close(self._held.pop(uid))", "self._held.pop(uid)"),
+    "leak-descriptor": (
+        "executor.py",
+        "return os.dup(self._held[uid])",
+        "os.dup(0); return os.dup(self._held[uid])",
+    ),
+    "leak-store": (
+        "executor.py",
+        "sdnotify.remove(_stored_name(uid))\n        os.close(self",
+        "os.close(self",
+    ),
+    "namespace-per-login": (
+        "executor.py",
+        "fd = await asyncio.to_thread(_open_living, instance)",
+        "fd = None",
+    ),
+    "one-way-mounts": (
+        "kernel/mountns.py",
+        "mount_point not in own_mounts and holder.mount.propagates",
+        "False",
+    ),
+    "one-for-all": (
+        "daemon.py",
+        "self._executor.hand_over(uid)",
+        "self._executor.hand_over(min(self._executor._held))",
+    ),
+}
+
+
+def put(root: Path, name: str) -> None:
+    """Into the installed package of a machine that is not booted yet."""
+    if name == "open-door":  # optional in PAM, and a daemon that takes longer to start than PAM waits
+        slow = root / "etc/systemd/system/polytmpd.service.d/slow.conf"
+        slow.parent.mkdir(parents=True)
+        slow.write_text("[Service]\nExecStartPre=/bin/sleep 3\n")
+        for stack in ("common-session", "common-session-noninteractive"):
+            path = root / "etc/pam.d" / stack
+            text = path.read_text()
+            path.write_text(text.replace("required\tpam_polytmp.so", "optional\tpam_polytmp.so timeout=1"))
+        return
+    file, there, instead = FAULTS[name]
+    path = root / _PACKAGE / file
+    text = path.read_text()
+    if there not in text:
+        raise ValueError(f"{name}: {path} has no {there!r} any more")
+    path.write_text(text.replace(there, instead))
