@@ -1,0 +1,127 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An attacker's FUSE file systems, by the bare protocol (fuse(4)) and fusermount3.
+
+Runs in a machine under test, with its Python alone, until it is killed.
+
+fuse.py hung DIRECTORY     one that never answers anything
+fuse.py files DIRECTORY    one with a file `file` and a directory `sub`; reading the file never ends
+fuse.py stuck DIRECTORY    as `files`; this process itself then hangs in mmap(2) with its memory map locked,
+                           so that reading its /proc/PID/cmdline never ends
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+
+LOOKUP, FORGET, GETATTR, OPEN, READ, INIT, OPENDIR, READDIR, INTERRUPT, BATCH_FORGET = (
+    1, 2, 3, 14, 15, 26, 27, 28, 36, 42,
+)  # fmt: skip
+FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE = 1, 2
+ROOT, FILE, SUB = 1, 2, 3
+ENOENT, ENOSYS = 2, 38
+
+
+def mount(directory: str) -> int:
+    """The descriptor of /dev/fuse behind a new mount."""
+    ours, theirs = socket.socketpair()
+    environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
+    argv = ["fusermount3", "-o", "fsname=attack", "--", directory]
+    subprocess.run(argv, env=environment, pass_fds=[theirs.fileno()], check=True)
+    _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    return fds[0]
+
+
+def attributes(node: int) -> bytes:
+    mode = 0o100644 if node == FILE else 0o40755
+    times = struct.pack("<3Q3I", 0, 0, 0, 0, 0, 0)
+    return (
+        struct.pack("<3Q", node, 8192, 16)
+        + times
+        + struct.pack("<7I", mode, 1, os.getuid(), os.getgid(), 0, 4096, 0)
+    )
+
+
+class Server:
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.opened = 0
+        self.reading = threading.Event()
+
+    def run(self) -> None:
+        while True:
+            try:
+                data = os.read(self.device, 1 << 18)
+            except OSError:
+                return
+            _, opcode, unique, node = struct.unpack("<IIQQ", data[:24])
+            if opcode in {FORGET, BATCH_FORGET, INTERRUPT}:
+                continue
+            if opcode == READ:
+                self.reading.set()
+                continue
+            error, body = self.answer(opcode, node, data[40:])
+            os.write(self.device, struct.pack("<IiQ", 16 + len(body), -error, unique) + body)
+
+    def answer(self, opcode: int, node: int, data: bytes) -> tuple[int, bytes]:
+        match opcode:
+            case 26:
+                return 0, struct.pack("<IIIIHHIIHHI28x", 7, 31, 0, 0, 0, 0, 4096, 1, 0, 0, 0)
+            case 1:
+                found = {b"file\0": FILE, b"sub\0": SUB}.get(data)
+                if found is None or node != ROOT:
+                    return ENOENT, b""
+                return 0, struct.pack("<4Q2I", found, 0, 100, 100, 0, 0) + attributes(found)
+            case 3:
+                return 0, struct.pack("<QII", 100, 0, 0) + attributes(node)
+            case 14:
+                self.opened += 1
+                flags = FOPEN_KEEP_CACHE | (FOPEN_DIRECT_IO if self.opened > 1 else 0)
+                return 0, struct.pack("<QII", 0, flags, 0)
+            case 27:
+                return 0, struct.pack("<QII", 0, 0, 0)
+            case 28:
+                return 0, b""
+            case _:
+                return ENOSYS, b""
+
+
+def stuck(directory: str) -> None:
+    """One reader waits for the answer, with the page locked; mmap(2) of a direct_io descriptor waits for the
+    page, with the map locked.
+    """
+    first = os.open(f"{directory}/file", os.O_RDONLY)
+    threading.Thread(target=os.read, args=(first, 4096), daemon=True).start()
+    second = os.open(f"{directory}/file", os.O_RDONLY)
+    libc = ctypes.CDLL(None)
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_long]
+    threading.Timer(0.5, libc.mmap, (None, 4096, 1, 2, second, 0)).start()
+    signal.pause()
+
+
+def main() -> None:
+    kind, directory = sys.argv[1:]
+    device = mount(directory)
+    if kind != "hung":
+        server = Server(device)
+        if kind == "stuck":
+            pid = os.fork()
+            if pid == 0:  # the one that hangs; its server is the parent, which must not
+                os.close(device)
+                stuck(directory)
+            print(pid, flush=True)
+        else:
+            print("mounted", flush=True)
+        threading.Thread(target=server.run, daemon=True).start()
+    else:
+        print("mounted", flush=True)
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main()
