@@ -11,7 +11,16 @@ import pytest
 
 from polytmpd.bus.connection import Connection
 from polytmpd.bus.contract import MANAGER, PATH, SERVICE
-from polytmpd.bus.library import SIGNATURES_AT_MOST, Message, MessageFlag, Variant, signatures
+from polytmpd.bus.library import (
+    BODY_AT_MOST,
+    LIBRARY,
+    SIGNATURES_AT_MOST,
+    UNREAD,
+    Message,
+    MessageFlag,
+    Variant,
+    signatures,
+)
 from polytmpd.bus.server import CALLS_AT_MOST
 from polytmpd.bus.service import Service
 from tests.bus.world import Backend, Client
@@ -193,6 +202,14 @@ async def test_novel_signatures_in_one_message_are_bounded(service: Service, cli
     name, _ = await client.error("Reload", "av", [variants])
     assert name == "org.freedesktop.DBus.Error.InvalidArgs"
     assert signatures() <= max(SIGNATURES_AT_MOST, 4096)
+
+
+@pytest.mark.parametrize("member", ["Reload", "GetInstance"])
+async def test_a_large_body_fits_no_method(service: Service, client: Client, member: str) -> None:
+    name, text = await client.error(member, "s", ["x" * BODY_AT_MOST])
+    assert name == "org.freedesktop.DBus.Error.InvalidArgs"
+    assert (UNREAD in text) == (LIBRARY == "dbus_next")  # dbus-fast reads it all, compiled
+    await ping(client)
 
 
 async def test_a_deep_message_is_survived(service: Service, client: Client) -> None:
