@@ -85,8 +85,8 @@ class Daemon:
         self._load_config = load_config
         self._records: dict[int, _Record] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        # Not the loop's own threads: logins need those, and a user decides how long counting takes.
-        self._counters = ThreadPoolExecutor(_COUNTS_AT_ONCE, "usage")
+        # Not the loop's own threads: logins need those, and a user decides how long an answer takes to find.
+        self._counters = ThreadPoolExecutor(_COUNTS_AT_ONCE, "questions")
         self._leftovers: list[tuple[str, str]] = []
         self._ended: list[int] = []
         self._listing: set[str] | None = None
@@ -273,12 +273,14 @@ class Daemon:
                 found.update((process.pid, process) for process in processes.in_cgroup(root + group))
             return [found[pid] for pid in sorted(found)]
 
-        return [(process.pid, process.command) for process in await asyncio.to_thread(look)]
+        found = await asyncio.get_running_loop().run_in_executor(self._counters, look)
+        return [(process.pid, process.command) for process in found]
 
     async def holders(self, uid: int) -> list[tuple[int, str, str, str]]:
         record = self._shown(uid)
         instance, group = record.instance, record.control_group
-        found = await asyncio.to_thread(
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._counters,
             holders.find,
             instance.namespace if instance else 0,
             {entry.barrier for entry in instance.directories} if instance else (),
