@@ -4,10 +4,12 @@
 Not here: what is done with what is found (executor).
 """
 
+import contextlib
 import itertools
 import os
 import pwd
 import re
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from typing import Final
 from polytmpd.core.model import INNER, Directory, Instance, InstanceDirectory
 from polytmpd.kernel import mountinfo, mountns, processes
 from polytmpd.kernel.mountinfo import Mount
+from polytmpd.kernel.syscalls import AT_FDCWD, RESOLVE_NO_SYMLINKS, openat2
 
 _BARRIER: Final = re.compile(r"polytmp-(?:[0-9a-f]{32}-(\d{1,10})-[0-9a-f]{16}|(\d{1,10}))", re.ASCII)
 
@@ -105,12 +108,35 @@ def _name(uid: int) -> str:
 def mounted_barriers() -> dict[str, int]:
     """Barrier's name → a process that has the instance, or something in it, mounted in whatever namespace.
 
-    A bind mount of his /tmp that a user took along into a namespace of his own, say. Blocking: reads all of
-    /proc.
+    A bind mount of his /tmp that a user took along into a namespace of his own, say. Not a file system or a
+    directory of his own with somebody else's barrier in its path: that would keep the other's files for
+    ever. Blocking: reads all of /proc.
     """
-    return {
-        barrier: pid
-        for _, pid, mounts in processes.mount_tables()
-        for mount in mounts
-        if (barrier := barrier_of(mount)) is not None
-    }
+    host = mountinfo.read("1")
+    found: dict[str, int] = {}
+    for _, pid, mounts in processes.mount_tables():
+        for mount in mounts:
+            barrier = barrier_of(mount)
+            if barrier is not None and barrier not in found and _is_genuine(mount, barrier, host):
+                found[barrier] = pid
+    return found
+
+
+def _is_genuine(mount: Mount, barrier: str, host: Sequence[Mount]) -> bool:
+    """Whether the host has the barrier where the mount's root says that it lies, and it is root's."""
+    path = mount.root[: mount.root.index(f"/{barrier}/")] + f"/{barrier}"
+    for entry in host:
+        if entry.device != mount.device or not mountinfo.is_below(path, entry.root):
+            continue
+        place = entry.mount_point.rstrip("/") + "/" + path[len(entry.root) :].lstrip("/")
+        with contextlib.suppress(OSError):
+            fd = openat2(
+                AT_FDCWD, f"{mountns.HOST}/root{place}", os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS
+            )
+            try:
+                status = os.fstat(fd)
+            finally:
+                os.close(fd)
+            if (status.st_uid, stat.S_IMODE(status.st_mode)) == (0, 0o700):
+                return True
+    return False
