@@ -72,7 +72,7 @@ class World:
             "watches": len(living_watches(self.executor._sentinels.fd)),
             "mounts": [mount.mount_point for mount in mountinfo.read("1")],
             "disk": sorted(str(path) for path in PLACE.rglob("*")),
-            "namespaces": len({path.readlink() for path in Path("/proc/self/task").glob("*/ns/mnt")}),
+            "namespaces": len(_namespaces()),
             "threads": sorted(thread.name for thread in threading.enumerate() if thread.name == "mountns"),
         }
 
@@ -96,6 +96,14 @@ def _descriptors() -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # the listing's own
             links.append(str(entry.readlink()))
     return sorted(link for link in links if link != f"/proc/{os.getpid()}/fd")
+
+
+def _namespaces() -> set[Path]:
+    found = set()
+    for path in Path("/proc/self/task").glob("*/ns/mnt"):
+        with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
+            found.add(path.readlink())
+    return found
 
 
 def _highest_descriptor() -> int:
