@@ -97,9 +97,6 @@ test-pam: setup build-pam ## The PAM module through pamtester; root
 test-e2e: setup ## Booted Debian systems; root
 	$(PYTEST) tests/e2e -n $(E2E_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
-test-attacks: setup ## The attack suite, unfinished: not part of make test yet
-	$(PYTEST) tests/e2e/attacks_files.py tests/e2e/attacks_callers.py -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
-
 demo: setup ## The five objections, one after the other, on a booted Debian
 	$(VENV)/bin/python -m tests.demo
 
@@ -173,5 +170,5 @@ clean: ## Remove everything that was built, .venv too
 	rm -rf build dist $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find polytmpd tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: test-attacks help setup check lint format test test-unit test-kernel test-pam test-e2e demo soak bench build-pam deb install \
+.PHONY: help setup check lint format test test-unit test-kernel test-pam test-e2e demo soak bench build-pam deb install \
 	uninstall clean

@@ -22,8 +22,7 @@ mkfifo {SENTINEL}/fifo
 setfattr -n user.mark -v sentinel {SENTINEL}/file
 chown -R 1002:1002 {SENTINEL}/directory; chown -h 1002:1002 {SENTINEL}/link
 chmod 2751 {SENTINEL}/directory; chmod 0604 {SENTINEL}/file; chmod 0755 {SENTINEL}
-touch -h -d '2001-02-03 04:05:06' {SENTINEL}/directory/below/file {SENTINEL}/directory/below {SENTINEL}/*
-{SENTINEL}
+find {SENTINEL} -depth -exec touch -h -d '2001-02-03 04:05:06' {{}} +
 """
 _FACTS = f"""
 find {SENTINEL} -printf '%p %y %U %G %m %i %n %T@ %C@ %l\\n' | sort

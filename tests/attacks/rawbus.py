@@ -9,8 +9,8 @@ rawbus.py big COUNT BYTES               calls whose body is an array of empty ar
 rawbus.py fds COUNT                     calls, answers and signals with 16 descriptors each
 rawbus.py signatures COUNT              calls with a variant of a signature never seen before
 rawbus.py forge UID                     logind's signals, broadcast and to polytmpd alone
-rawbus.py ask CONNECTIONS UID MEMBER     64 calls of an instance's method on each connection, then stays
-until killed rawbus.py owner                         the unique name of polytmpd
+rawbus.py ask CONNECTIONS UID MEMBER    64 calls of an instance's method on each, then waits for answers
+rawbus.py owner                         the unique name of polytmpd
 """
 
 import itertools

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_test_that_the_page_names_exists() -> None:
-    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     defined = set(re.findall(r"def ((?:test|case)_\w+)", sources))
     defined |= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
     named = set(re.findall(r"\b(?:test|case)_\w+", (ROOT / "docs/SECURITY.md").read_text()))

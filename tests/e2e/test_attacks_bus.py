@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Attacks on the daemon by D-Bus and by names of users, and what its unit still may do.
+
+Not here: attacks on files and mounts (test_attacks), the bus by itself (tests/bus).
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import observe
+from tests.attacks import attack, prepare, program
+from tests.bed import Machine, eventually
+
+pytestmark = pytest.mark.e2e
+
+CALL = "busctl call org.polytmp1 /org/polytmp1 org.polytmp1.Manager"
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+@pytest.fixture(autouse=True)
+def quiet(machine: Machine) -> Iterator[None]:
+    observe.log_everybody_out(machine)
+    yield
+    machine.sh("systemctl stop 'attack-*'; systemctl reset-failed 'attack-*'; true", check=False)
+
+
+def memory(machine: Machine) -> int:
+    """KiB that the daemon has in memory."""
+    text = machine.sh("cat /proc/$(systemctl show -P MainPID polytmpd)/status").stdout
+    return int(re.search(r"VmRSS:\s*(\d+)", text)[1])  # type: ignore[index]  # the line is always there
+
+
+def restarts(machine: Machine) -> int:
+    return int(machine.run("systemctl", "show", "-P", "NRestarts", "polytmpd").stdout)
+
+
+def as_user(machine: Machine, user: str, command: str, timeout: float = 60) -> None:
+    """On the host, without a login."""
+    argv = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "sh", "-c", command]
+    machine.run(*argv, timeout=timeout)
+
+
+# Unprivileged callers
+
+
+@pytest.mark.parametrize("user", ["svc", "alice"])
+def test_forged_signals_of_logind(machine: Machine, user: str) -> None:
+    """UserRemoved, SessionRemoved and NameOwnerChanged, broadcast and to the daemon alone."""
+    with machine.session("alice") as alice:
+        alice.run("echo kept >/tmp/kept")
+        for _ in range(20):
+            as_user(machine, user, program("rawbus.py", "forge", "1001"))
+        assert observe.state(machine, "alice") == "active"
+        assert set(observe.instances(machine)) == {"alice"}
+        assert machine.ssh("alice", "cat /tmp/kept").stdout == "kept\n"
+    eventually(lambda: observe.state(machine, "alice") is None, 30, "the real ones are still heard")
+
+
+def test_descriptors_and_signatures_leave_nothing(machine: Machine) -> None:
+    """16 descriptors in every message; variants of thousands of signatures."""
+    as_user(machine, "svc", program("rawbus.py", "fds", "20"))
+    as_user(machine, "svc", program("rawbus.py", "signatures", "200"))
+    before = (observe.daemon_fds(machine), memory(machine), restarts(machine))
+    as_user(machine, "svc", program("rawbus.py", "fds", "200"))
+    as_user(machine, "svc", program("rawbus.py", "signatures", "5000"))
+    after = (observe.daemon_fds(machine), memory(machine), restarts(machine))
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1] < before[1] + 64 * 1024, "1000 signatures are remembered, 45 KiB each"
+    assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+
+
+def test_a_flood_while_a_user_logs_in(machine: Machine) -> None:
+    """Two seconds of calls as fast as the bus takes them, from four connections: late, not refused.
+
+    A longer one holds up whoever needs the bus, logind first of all: see docs/SECURITY.md.
+    """
+    machine.run("su", "alice", "-c", "true")  # what the first of all leaves open
+    observe.log_everybody_out(machine)
+    before = (observe.daemon_fds(machine), restarts(machine))
+    with attack(machine, "svc", program("rawbus.py", "flood", "2", "4")) as flood:
+        assert machine.run("su", "alice", "-c", "echo in", timeout=30).stdout == "in\n"
+        eventually(lambda: int(flood.output or 0) > 2000, 30, "there was a flood")
+    assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+    observe.log_everybody_out(machine)
+    assert (observe.daemon_fds(machine), restarts(machine)) == before
+
+
+def test_huge_messages(machine: Machine) -> None:
+    """30 MB of empty arrays: parsed, they would be hundreds of MB and hold the daemon up for seconds."""
+    before = (memory(machine), restarts(machine))
+    as_user(machine, "svc", program("rawbus.py", "big", "3", "30000000"))
+    assert restarts(machine) == before[1]
+    assert memory(machine) < before[0] + 150 * 1024
+    assert machine.run("su", "alice", "-c", "echo in", timeout=20).stdout == "in\n"
+
+
+def test_many_questions_about_an_instance_with_many_mounts(machine: Machine) -> None:
+    """Each answer reads all mount tables; alice has three of 16,000 mounts. Bob logs in all the same."""
+    with machine.session("alice") as alice:
+        alice.run(f"for i in 1 2 3; do setsid {program('mounts.sh')} >/tmp/$i.out 2>&1 & done")
+        eventually(
+            lambda: (
+                alice.run("cat /tmp/*.out").count("000") == 3
+                or len(alice.run("cat /tmp/*.out").split()) == 3
+            ),
+            30,
+            "the mounts are there",
+        )
+        alice.run(f"setsid {program('rawbus.py', 'ask', '2', '1001', 'ListHolders')} >/tmp/ask 2>&1 &")
+        eventually(lambda: "sent" in alice.run("cat /tmp/ask"), what="the questions are sent")
+        assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
+        machine.run("loginctl", "terminate-user", "alice")
+        alice.kill()
+
+
+def test_questions_about_a_process_that_cannot_be_read(machine: Machine) -> None:
+    """Its memory map is locked for ever, and with it /proc/PID/cmdline: nobody but who asks waits."""
+    with machine.session("alice") as alice:
+        alice.run("mkdir /tmp/f")
+        alice.run(f"setsid {program('fuse.py', 'stuck', '/tmp/f')} >/tmp/out 2>&1 &")
+        pid = eventually(lambda: alice.run("cat /tmp/out").strip(), what="it is mounted")
+        read = f"timeout -s KILL 0.3 cat /proc/{pid}/cmdline >/dev/null"
+        eventually(lambda: alice.result(read, check=False).returncode == 137, what="reading it hangs")
+        shown = machine.run("polytmpctl", "ps", "alice", timeout=20).stdout
+        assert pid in shown
+        alice.run(f"setsid {program('rawbus.py', 'ask', '1', '1001', 'ListProcesses')} >/tmp/ask 2>&1 &")
+        eventually(lambda: "sent" in alice.run("cat /tmp/ask"), what="the questions are sent")
+        assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
+        machine.run("loginctl", "terminate-user", "alice")
+        alice.kill()
+
+
+def test_a_client_without_pam(machine: Machine) -> None:
+    """Nobody but root gets a namespace, whoever he says he is; what others may ask is little."""
+    with machine.session("alice") as alice, machine.session("bob") as bob:
+        bob.run("touch /tmp/x")
+        place = observe.status(machine, "bob")["directories"][0]["path"]
+        for line in (
+            f"{CALL} AcquireNamespace u 1001",
+            f"{CALL} AcquireNamespace u 1002",
+            f"{CALL} ResolvePath us 1002 /tmp/x",
+            f"{CALL} RemoveInstance u 1002",
+            f"{CALL} RemoveInstanceWithFlags ut 1002 1",
+            f"{CALL} GetUserUsage u 1002",
+            f"{CALL} GetInstanceByPID u {bob.pid}",
+            "busctl call org.polytmp1 /org/polytmp1/instance/_1002 org.polytmp1.Instance ListProcesses",
+            "busctl call org.polytmp1 /org/polytmp1/instance/_1002 org.polytmp1.Instance ListHolders",
+            "busctl call org.polytmp1 /org/polytmp1/instance/_1002 org.polytmp1.Instance GetUsage",
+            "busctl introspect org.polytmp1 /org/polytmp1/instance/_1002 org.polytmp1.Instance",
+            "busctl call org.freedesktop.DBus / org.freedesktop.DBus RequestName su org.polytmp1 7",
+        ):
+            result = alice.result(line, check=False)
+            assert result.returncode != 0, line
+            assert place not in result.stdout + result.stderr
+        managed = alice.run(
+            "busctl call org.polytmp1 /org/polytmp1 org.freedesktop.DBus.ObjectManager GetManagedObjects"
+        )
+        assert place not in managed
+        assert bob.run("ls /tmp").split() == ["x"]
+
+
+# Names of users
+
+
+def test_two_names_for_one_uid_share_the_instance(machine: Machine) -> None:
+    machine.run(
+        "useradd", "--non-unique", "--uid", "1001", "--no-create-home", "--home-dir", "/home/alice", "alicia"
+    )
+    try:
+        with machine.session("alice") as alice:
+            alice.run("echo mine >/tmp/mine")
+            assert machine.run("su", "alicia", "-c", f"cat /tmp/mine; {observe.NAMESPACE}").stdout == (
+                "mine\n" + alice.run(observe.NAMESPACE)
+            )
+            assert len(observe.instances(machine)) == 1
+    finally:
+        machine.run("sed", "-i", "/^alicia:/d", "/etc/passwd", "/etc/shadow", "/etc/group", "/etc/gshadow")
+
+
+@pytest.mark.parametrize("name", ["a.b", r"DOM\user", "machine$", "0day", "x" * 32, "Ümlaut", "a@b.c"])
+def test_a_name_with_odd_characters(machine: Machine, name: str) -> None:
+    passwd = f"{name}:x:1200:1200::/tmp:/bin/sh\n"
+    machine.run("tee", "-a", "/etc/passwd", input=passwd)
+    machine.run("tee", "-a", "/etc/group", input=f"{name}:x:1200:\n")
+    machine.run("tee", "-a", "/etc/shadow", input=f"{name}:*:19000:0:99999:7:::\n")
+    try:
+        process = machine.popen("su", name, "-c", f"touch /tmp/x; ls /tmp; {observe.NAMESPACE}; cat")
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"x\n"
+        assert process.stdout.readline().startswith(b"mnt:[")
+        assert observe.state(machine, name) == "active"
+        assert machine.run("polytmpctl", "path", "-u", name, "/tmp/x").stdout.startswith("/tmp/polytmp-")
+        machine.run("systemctl", "restart", "polytmpd")
+        assert observe.state(machine, name) == "active", "read back from the state file"
+        process.communicate()
+        eventually(lambda: observe.instances(machine) == {}, 30, "it ends")
+    finally:
+        machine.sh(
+            "sed -i /:1200:/d /etc/passwd /etc/group; sed -i /:19000:0:99999:7:::/d /etc/shadow; "
+            "rm -rf /var/tmp/polytmp-1200"
+        )
+
+
+# The unit
+
+
+def test_the_unit_is_as_little_exposed_as_logind(machine: Machine) -> None:
+    """Debian 12 rates both 3.0; Debian 13's own logind has 2.8."""
+
+    def exposure(unit: str) -> float:
+        last = machine.run("systemd-analyze", "security", "--no-pager", unit).stdout.strip().splitlines()[-1]
+        return float(re.search(r": ([0-9.]+) ", last)[1])  # type: ignore[index]  # or the test fails
+
+    assert exposure("polytmpd.service") <= exposure("systemd-logind.service") + 0.2
+
+
+def test_the_daemon_has_the_capabilities_of_its_unit_and_no_more(machine: Machine) -> None:
+    status = machine.sh("cat /proc/$(systemctl show -P MainPID polytmpd)/status").stdout
+    sets = {name: int(value, 16) for name, value in re.findall(r"Cap(\w+):\s*(\w+)", status)}
+    # CHOWN, DAC_OVERRIDE, FOWNER, FSETID, LINUX_IMMUTABLE, SYS_CHROOT, SYS_PTRACE, SYS_ADMIN
+    wanted = sum(1 << bit for bit in (0, 1, 3, 4, 9, 18, 19, 21))
+    assert sets["Bnd"] == sets["Prm"] == sets["Eff"] == wanted
+    assert sets["Amb"] == 0
+    assert re.search(r"NoNewPrivs:\s*1", status)
+    assert re.search(r"Seccomp:\s*2", status)
