@@ -18,7 +18,7 @@ from typing import Final
 from polytmpd.core.model import INNER, Directory, Instance, InstanceDirectory
 from polytmpd.kernel import mountinfo, mountns, processes
 from polytmpd.kernel.mountinfo import Mount
-from polytmpd.kernel.syscalls import AT_FDCWD, RESOLVE_NO_SYMLINKS, openat2
+from polytmpd.kernel.syscalls import RESOLVE_NO_SYMLINKS, openat2
 
 _BARRIER: Final = re.compile(r"polytmp-(?:[0-9a-f]{32}-(\d{1,10})-[0-9a-f]{16}|(\d{1,10}))", re.ASCII)
 
@@ -125,18 +125,21 @@ def mounted_barriers() -> dict[str, int]:
 def _is_genuine(mount: Mount, barrier: str, host: Sequence[Mount]) -> bool:
     """Whether the host has the barrier where the mount's root says that it lies, and it is root's."""
     path = mount.root[: mount.root.index(f"/{barrier}/")] + f"/{barrier}"
-    for entry in host:
-        if entry.device != mount.device or not mountinfo.is_below(path, entry.root):
-            continue
-        place = entry.mount_point.rstrip("/") + "/" + path[len(entry.root) :].lstrip("/")
-        with contextlib.suppress(OSError):
-            fd = openat2(
-                AT_FDCWD, f"{mountns.HOST}/root{place}", os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS
-            )
-            try:
-                status = os.fstat(fd)
-            finally:
-                os.close(fd)
-            if (status.st_uid, stat.S_IMODE(status.st_mode)) == (0, 0o700):
-                return True
+    # The magic link by itself: RESOLVE_NO_SYMLINKS would refuse it.
+    root = os.open(f"{mountns.HOST}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for entry in host:
+            if entry.device != mount.device or not mountinfo.is_below(path, entry.root):
+                continue
+            place = f"{entry.mount_point}/{path[len(entry.root) :]}"
+            with contextlib.suppress(OSError):
+                fd = openat2(root, place.lstrip("/"), os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
+                try:
+                    status = os.fstat(fd)
+                finally:
+                    os.close(fd)
+                if (status.st_uid, stat.S_IMODE(status.st_mode)) == (0, 0o700):
+                    return True
+    finally:
+        os.close(root)
     return False
