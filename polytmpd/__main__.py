@@ -46,7 +46,7 @@ async def run() -> int:
     slices = Slices(daemon.slice_populated)
     logind, systemd = (
         Logind(connection, daemon),
-        Systemd(connection, daemon.slice_changed, daemon.systemd_changed),
+        Systemd(connection, daemon.slice_changed, daemon.scope_changed, daemon.systemd_changed),
     )
     service = Service(connection, daemon)
     daemon.connect(service, logind, systemd, slices, DisplayLocks(executor.share_again))

@@ -19,7 +19,7 @@ from polytmpd.bus.connection import BusError
 from polytmpd.bus.logind import Logind, Session, User
 from polytmpd.bus.systemd1 import Systemd
 from polytmpd.config import Config, Problem
-from polytmpd.core.lifecycle import Action, Event, Standing, advance
+from polytmpd.core.lifecycle import Action, Event, Standing, advance, visible_state
 from polytmpd.core.model import Instance, State, View
 from polytmpd.core.policy import Claims
 from polytmpd.displaylocks import DisplayLocks
@@ -43,6 +43,8 @@ NAME_LOOKUP_TIMEOUT: Final = 10.0
 """Seconds that NSS may take for a user whom logind does not know (a cron job of a directory service's user).
 """
 _COUNTS_AT_ONCE: Final = 2
+_LOOK_TIMEOUT: Final = 1.0
+"""Seconds that a login waits at most for the service manager to tell of the user's slice."""
 _NAMED_AT_MOST: Final = 5
 """Processes that an error names."""
 
@@ -70,6 +72,7 @@ class _Record:
     instance: Instance | None = None
     error: PolytmpError | None = None
     shown: bool = False
+    told: State = State.ABSENT
     generation: int = 0
     waiting: list["asyncio.Future[int]"] = field(default_factory=list)
 
@@ -169,7 +172,7 @@ class Daemon:
             self._start(self._look_at_slice(uid))
 
     def session_new(self, session: Session) -> None:
-        self._claim(session.user, lambda claims: claims.with_session(session.id))
+        self._claim(session.user, lambda claims: claims.with_session(session.id, login=session.is_login))
 
     def session_removed(self, session_id: str) -> None:
         if self._listing is not None:
@@ -177,6 +180,11 @@ class Daemon:
         for uid, record in list(self._records.items()):
             if session_id in record.claims.sessions:
                 self._release(uid, lambda claims: claims.without_session(session_id))
+
+    def scope_changed(self, session_id: str) -> None:
+        """The session may be closing: then it is over, whoever lives on in it."""
+        if any(session_id in record.claims.sessions for record in self._records.values()):
+            self._start(self._look_at_session(session_id))
 
     def logind_changed(self) -> None:
         self._start(self._list_logind())
@@ -187,8 +195,10 @@ class Daemon:
             self._start(self._look_at_slice(uid))
 
     def systemd_changed(self) -> None:
-        for uid in self._records:
+        for uid, record in self._records.items():
             self._start(self._look_at_slice(uid))
+            for session in record.claims.sessions:
+                self._start(self._look_at_session(session))
 
     def slice_populated(self, uid: int, populated: bool) -> None:
         record = self._records.get(uid)
@@ -211,10 +221,13 @@ class Daemon:
             if reason := self._config.exemptions.reason(uid, name):
                 raise ExemptError(reason)
             record = self._record(uid, name)
-        self._start(self._look_at_slice(uid))
+        look = self._start(self._look_at_slice(uid))
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         record.waiting.append(future)
-        self._feed(uid, Event.ACQUIRED)
+        if record.claims.starting:  # his manager asks, which from now on is seen in the slice
+            await asyncio.wait((look,), timeout=_LOOK_TIMEOUT)
+        if not future.done():
+            self._feed(uid, Event.ACQUIRED)
         return await future
 
     async def reload(self) -> None:
@@ -258,7 +271,7 @@ class Daemon:
         )
         more = f" and {len(living) - _NAMED_AT_MOST} more" if len(living) > _NAMED_AT_MOST else ""
         raise BusyError(
-            f"the instance of {record.user} is {record.standing.state}"
+            f"the instance of {record.user} is {visible_state(record.standing, record.claims)}"
             + (f", processes live in it: {names}{more}" if living else "")
         )
 
@@ -405,6 +418,15 @@ class Daemon:
         for uid in list(self._records):
             self._settle(uid)
 
+    async def _look_at_session(self, session_id: str) -> None:
+        try:
+            gone = self._logind is not None and not await self._logind.is_open(session_id)
+        except BusError as error:  # when logind comes back, all of them are listed
+            log.debug("systemd-logind does not tell of session %s: %s", session_id, error)
+            return
+        if gone:
+            self.session_removed(session_id)
+
     async def _look_at_slice(self, uid: int) -> None:
         if self._systemd is None or self._slices is None:
             return
@@ -432,9 +454,11 @@ class Daemon:
         for action in actions:
             self._perform(uid, record, action)
         if record.standing.state is not State.ABSENT:
+            state = visible_state(record.standing, record.claims)
+            changed, record.told = state is not record.told, state
             if not record.shown:
                 self._show(uid, record)
-            elif record.standing.state is not before.state:
+            elif changed:
                 self._changed(uid, ["State"])
         elif not record.waiting and not record.claims.claimed:
             del self._records[uid]
@@ -460,6 +484,7 @@ class Daemon:
                 self._hide(uid, record)
 
     async def _prepare(self, uid: int, record: _Record) -> None:
+        look = self._start(self._look_at_slice(uid))
         try:
             instance = await self._executor.prepare(uid, record.user, self._config.directories)
         except Exception as error:  # a login waits: it gets an answer to "can't start new thread", too
@@ -473,9 +498,11 @@ class Daemon:
         )
         if self._displays is not None:
             await self._displays.instance_came(instance)
+        await asyncio.wait((look,), timeout=_LOOK_TIMEOUT)
         self._prepared(uid, record, instance)
 
     async def _rejoin(self, uid: int, record: _Record, draining: Instance) -> None:
+        look = self._start(self._look_at_slice(uid))
         try:
             instance = await self._executor.rejoin(draining)
         except Exception as error:
@@ -485,6 +512,7 @@ class Daemon:
             return
         if self._displays is not None:
             await self._displays.instance_came(instance)
+        await asyncio.wait((look,), timeout=_LOOK_TIMEOUT)
         self._prepared(uid, record, instance)
 
     def _prepared(self, uid: int, record: _Record, instance: Instance) -> None:
@@ -518,6 +546,8 @@ class Daemon:
                 future.set_result(self._executor.hand_over(uid))
             except OSError as error:
                 future.set_exception(PolytmpError(f"the namespace cannot be handed over: {error}"))
+        if waiting:
+            record.claims = record.claims.with_acquisition()
 
     def _refuse(self, record: _Record) -> None:
         waiting, record.waiting = record.waiting, []
@@ -568,7 +598,7 @@ class Daemon:
         return self._announcer
 
     def _view_of(self, uid: int, record: _Record) -> View:
-        instance, state = record.instance, record.standing.state
+        instance, state = record.instance, visible_state(record.standing, record.claims)
         if instance is None:
             return View(uid, record.user, state, control_group=record.control_group)
         return View(
@@ -618,10 +648,11 @@ class Daemon:
             ) from None
         return entry.pw_name
 
-    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

@@ -43,6 +43,11 @@ def held(machine: Machine) -> list[str]:
     return machine.sh(script).stdout.split()
 
 
+def instances_made(machine: Machine) -> int:
+    """How often the journal has a new instance."""
+    return machine.journal("-u", "polytmpd", "--output=cat").count("New instance of user")
+
+
 def daemon_fds(machine: Machine) -> int:
     script = "ls /proc/$(systemctl show -P MainPID polytmpd)/fd | wc -l"
     return int(machine.sh(script).stdout)

@@ -17,6 +17,10 @@ log = logging.getLogger(__name__)
 SERVICE: Final = "org.freedesktop.login1"
 PATH: Final = "/org/freedesktop/login1"
 MANAGER: Final = "org.freedesktop.login1.Manager"
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+_NO_LOGINS: Final = ("manager", "background")
+"""How the classes of such sessions begin, see sd_session_get_class(3)."""
+_GONE: Final = ("org.freedesktop.login1.NoSuchSession", "org.freedesktop.DBus.Error.UnknownObject")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +31,11 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Session:
+    """is_login: somebody is logged in by it; it is no service manager's (systemd >= 256) nor a job's."""
+
     id: str
     user: User
+    is_login: bool = True
 
 
 class Listener(Protocol):
@@ -74,18 +81,48 @@ class Logind:
         return [User(uid, name) for uid, name, _ in users]
 
     async def sessions(self) -> list[Session]:
-        """Raises BusError."""
+        """Those that are not closing. Raises BusError."""
         (sessions,) = await self._ask("ListSessions")
-        return [Session(session, User(uid, name)) for session, uid, name, _, _ in sessions]
+        found = [await self._session(session, path) for session, *_, path in sessions]
+        return [session for session in found if session is not None]
 
-    async def _ask(self, member: str) -> list[Any]:
-        return await self._connection.ask(self._connection.owner(SERVICE), PATH, MANAGER, member)
+    async def is_open(self, session: str) -> bool:
+        """Whether the session is there and not closing: its processes may live on, but nobody is logged in.
+
+        Raises BusError.
+        """
+        try:
+            (path,) = await self._ask("GetSession", "s", session)
+        except BusError as error:
+            if error.name in _GONE:
+                return False
+            raise
+        return await self._session(session, path) is not None
+
+    async def _ask(self, member: str, signature: str = "", *body: Any) -> list[Any]:
+        owner = self._connection.owner(SERVICE)
+        return await self._connection.ask(owner, PATH, MANAGER, member, signature, body)
+
+    async def _session(self, session: str, path: str) -> Session | None:
+        """None where it is closing, or gone."""
+        try:
+            (values,) = await self._connection.ask(
+                self._connection.owner(SERVICE), path, PROPERTIES, "GetAll", "s", (f"{SERVICE}.Session",)
+            )
+        except BusError as error:
+            if error.name in _GONE:
+                return None
+            raise
+        if values["State"].value == "closing":
+            return None
+        is_login = not str(values["Class"].value).startswith(_NO_LOGINS)
+        return Session(session, User(values["User"].value[0], values["Name"].value), is_login)
 
     async def _property(self, path: str, interface: str, name: str) -> Any:
         (value,) = await self._connection.ask(
             self._connection.owner(SERVICE),
             path,
-            "org.freedesktop.DBus.Properties",
+            PROPERTIES,
             "Get",
             "ss",
             (f"{SERVICE}.{interface}", name),
@@ -123,13 +160,12 @@ class Logind:
 
     async def _tell_session(self, session: str, path: str) -> None:
         try:
-            uid, user_path = await self._property(path, "Session", "User")
-            name = await self._property(user_path, "User", "Name")
+            told = await self._session(session, path)
         except BusError as error:
             log.debug("Session %s went away again: %s", session, error)
             return
-        if session not in self._removed:
-            self._listener.session_new(Session(session, User(uid, name)))
+        if told is not None and session not in self._removed:
+            self._listener.session_new(told)
 
     def _on_session_removed(self, _: str, body: list[Any]) -> None:
         self._note_removed(body[0])

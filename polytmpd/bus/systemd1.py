@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of the service manager, org.freedesktop.systemd1(5): where a user's slice has its cgroup.
+"""A client of the service manager, org.freedesktop.systemd1(5): where a user's slice has its cgroup, and
+which sessions' scopes change.
 
 Not here: reading the cgroup.
 """
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -17,33 +19,41 @@ SERVICE: Final = "org.freedesktop.systemd1"
 PATH: Final = "/org/freedesktop/systemd1"
 MANAGER: Final = "org.freedesktop.systemd1.Manager"
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
-_UNIT_PREFIX: Final = f"{PATH}/unit/user_2d"
-_UNIT_SUFFIX: Final = "_2eslice"
+_SLICE: Final = re.compile(rf"{PATH}/unit/user_2d(\d+)_2eslice", re.ASCII)
+_SCOPE: Final = re.compile(rf"{PATH}/unit/session_2d([0-9A-Za-z]+)_2escope")
 
 
 class Systemd:
     """Speaks to PID 1 on a connection that others own."""
 
     def __init__(
-        self, connection: Connection, slice_changed: Callable[[int], None], came_back: Callable[[], None]
+        self,
+        connection: Connection,
+        slice_changed: Callable[[int], None],
+        scope_changed: Callable[[str], None],
+        came_back: Callable[[], None],
     ) -> None:
         """slice_changed(uid) is called when a user's slice started or stopped.
+
+        scope_changed(session) when the scope of a session did, or was abandoned: logind does that to one
+        that is closing, and signals nothing by itself while processes are left.
 
         came_back() when PID 1 is on the bus again, after a restart of the bus or daemon-reexec: what
         happened meanwhile was not heard.
         """
         self._connection = connection
         self._slice_changed = slice_changed
+        self._scope_changed = scope_changed
         self._came_back = came_back
         self._subscribing: asyncio.Task[None] | None = None
 
     async def subscribe(self) -> None:
-        """Hear of slices that start and stop. Raises BusError."""
+        """Hear of slices that start and stop, and of scopes. Raises BusError."""
         # Only slices' own changes: user.slice's children are `user-UID.slice`, and no rule can say that.
         # arg0 and the path's namespace are what the bus can filter on; the rest is dropped below.
-        await self._connection.subscribe(
-            SERVICE, PROPERTIES, "PropertiesChanged", self._on_changed, f"arg0='{SERVICE}.Slice'"
-        )
+        for kind, handler in (("Slice", self._on_slice), ("Scope", self._on_scope)):
+            rule = f"arg0='{SERVICE}.{kind}'"
+            await self._connection.subscribe(SERVICE, PROPERTIES, "PropertiesChanged", handler, rule)
         await self._connection.follow_owner(SERVICE, self._on_owner)
         await self._subscribe()
 
@@ -78,8 +88,10 @@ class Systemd:
             raise
         return str(value.value)
 
-    def _on_changed(self, path: str, body: list[Any]) -> None:
-        if path.startswith(_UNIT_PREFIX) and path.endswith(_UNIT_SUFFIX) and body[0] == f"{SERVICE}.Slice":
-            uid = path[len(_UNIT_PREFIX) : -len(_UNIT_SUFFIX)]
-            if uid.isdecimal():
-                self._slice_changed(int(uid))
+    def _on_slice(self, path: str, body: list[Any]) -> None:
+        if body[0] == f"{SERVICE}.Slice" and (match := _SLICE.fullmatch(path)):
+            self._slice_changed(int(match[1]))
+
+    def _on_scope(self, path: str, body: list[Any]) -> None:
+        if body[0] == f"{SERVICE}.Scope" and (match := _SCOPE.fullmatch(path)):
+            self._scope_changed(match[1])

@@ -16,6 +16,7 @@ from enum import Enum, auto
 from typing import Final
 
 from polytmpd.core.model import State
+from polytmpd.core.policy import Claims
 
 
 class Event(Enum):
@@ -109,6 +110,16 @@ TABLE: Final[dict[tuple[State, Event], Row]] = {
     (State.FAILED, Event.NAMESPACE_ENDED): (State.FAILED, ()),
 }
 """What is not in the table is illegal and raises: an executor that reports what it was not asked for."""
+
+
+def visible_state(standing: Standing, claims: Claims) -> State:
+    """The state that the world is told: where nobody is logged in any more, an instance drains.
+
+    Processes in the slice may still hold it, as a lingering user's do, and sessions still join it.
+    """
+    if standing.state is State.ACTIVE and not claims.present:
+        return State.DRAINING
+    return standing.state
 
 
 class IllegalEventError(Exception):

@@ -4,7 +4,7 @@
 Not here: where the facts come from (login.defs, logind, cgroup.events).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 UID_MIN_DEFAULT: Final = 1000
@@ -39,11 +39,15 @@ class Exemptions:
 class Claims:
     """What says that a user is here. An empty one claims nothing.
 
-    starting: logind announced the user, but neither a session nor a process of his was seen yet. Linger
-    starts so.
+    sessions: without those that are closing; systemd keeps these while processes are left in them, which the
+    slice tells as well.
+    logins: the sessions by which somebody is logged in, neither a service manager's nor a background job's.
+    starting: logind announced the user, but neither a session of his was seen yet, nor did his service
+    manager ask for the namespace. Linger starts so; processes come and go in the slice before the manager.
     """
 
     sessions: frozenset[str] = frozenset()
+    logins: frozenset[str] = frozenset()
     populated: bool = False
     starting: bool = False
 
@@ -61,21 +65,30 @@ class Claims:
         """
         return bool(self.sessions) or self.starting
 
+    @property
+    def present(self) -> bool:
+        """Whether somebody is logged in, or about to be; where not, an instance drains, whoever holds it."""
+        return bool(self.logins) or self.starting
+
     def with_user(self) -> "Claims":
-        return self if self.claimed else Claims(self.sessions, self.populated, starting=True)
+        return self if self.claimed else replace(self, starting=True)
 
     def without_user(self) -> "Claims":
         """logind forgot the user, and with him all sessions; processes may be left in the slice all the
         same.
         """
-        return Claims(frozenset(), self.populated, starting=False)
+        return Claims(populated=self.populated)
 
-    def with_session(self, session: str) -> "Claims":
-        return Claims(self.sessions | {session}, self.populated, self.starting)
+    def with_session(self, session: str, *, login: bool = True) -> "Claims":
+        logins = self.logins | {session} if login else self.logins
+        return replace(self, sessions=self.sessions | {session}, logins=logins, starting=False)
 
     def without_session(self, session: str) -> "Claims":
-        return Claims(self.sessions - {session}, self.populated, self.starting)
+        return replace(self, sessions=self.sessions - {session}, logins=self.logins - {session})
 
     def with_slice(self, *, populated: bool) -> "Claims":
-        # Once processes were seen, the slice speaks for itself.
-        return Claims(self.sessions, populated, self.starting and not populated)
+        return replace(self, populated=populated)
+
+    def with_acquisition(self) -> "Claims":
+        """Somebody got the namespace: where it is his manager, the slice speaks for itself from now on."""
+        return replace(self, starting=self.starting and not self.populated)

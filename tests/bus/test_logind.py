@@ -66,6 +66,20 @@ async def test_lists(logind: Logind, fake: FakeLogind) -> None:
     assert await logind.sessions() == [Session("c1", ALICE), Session("2", User(1001, "bob"))]
 
 
+async def test_who_is_logged_in_and_who_is_not(logind: Logind, fake: FakeLogind) -> None:
+    """A closing session is over, whoever is left in it; a manager's or a job's is nobody's login."""
+    fake.users, fake.sessions = {1000: "alice"}, {"1": 1000, "2": 1000, "3": 1000}
+    fake.classes, fake.closing = {"2": "manager-early", "3": "background"}, set()
+    assert [(session.id, session.is_login) for session in await logind.sessions()] == [
+        ("1", True),
+        ("2", False),
+        ("3", False),
+    ]
+    fake.closing = {"1"}
+    assert [session.id for session in await logind.sessions()] == ["2", "3"]
+    assert [await logind.is_open(session) for session in ("1", "2", "gone")] == [False, True, False]
+
+
 async def test_a_login_and_a_logout(logind: Logind, fake: FakeLogind, heard: Listener) -> None:
     fake.user_new(1000, "alice")
     await eventually(lambda: len(heard) == 1)
@@ -196,7 +210,7 @@ class FakeSystemd:
 async def test_it_comes_back(client: Client, connection: Connection) -> None:
     """After a restart of the bus PID 1 is away for a moment: that is no reason not to start."""
     came_back: list[None] = []
-    systemd = Systemd(connection, lambda _: None, lambda: came_back.append(None))
+    systemd = Systemd(connection, lambda _: None, lambda _: None, lambda: came_back.append(None))
     await systemd.subscribe()
     with pytest.raises(BusError, match="not on the bus"):
         await systemd.control_group(1000)
@@ -214,7 +228,7 @@ async def fake_systemd(client: Client) -> FakeSystemd:
 
 
 async def test_control_group(fake_systemd: FakeSystemd, connection: Connection) -> None:
-    systemd = Systemd(connection, lambda _: None, lambda: None)
+    systemd = Systemd(connection, lambda _: None, lambda _: None, lambda: None)
     await systemd.subscribe()
     fake_systemd.groups["user-1000.slice"] = "/user.slice/user-1000.slice"
     assert await systemd.control_group(1000) == "/user.slice/user-1000.slice"
@@ -226,7 +240,7 @@ async def test_control_group(fake_systemd: FakeSystemd, connection: Connection) 
 
 async def test_changes_of_users_slices_alone(fake_systemd: FakeSystemd, connection: Connection) -> None:
     changed: list[int] = []
-    systemd = Systemd(connection, changed.append, lambda: None)
+    systemd = Systemd(connection, changed.append, lambda _: None, lambda: None)
     await systemd.subscribe()
     assert fake_systemd.subscribed == 1
     for unit in (
@@ -241,3 +255,15 @@ async def test_changes_of_users_slices_alone(fake_systemd: FakeSystemd, connecti
     fake_systemd.changed("user_2d1001_2eslice")
     await eventually(lambda: changed)
     assert changed == [1001]
+
+
+async def test_changes_of_sessions_scopes_alone(fake_systemd: FakeSystemd, connection: Connection) -> None:
+    changed: list[str] = []
+    systemd = Systemd(connection, lambda _: None, changed.append, lambda: None)
+    await systemd.subscribe()
+    for unit in ("init_2escope", "session_2d_2escope", "session_2dx_2ey_2escope", "user_2d1000_2eslice"):
+        fake_systemd.changed(unit, f"{SYSTEMD}.Scope")
+    fake_systemd.changed("session_2dc1_2escope", f"{SYSTEMD}.Unit")
+    fake_systemd.changed("session_2dc2_2escope", f"{SYSTEMD}.Scope")
+    await eventually(lambda: changed)
+    assert changed == ["c2"]

@@ -239,6 +239,8 @@ class FakeLogind:
         self.client = client
         self.users: dict[int, str] = {}
         self.sessions: dict[str, int] = {}
+        self.classes: dict[str, str] = {}
+        self.closing: set[str] = set()
         self.silent = False
         client.bus.add_message_handler(self._on_message)
 
@@ -270,9 +272,17 @@ class FakeLogind:
             return Message.new_method_return(message, "a(susso)", [sessions])
         if kind == "user" and int(name) in self.users:
             return Message.new_method_return(message, "v", [Variant("s", self.users[int(name)])])
+        if message.member == "GetSession" and message.body[0] in self.sessions:
+            return Message.new_method_return(message, "o", [self.session_path(message.body[0])])
         if kind == "session" and name in self.sessions:
             uid = self.sessions[name]
-            return Message.new_method_return(message, "v", [Variant("(uo)", [uid, self.user_path(uid)])])
+            values = {
+                "User": Variant("(uo)", [uid, self.user_path(uid)]),
+                "Name": Variant("s", self.users.get(uid, "?")),
+                "Class": Variant("s", self.classes.get(name, "user")),
+                "State": Variant("s", "closing" if name in self.closing else "active"),
+            }
+            return Message.new_method_return(message, "a{sv}", [values])
         return Message.new_error(message, "org.freedesktop.DBus.Error.UnknownObject", "no such object")
 
     @staticmethod

@@ -159,6 +159,12 @@ class FakeLogind:
         await asyncio.sleep(0)
         return listed
 
+    async def is_open(self, session: str) -> bool:
+        await asyncio.sleep(0)
+        if self.away:
+            raise BusError("org.freedesktop.DBus.Error.ServiceUnknown", "away")
+        return any(entry.id == session for entry in self.listed_sessions)
+
 
 class FakeSystemd:
     def __init__(self) -> None:
@@ -406,10 +412,56 @@ async def test_processes_outlive_the_session(world: World) -> None:
     world.daemon.session_removed("1")
     world.daemon.user_removed(1000)
     await world.settle()
-    assert world.state() is State.ACTIVE
+    assert world.state() is State.DRAINING
+    assert 1000 in world.executor.held, "for new sessions to join"
     assert world.daemon.views()[0].control_group == "/user.slice/user-1000.slice"
+    world.daemon.session_new(Session("2", ALICE))
+    assert world.state() is State.ACTIVE
+    world.daemon.session_removed("2")
+    assert world.announced[-3:] == [("changed", (1000, ("State",)))] * 3
     world.slices.say(1000, False)
     assert world.state() is State.DRAINING
+    assert 1000 not in world.executor.held
+    assert len(world.announced.of("changed")) == 6, "still draining: nothing to tell"
+
+
+async def test_a_session_that_is_closing_is_over(world: World) -> None:
+    """logind keeps it while processes are left in it; systemd tells that its scope was abandoned."""
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    world.logind.listed_sessions = [Session("1", ALICE)]
+    await world.active()
+    world.daemon.scope_changed("1")
+    await world.settle()
+    assert world.state() is State.ACTIVE
+    world.logind.listed_sessions = []
+    world.logind.away = True
+    world.daemon.scope_changed("1")
+    await world.settle()
+    assert world.state() is State.ACTIVE, "nobody says otherwise"
+    world.logind.away = False
+    world.daemon.scope_changed("1")
+    await eventually(lambda: world.state() is State.DRAINING)
+    assert 1000 in world.executor.held
+
+
+async def test_what_was_not_heard_while_the_service_manager_was_away(world: World) -> None:
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    await world.active()
+    world.daemon.systemd_changed()
+    await eventually(lambda: world.state() is State.DRAINING)
+
+
+async def test_a_managers_session_is_nobodys_login(world: World) -> None:
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    await world.active()
+    world.daemon.session_new(Session("2", ALICE, is_login=False))
+    world.daemon.session_removed("1")
+    await world.settle()
+    assert world.state() is State.DRAINING
+    assert 1000 in world.executor.held
 
 
 async def test_linger_starts_without_a_session(world: World) -> None:
@@ -418,12 +470,26 @@ async def test_linger_starts_without_a_session(world: World) -> None:
     world.executor.answer("prepare")
     await eventually(lambda: world.state() is State.ACTIVE)
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
-    world.slices.populated[1000] = True
-    world.daemon.slice_changed(1000)
-    await eventually(lambda: (1000, "/user.slice/user-1000.slice") in world.slices.watched)
-    assert world.state() is State.ACTIVE
+    world.slices.say(1000, True)  # systemd makes /run/user/1000
     world.slices.say(1000, False)
-    assert world.state() is State.DRAINING
+    assert world.state() is State.ACTIVE
+    world.slices.populated[1000] = True  # not told yet when his manager asks
+    await world.handed_over(world.login())
+    assert world.state() is State.DRAINING, "nobody is logged in"
+    assert 1000 in world.executor.held
+    world.slices.say(1000, False)
+    assert 1000 not in world.executor.held
+
+
+async def test_a_manager_whose_instance_just_went(world: World) -> None:
+    """What the slice said while there was no instance was not heard."""
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    login = world.login()
+    await eventually(lambda: world.executor.waits("prepare"))
+    world.executor.answer("prepare")
+    await world.handed_over(login)
+    assert 1000 in world.executor.held
 
 
 async def test_a_user_who_starts_and_never_comes(world: World) -> None:

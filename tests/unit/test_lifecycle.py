@@ -154,6 +154,8 @@ class World(RuleBasedStateMachine):
                 for login in self.waiting:
                     self._answer(login, "handed over")
                     self.namespaces[self.held].logins.add(login)
+                if self.waiting:
+                    self.claims = self.claims.with_acquisition()
                 self.waiting = []
             case Action.REFUSE:
                 for login in self.waiting:

@@ -47,13 +47,22 @@ def test_nothing_claims_nothing() -> None:
     assert not Claims().claimed
 
 
-def test_starting_ends_when_processes_were_seen() -> None:
-    claims = Claims().with_user()
+def test_starting_ends_when_the_manager_asks() -> None:
+    """Before it, systemd makes /run/user/UID in the slice, and the slice is empty again for a moment."""
+    claims = Claims().with_user().with_slice(populated=True).with_slice(populated=False)
     assert claims.claimed
-    assert claims.with_slice(populated=False).claimed, "a slice not yet populated does not end the start"
-    seen = claims.with_slice(populated=True)
+    assert claims.present
+    assert claims.with_acquisition().claimed, "asked, but not seen in the slice: somebody else"
+    seen = claims.with_slice(populated=True).with_acquisition()
     assert seen.claimed
+    assert not seen.present
     assert not seen.with_slice(populated=False).claimed
+
+
+def test_starting_ends_with_the_first_session() -> None:
+    claims = Claims().with_user().with_session("1")
+    assert claims.present
+    assert not claims.without_session("1").claimed
 
 
 def test_a_user_who_is_here_does_not_start() -> None:
@@ -79,6 +88,7 @@ EVENTS = st.one_of(
     st.just(("no user", "")),
     st.tuples(st.sampled_from(["session", "no session"]), st.sampled_from(["1", "2"])),
     st.tuples(st.just("slice"), st.sampled_from(["yes", "no"])),
+    st.just(("acquired", "")),
 )
 
 
@@ -92,6 +102,8 @@ def told(claims: Claims, event: tuple[str, str]) -> Claims:
             return claims.with_session(name)
         case "no session", name:
             return claims.without_session(name)
+        case "acquired", _:
+            return claims.with_acquisition()
         case _, value:
             return claims.with_slice(populated=value == "yes")
 
