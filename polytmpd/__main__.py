@@ -15,6 +15,7 @@ from polytmpd.bus.logind import Logind
 from polytmpd.bus.service import Service
 from polytmpd.bus.systemd1 import Systemd
 from polytmpd.daemon import Daemon
+from polytmpd.devices import Devices
 from polytmpd.displaylocks import DisplayLocks
 from polytmpd.errors import PolytmpError
 from polytmpd.executor import Executor
@@ -54,6 +55,9 @@ async def run() -> int:
     await logind.subscribe()
     await systemd.subscribe()
     await daemon.start()
+    devices = Devices(daemon.device_gone, daemon.devices_missed)
+    devices.start()
+    daemon.devices_missed()
     await service.publish()
     loop.add_signal_handler(signal.SIGHUP, lambda: _reload(daemon))
     sdnotify.ready(f"Private directories: {' '.join(daemon.directories())}")
@@ -63,6 +67,7 @@ async def run() -> int:
     sdnotify.stopping()
     watchdog.cancel()
     await daemon.stop()
+    devices.close()
     slices.close()
     if stop.is_set():
         connection.close()

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from polytmpd import devices
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.logind import Logind, Session, User
 from polytmpd.bus.systemd1 import Systemd
@@ -22,6 +23,7 @@ from polytmpd.config import Config, Problem
 from polytmpd.core.lifecycle import Action, Event, Standing, advance, visible_state
 from polytmpd.core.model import Instance, State, View
 from polytmpd.core.policy import Claims
+from polytmpd.devices import BlockDevice
 from polytmpd.displaylocks import DisplayLocks
 from polytmpd.errors import (
     BusyError,
@@ -34,6 +36,7 @@ from polytmpd.errors import (
 from polytmpd.executor import Executor
 from polytmpd.journal import MessageId, fields
 from polytmpd.kernel import holders, mountns, processes
+from polytmpd.kernel.mountinfo import Mount
 from polytmpd.slices import CGROUP_ROOTS, Slices
 from polytmpd.storage import usage as count_usage
 
@@ -208,6 +211,19 @@ class Daemon:
     def namespace_ended(self, uid: int) -> None:
         if uid in self._records:
             self._feed(uid, Event.NAMESPACE_ENDED)
+
+    def device_gone(self, device: BlockDevice) -> None:
+        """What was mounted from it in a private directory nobody else sees, and nobody else unmounts."""
+
+        def is_from_it(mount: Mount) -> bool:
+            # btrfs, for one, has a number of its own; the source is what whoever mounted it said.
+            return device.number == mount.device or (bool(device.node) and device.node == mount.source)
+
+        self._start(self._executor.detach(is_from_it))
+
+    def devices_missed(self) -> None:
+        """At start, and when events were lost."""
+        self._start(self._executor.detach(lambda mount: not devices.exists(mount.device)))
 
     # What the service asks for
 

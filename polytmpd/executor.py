@@ -41,6 +41,7 @@ from polytmpd.kernel.inotify import (
     is_inotify,
     living_watches,
 )
+from polytmpd.kernel.mountinfo import Mount
 from polytmpd.state import StateDirectory
 
 log = logging.getLogger(__name__)
@@ -257,6 +258,27 @@ class Executor:
                     continue
             if changed:
                 log.info("User %s has the new %s", instance.user, ", ".join(changed))
+
+    async def detach(self, chosen: Callable[[Mount], bool]) -> None:
+        """Detach the chosen ones of the mounts that lie in private directories, where nobody else sees them.
+
+        Logs what it did, and what fails.
+        """
+        for uid, instance in list(self._instances.items()):
+            async with self._lock(uid):
+                try:
+                    held = os.dup(self._held[uid]) if uid in self._held else None
+                    gone = await asyncio.to_thread(_detach, instance, held, chosen)
+                except OSError as error:
+                    log.warning("What user %s has mounted cannot be looked at: %s", instance.user, error)
+                    continue
+            if gone:
+                log.warning(
+                    "Unmounted %s in the instance of user %s: the device is gone",
+                    ", ".join(gone),
+                    instance.user,
+                    extra=fields(MessageId.DEVICE_GONE, uid, instance.user),
+                )
 
     def hand_over(self, uid: int) -> int:
         """A copy of the descriptor of a held namespace, the caller's to close. Raises OSError (EMFILE)."""
@@ -524,6 +546,17 @@ def _share_again(instance: Instance, held: int | None, path: str) -> list[str]:
                     names = _shareable(base, entry.directory)
                 changed += mountns.share_again(fd, path, names)
         return changed
+    finally:
+        os.close(fd)
+
+
+def _detach(instance: Instance, held: int | None, chosen: Callable[[Mount], bool]) -> list[str]:
+    """held: as above."""
+    fd = held if held is not None else _open_living(instance)
+    if fd is None:
+        return []
+    try:
+        return mountns.detach(fd, [entry.directory.path for entry in instance.directories], chosen)
     finally:
         os.close(fd)
 

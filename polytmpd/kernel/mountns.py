@@ -196,6 +196,29 @@ def share_again(namespace: int, path: str, names: Sequence[str]) -> list[str]:
     return _in_disposable_thread(share)
 
 
+def detach(namespace: int, directories: Sequence[str], chosen: Callable[[Mount], bool]) -> list[str]:
+    """Detach the chosen ones of the mounts below the private directories of a namespace, lazily.
+
+    Returns their mount points. One that is covered by another stays. Raises OSError.
+    """
+
+    def act() -> list[str]:
+        unshare(CLONE_FS)
+        setns(namespace, CLONE_NEWNS)
+        found = [
+            entry
+            for entry in mountinfo.read()
+            if chosen(entry) and any(mountinfo.is_below(entry.mount_point, path) for path in directories)
+        ]
+        # What covers another stands later in the table.
+        gone = [
+            entry for entry in reversed(found) if _act_on(entry, lambda place: umount2(place, MNT_DETACH))
+        ]
+        return [entry.mount_point for entry in reversed(gone)]
+
+    return _in_disposable_thread(act)
+
+
 def build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[str], int]) -> Namespace:
     """Make the namespace from PID 1's, whatever the calling process's own is. Blocking, about a millisecond.
 

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A device goes away that is mounted below a private directory, where the host's systemd does not see it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import observe
+from tests.bed import Machine, Session, eventually
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    with Machine(release, deb) as booted:
+        yield booted
+
+
+@pytest.fixture(autouse=True)
+def quiet(machine: Machine) -> None:
+    observe.log_everybody_out(machine)
+
+
+def mount_stick(session: Session, name: str) -> str:
+    """A file system in a loop device, mounted in the user's /tmp; the device's name."""
+    return session.run(
+        f"truncate -s 2M {name}.img && /sbin/mkfs.ext4 -q {name}.img && mkdir /tmp/{name} && "
+        f"sudo mount -o loop {name}.img /tmp/{name} && findmnt -no SOURCE /tmp/{name}"
+    ).strip()
+
+
+def pull_out(device: str) -> None:
+    """The event that the kernel sends then; there is no device here that can be pulled out."""
+    uevent = Path("/sys/class/block", Path(device).name, "uevent")
+    uevent.write_text("remove")
+    uevent.write_text("add")
+
+
+def is_mounted(session: Session, name: str) -> bool:
+    return f" /tmp/{name} " in session.run("cat /proc/self/mountinfo")
+
+
+def test_what_is_mounted_from_it_is_unmounted(machine: Machine) -> None:
+    with machine.session("alice") as alice, machine.session("bob") as bob:
+        stick, other = mount_stick(alice, "stick"), mount_stick(alice, "other")
+        bobs = mount_stick(bob, "stick")
+        assert len({stick, other, bobs}) == 3
+        pull_out(stick)
+        eventually(lambda: not is_mounted(alice, "stick"), what="alice's mount is gone")
+        assert is_mounted(alice, "other")
+        assert is_mounted(bob, "stick")
+        journal = machine.journal("-u", "polytmpd", "--output=cat")
+        assert "Unmounted /tmp/stick in the instance of user alice: the device is gone" in journal
+        for session, name in ((alice, "other"), (bob, "stick")):
+            session.run(f"sudo umount /tmp/{name}")
+
+
+def test_while_the_instance_drains(machine: Machine) -> None:
+    """Nobody is logged in, and the daemon does not hold the namespace."""
+    with machine.session("alice") as alice:
+        stick = mount_stick(alice, "stick")
+        alice.run("nohup sleep 1234 >/dev/null 2>&1 & echo $! >pid")
+        machine.sh(
+            "mkdir -p /sys/fs/cgroup/elsewhere; cat /home/alice/pid > /sys/fs/cgroup/elsewhere/cgroup.procs"
+        )
+    eventually(lambda: not observe.held(machine), 30, "the namespace is let go")
+    table = f"/proc/{machine.read('/home/alice/pid').decode().strip()}/mountinfo"
+    assert b" /tmp/stick " in machine.read(table)
+    pull_out(stick)
+    eventually(lambda: b" /tmp/stick " not in machine.read(table), what="the mount is gone")
+    machine.run("pkill", "-f", "sleep 1234")
+    eventually(lambda: observe.gone(machine, "alice"), 30, "alice's instance is gone")

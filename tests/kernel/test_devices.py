@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Devices that go away, by real events: the kernel sends what root writes into a device's uevent file."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from polytmpd.devices import BlockDevice, Devices, exists
+from tests.unit.settled import eventually
+
+LOOP = next(Path("/sys/class/block").glob("loop?"))
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.gone: list[BlockDevice] = []
+        self.missed = 0
+        self.devices = Devices(self.gone.append, self.miss)
+
+    def miss(self) -> None:
+        self.missed += 1
+
+
+@pytest.fixture
+async def heard() -> AsyncIterator[Heard]:
+    if os.geteuid() != 0:
+        pytest.fail("these tests need root")
+    made = Heard()
+    made.devices.start()
+    yield made
+    made.devices.close()
+    tell("add")
+
+
+def tell(action: str) -> None:
+    (LOOP / "uevent").write_text(action)
+
+
+def ours(heard: Heard) -> list[BlockDevice]:
+    number = (LOOP / "dev").read_text().strip()
+    return [device for device in heard.gone if device.number == number]
+
+
+async def test_a_device_goes_away(heard: Heard) -> None:
+    tell("change")
+    tell("remove")
+    await eventually(lambda: ours(heard))
+    assert ours(heard) == [BlockDevice((LOOP / "dev").read_text().strip(), f"/dev/{LOOP.name}")]
+    assert heard.missed == 0
+
+
+async def test_more_than_the_socket_holds(heard: Heard) -> None:
+    """Nobody reads while they come; afterwards everything is heard as before."""
+    heard.devices._monitor.set_receive_buffer_size(4096)
+    for _ in range(100):
+        tell("change")
+    await eventually(lambda: heard.missed == 1)
+    tell("remove")
+    await eventually(lambda: ours(heard))
+
+
+async def test_nothing_is_left_of_it() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        heard = Heard()
+        heard.devices.start()
+        await asyncio.sleep(0)
+        heard.devices.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_exists() -> None:
+    assert exists((LOOP / "dev").read_text().strip())
+    assert exists("0:77"), "no device's number at all"
+    assert not exists("239:239")
