@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import Any, Final
@@ -47,9 +48,14 @@ class StateDirectory:
     def save(self, instance: Instance) -> None:
         """Raises OSError (ENOSPC); the old file is untouched then."""
         temporary = self._path / f".{instance.uid}.new"
+        path = self._path / str(instance.uid)
         try:
             temporary.write_text(json.dumps(encode(instance)))
-            temporary.replace(self._path / str(instance.uid))
+            try:
+                temporary.replace(path)
+            except IsADirectoryError:
+                _put_away(path)
+                temporary.replace(path)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -57,21 +63,27 @@ class StateDirectory:
 
     def forget(self, uid: int) -> None:
         """Raises OSError."""
-        (self._path / str(uid)).unlink(missing_ok=True)
+        path = self._path / str(uid)
+        try:
+            path.unlink(missing_ok=True)
+        except IsADirectoryError:
+            _put_away(path)
 
     def load(self) -> tuple[dict[int, Instance], list[str]]:
-        """What is recorded, and what was wrong with the rest.
+        """What is recorded, and what was wrong with the rest. What is no file is taken away.
 
         Raises OSError where the directory cannot be read.
         """
         found: dict[int, Instance] = {}
         problems: list[str] = []
         for path in sorted(self._path.iterdir()):
-            if path.name.startswith("."):
-                with contextlib.suppress(OSError):
-                    path.unlink()  # a write that was cut off
-                continue
             try:
+                if not stat.S_ISREG(path.lstat().st_mode):
+                    problems.append(f"{path} is not a regular file; {_put_away(path)}")
+                    continue
+                if path.name.startswith("."):
+                    path.unlink()  # a write that was cut off
+                    continue
                 instance = decode(_read(path))
                 if path.name != str(instance.uid):
                     raise ValueError(f"is about UID {instance.uid}")
@@ -80,6 +92,21 @@ class StateDirectory:
                 continue
             found[instance.uid] = instance
         return found, problems
+
+
+def _put_away(path: Path) -> str:
+    """Frees the name of what is no file, and says how. Only root can have put it there.
+
+    A directory is his, with whatever is in it: it goes to /run/polytmpd. Raises OSError (EBUSY: a mount
+    point).
+    """
+    try:
+        path.unlink()
+    except IsADirectoryError:
+        place = path.parent.parent / f"found-{path.name.lstrip('.')}-{secrets.token_hex(4)}"
+        path.rename(place)
+        return f"moved to {place}"
+    return "removed"
 
 
 def _read(path: Path) -> Any:

@@ -207,7 +207,33 @@ def test_what_is_no_file(place: Path, tmp_path: Path, kind: str) -> None:
                 os.mknod(path, 0o20600, os.makedev(1, 5))
             except PermissionError:
                 pytest.skip("needs root: makes a device node")
-    only_problem(place)
+    state = StateDirectory(place)
+    state.save(INSTANCE)
+    found, (problem,) = state.load()
+    assert found == {1000: INSTANCE}
+    assert f"{path} is not a regular file; {'moved to' if kind == 'directory' else 'removed'}" in problem
+    assert [entry.name for entry in place.iterdir()] == ["1000"]
+    assert state.load() == ({1000: INSTANCE}, [])
+
+
+def test_a_directory_that_is_moved_away_keeps_what_is_in_it(place: Path) -> None:
+    for name in ("2000", ".2000.new"):
+        (place / name).mkdir(parents=True)
+        (place / name / "notes").write_text(name)
+        _, (problem,) = StateDirectory(place).load()
+        assert (Path(problem.rpartition(" ")[2]) / "notes").read_text() == name
+    assert list(place.iterdir()) == []
+
+
+def test_a_directory_gives_way_to_a_state_file(place: Path) -> None:
+    state = StateDirectory(place)
+    (place / "1000").mkdir()
+    state.save(INSTANCE)
+    assert state.load() == ({1000: INSTANCE}, [])
+    state.forget(1000)
+    (place / "1000").mkdir()
+    state.forget(1000)
+    assert list(place.iterdir()) == []
 
 
 def test_a_stranger_among_the_files(place: Path) -> None:
