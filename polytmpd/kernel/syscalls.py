@@ -98,25 +98,34 @@ _libc.syscall.restype = ctypes.c_long
 
 StrOrBytes = str | bytes
 
+# sysctl(8)'s names of the limits that make a system call fail with ENOSPC, or EMFILE.
 
-def _check(result: int, path: StrOrBytes | None = None, path2: StrOrBytes | None = None) -> int:
+_MOUNTS: Final = "fs.mount-max"
+_NAMESPACES: Final = "user.max_mnt_namespaces"
+_WATCHES: Final = "fs.inotify.max_user_watches"
+_INOTIFY: Final = "fs.inotify.max_user_instances"
+
+
+def _check(
+    result: int, path: StrOrBytes | None = None, path2: StrOrBytes | None = None, limit: str = ""
+) -> int:
+    """limit: the sysctls that ENOSPC and EMFILE of this system call may stand for."""
     if result >= 0:
         return result
     number = ctypes.get_errno()
     text = os.strerror(number)
     if number == errno.ENOSYS:
         text = "this kernel lacks a system call that polytmp needs (Linux 5.15 or newer has them all)"
+    elif number == errno.ENOSPC and limit:  # the kernel's own words speak of a disk
+        text = f"the kernel's limit {limit} is reached; raise it, see sysctl(8)"
+    elif number == errno.EMFILE and limit:
+        text += f", or the kernel's limit {limit} is reached; raise it, see sysctl(8)"
     raise OSError(number, text, path, None, path2)
 
 
 def unshare(flags: int) -> None:
     """unshare(2). Acts on the calling thread alone."""
-    try:
-        _check(_libc.unshare(flags))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:  # no disk is meant
-            error.strerror = "a limit of the kernel's is reached, user.max_mnt_namespaces or fs.mount-max"
-        raise
+    _check(_libc.unshare(flags), limit=_NAMESPACES)
 
 
 def setns(fd: int, nstype: int) -> None:
@@ -135,6 +144,7 @@ def mount(source: str, target: StrOrBytes, fstype: str | None, flags: int, data:
             None if data is None else data.encode(),
         ),
         target,
+        limit=_MOUNTS,
     )
 
 
@@ -148,7 +158,7 @@ def open_tree(dirfd: int, path: StrOrBytes, flags: int) -> int:
 
     Returns an O_PATH descriptor; with OPEN_TREE_CLONE it holds a detached copy.
     """
-    return _check(_libc.open_tree(dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC), path)
+    return _check(_libc.open_tree(dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC), path, limit=_MOUNTS)
 
 
 def move_mount(from_fd: int, to_fd: int, flags: int = 0) -> None:
@@ -160,6 +170,7 @@ def move_mount(from_fd: int, to_fd: int, flags: int = 0) -> None:
         _libc.move_mount(
             from_fd, b"", to_fd, b"", flags | MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
         ),
+        limit=_MOUNTS,
     )
 
 
@@ -219,12 +230,12 @@ def get_nstype(fd: int) -> int:
 
 def inotify_init1(flags: int) -> int:
     """inotify_init1(2). The descriptor is the caller's."""
-    return _check(_libc.inotify_init1(flags))
+    return _check(_libc.inotify_init1(flags), limit=_INOTIFY)
 
 
 def inotify_add_watch(fd: int, path: StrOrBytes, mask: int) -> int:
     """inotify_add_watch(2). Returns the watch descriptor."""
-    return _check(_libc.inotify_add_watch(fd, os.fsencode(path), mask), path)
+    return _check(_libc.inotify_add_watch(fd, os.fsencode(path), mask), path, limit=_WATCHES)
 
 
 def inotify_rm_watch(fd: int, wd: int) -> None:

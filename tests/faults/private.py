@@ -8,6 +8,7 @@ For tests/kernel/test_create_faults.py, which says what should come of it:
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -23,7 +24,8 @@ from typing import Final
 from polytmpd.core.model import Directory, Instance, Lifetime
 from polytmpd.executor import Executor
 from polytmpd.kernel import mountinfo
-from polytmpd.kernel.inotify import living_watches
+from polytmpd.kernel.inotify import Inotify, living_watches
+from polytmpd.kernel.syscalls import MNT_DETACH, MS_PRIVATE, MS_REC, mount, umount2
 from polytmpd.state import StateDirectory
 from tests.faults.launcher import CHANGES, Faults, Plan, install
 
@@ -36,7 +38,11 @@ DIRECTORIES: Final = (
 NEVER_FAILS: Final = ("sdnotify.store", "sdnotify.remove")
 """They log what fails, see polytmpd/sdnotify.py."""
 PATIENCE: Final = 2.0
-MAX_MNT_NAMESPACES: Final = Path("/proc/sys/user/max_mnt_namespaces")
+USER_LIMITS: Final = Path("/proc/sys/user")
+"""Of the user namespace; what is above it is limited by the same names, or by fs.inotify."""
+MOUNT_MAX: Final = Path("/proc/sys/fs/mount-max")
+FILL: Final = PLACE / "fill"
+MS_BIND: Final = 0x1000
 _CHANGES: Final = {function for _, _, functions in CHANGES for function in functions}
 
 
@@ -206,16 +212,88 @@ async def no_descriptors(world: World) -> None:
 
 async def no_namespaces(world: World) -> None:
     """Real, too: the limit is this user namespace's own."""
+    await _limited(world, USER_LIMITS / "max_mnt_namespaces")
+
+
+async def no_watches(world: World) -> None:
+    """Likewise: what fs.inotify.max_user_watches is to the whole system."""
+    await _limited(world, USER_LIMITS / "max_inotify_watches")
+
+
+async def no_inotify(world: World) -> None:
+    (USER_LIMITS / "max_inotify_instances").write_text("1")
+    try:
+        Inotify().close()
+    except OSError as error:
+        tell("limited", 1, {"error": str(error), "errno": error.errno, "fired": "", "left": {}})
+
+
+def _set(limit: Path, value: str) -> str:
+    """The former value."""
+    before = limit.read_text()
+    limit.write_text(value)
+    return before
+
+
+async def _limited(world: World, limit: Path) -> None:
     undo = _undo(world)
-    before = MAX_MNT_NAMESPACES.read_text()
     await undo(await world.create())
-    MAX_MNT_NAMESPACES.write_text("1")
+    before = _set(limit, "1" if "namespaces" in limit.name else "0")
     tell("limited", 1, await outcome(world, world.create, undo))
-    MAX_MNT_NAMESPACES.write_text(before)
+    _set(limit, before)
     tell("again", 1, await outcome(world, world.create, undo))
 
 
-OPERATIONS: Final = {work.__name__: work for work in (create, rebuild, no_descriptors, no_namespaces)}
+def _fill_up() -> None:
+    """As many mounts as there may be in this namespace, by copies of trees that double."""
+    mount("fill", str(FILL), "tmpfs", 0)
+    mount("none", str(FILL), None, MS_PRIVATE)
+    trees = [f"{FILL}/0"]
+    Path(trees[0]).mkdir()
+    mount("fill", trees[0], "tmpfs", 0)
+    left = int(MOUNT_MAX.read_text()) - len(mountinfo.read("1"))
+    size = 1
+    while left > 2 * (2 * size + 1):
+        tree = f"{FILL}/{len(trees)}"
+        Path(tree).mkdir()
+        mount("fill", tree, "tmpfs", 0)
+        for name in "ab":
+            Path(tree, name).mkdir()
+            mount(trees[-1], f"{tree}/{name}", None, MS_BIND | MS_REC)
+        trees.append(tree)
+        size = 2 * size + 1
+        left -= size
+    for number, tree in enumerate([*reversed(trees), *trees[:1] * len(trees)]):
+        for again in range(2):
+            place = f"{FILL}/more-{number}-{again}"
+            Path(place).mkdir()
+            try:
+                mount(tree, place, None, MS_BIND | MS_REC)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                break
+    try:
+        mount("fill", str(FILL), "tmpfs", 0)
+    except OSError as error:
+        tell("filled", 1, {"error": str(error), "errno": error.errno, "fired": "", "left": {}})
+
+
+async def no_mounts(world: World) -> None:
+    """Real, of this namespace; the limit itself is the whole system's, and is left alone."""
+    undo = _undo(world)
+    FILL.mkdir()
+    await undo(await world.create())
+    _fill_up()
+    tell("limited", 1, await outcome(world, world.create, undo))
+    umount2(str(FILL), MNT_DETACH)
+    tell("again", 1, await outcome(world, world.create, undo))
+
+
+OPERATIONS: Final = {
+    work.__name__: work
+    for work in (create, rebuild, no_descriptors, no_namespaces, no_watches, no_inotify, no_mounts)
+}
 
 
 async def main() -> None:

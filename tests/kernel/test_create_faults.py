@@ -83,3 +83,30 @@ def test_no_mount_namespace_is_left() -> None:
     assert "user.max_mnt_namespaces" in limited.error
     assert limited.left == {}
     assert (again.error, again.left) == (None, {})
+
+
+def test_no_watch_is_left() -> None:
+    limited, again = cases("no_watches", "--user", "--map-root-user")
+    assert limited.errno == errno.ENOSPC
+    assert limited.error is not None
+    assert "fs.inotify.max_user_watches is reached; raise it" in limited.error
+    assert limited.left == {}
+    assert (again.error, again.left) == (None, {})
+
+
+def test_no_inotify_instance_is_left() -> None:
+    (limited,) = cases("no_inotify", "--user", "--map-root-user")
+    assert limited.errno == errno.EMFILE
+    assert limited.error is not None
+    assert "fs.inotify.max_user_instances" in limited.error
+
+
+def test_no_mount_is_left() -> None:
+    """fs.mount-max, in a mount namespace that is filled up to it."""
+    filled, limited, again = cases("no_mounts")
+    assert (filled.step, filled.errno) == ("filled", errno.ENOSPC)
+    assert limited.errno == errno.ENOSPC
+    assert limited.error is not None
+    assert "fs.mount-max is reached; raise it" in limited.error
+    assert limited.left == {}
+    assert (again.error, again.left) == (None, {})
