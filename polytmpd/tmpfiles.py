@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+r"""Keeps the age cleaner, systemd-tmpfiles --clean, from what root trusts in directories that only the
+configuration knows: lines of tmpfiles.d(5) in the host's /run, beside the package's own for the defaults.
+
+Not here: the age, which is the administrator's to configure; the lines for the defaults (units/polytmp.conf,
+which says what each is for).
+
+Hard facts
+- Paths are patterns, % begins a specifier, and a field ends at white space unless it is quoted. The manual's
+  C-style escapes are not all understood: systemd 252 takes \x20 for x20. \\ and \" are, everywhere.
+- Of two lines with the same path one is ignored, whichever file they stand in, unless both say the same: so
+  ours spell each path in a way that no other is likely to.
+- The cleaner goes by the path in its own line, symbolic links in it or not.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from polytmpd.config import SOCKET_DIRECTORIES
+from polytmpd.core.model import INNER, Directory, Lifetime
+from polytmpd.kernel.mountns import HOST
+
+DIRECTORY: Final = Path(f"{HOST}/root/run/tmpfiles.d")
+NAME: Final = "polytmpd.conf"
+
+_HEAD: Final = (
+    "# Written by polytmpd for what /usr/lib/tmpfiles.d/polytmp.conf does not cover. Do not edit.\n"
+)
+
+
+def text(directories: Iterable[Directory]) -> str:
+    """The file for these directories; empty where the package's own has all that they need."""
+    lines = dict.fromkeys(
+        line
+        for directory in directories
+        for path in (directory.path, os.path.realpath(directory.path))
+        for line in _lines(path, directory)
+    )
+    return _HEAD + "".join(f"{line}\n" for line in lines) if lines else ""
+
+
+def write(directories: Iterable[Directory], where: Path = DIRECTORY) -> None:
+    """Write the file, or remove it where none is needed. A reader sees the old one or the new one.
+
+    Blocking, short. Raises OSError.
+    """
+    content = text(directories)
+    path, temporary = where / NAME, where / f".{NAME}.new"
+    if not content:
+        path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(FileExistsError):
+        where.mkdir()
+        where.chmod(0o755)  # whatever the umask
+    try:
+        temporary.write_text(content, encoding="utf-8", errors="surrogateescape")
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _lines(path: str, directory: Directory) -> Iterator[str]:
+    if "\n" in path:  # no line can hold it, and so none can make the cleaner go there
+        return
+    place = _pattern(path)
+    # The package's file has /var/tmp's barriers, and /tmp's of this boot; its socket directories for /tmp.
+    is_covered = path == "/tmp" and directory.lifetime is Lifetime.INSTANCE
+    if not is_covered and path != "/var/tmp":
+        yield f"x {_field(f'{place}/polytmp-?*')}"
+        yield f"X {_field(f'{place}/polytmp-?*/{INNER}')}"
+    for name in directory.shared:
+        if is_covered and name in SOCKET_DIRECTORIES:
+            continue
+        yield f"x {_field(f'{place}/polytmp-?*/{INNER}/{_pattern(name)}')}"
+        if path != "/tmp" or name not in SOCKET_DIRECTORIES:
+            yield f"X {_field(f'{place}/{_respelled(name)}')}"
+
+
+def _pattern(path: str) -> str:
+    """What matches the path and nothing else."""
+    return re.sub(r"[*?\[\\]", r"\\\g<0>", path).replace("%", "%%")
+
+
+def _respelled(name: str) -> str:
+    # A bracket takes bytes where the cleaner's locale has no UTF-8.
+    return f"{_pattern(name[:-1])}[{name[-1]}]" if name[-1].isascii() else _pattern(name)
+
+
+def _field(pattern: str) -> str:
+    if not re.search(r"[\s\"'\\]", pattern):
+        return pattern
+    return '"' + re.sub(r'["\\]', r"\\\g<0>", pattern) + '"'

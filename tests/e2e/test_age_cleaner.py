@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""systemd-tmpfiles --clean where other directories and names are configured than the package's lines cover.
+
+Not here: the defaults (test_attacks).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import observe
+from tests.attacks import prepare
+from tests.bed import Machine, eventually
+
+CONFIG = "/etc/polytmpd.conf.d/50-local.conf"
+LINES = "/run/tmpfiles.d/polytmpd.conf"
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+def test_the_age_cleaner_leaves_configured_directories(machine: Machine) -> None:
+    """/scratch, which no line of the package names, /tmp where it persists, one more shared directory."""
+    assert machine.run("test", "-e", LINES, check=False).returncode == 1, "not for the defaults"
+    machine.run("install", "-d", "-m", "1777", "/scratch")
+    machine.write(
+        CONFIG,
+        "[Polytmp]\nDirectories=/tmp /var/tmp /scratch\nPersistentDirectories=/tmp /var/tmp\n"
+        "SharedPaths=.X11-unix .ours\n",
+    )
+    machine.write(
+        "/etc/tmpfiles.d/tmp.conf", "q /tmp 1777 - - 0\nq /var/tmp 1777 - - 0\nd /scratch 1777 - - 0\n"
+    )
+    machine.run("systemctl", "reload", "polytmpd")
+    with machine.session("alice") as alice:
+        for name in ("/tmp", "/var/tmp", "/scratch"):
+            alice.run(f"touch {name}/old")
+        places = [entry["path"] for entry in observe.status(machine, "alice")["directories"]]
+        assert [place.rpartition("/polytmp-")[0] for place in places] == ["/tmp", "/var/tmp", "/scratch"]
+        trusted = "stat -c '%n %i %u %g %a' /tmp/.ours /tmp/.X11-unix " + " ".join(
+            f"{place} {place}/.." for place in places
+        )
+        before = machine.sh(trusted).stdout
+        machine.run("touch", "/scratch/of-the-host", "/tmp/of-the-host")
+        cleaned = machine.run("systemd-tmpfiles", "--clean")
+        assert "polytmp" not in cleaned.stderr, "every line makes sense, and none is there twice"
+        assert machine.sh(trusted).stdout == before
+        assert machine.sh("ls /scratch/of-the-host /tmp/of-the-host", check=False).stdout == ""
+        assert alice.run("find /tmp /var/tmp /scratch -name old") == "", "aged like the directory itself"
+        mounted = "stat -c '%d %i' /tmp/.ours /tmp/.X11-unix"
+        assert alice.run(mounted) == machine.sh(mounted).stdout
+        machine.run("rm", CONFIG)
+        machine.run("systemctl", "reload", "polytmpd")
+        machine.run("systemd-tmpfiles", "--clean")
+        assert machine.sh(trusted).stdout == before, "her instance is still one of the former configuration"
+    eventually(lambda: not observe.instances(machine), 30, "her instance is gone")
+    machine.run("systemctl", "restart", "polytmpd")
+    assert machine.run("test", "-e", LINES, check=False).returncode == 1, "nobody needs it any more"
