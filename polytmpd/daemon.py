@@ -96,6 +96,7 @@ class Daemon:
         self._leftovers: list[tuple[str, str]] = []
         self._ended: list[int] = []
         self._listing: set[str] | None = None
+        self._heard_of_sessions = False
         self._announcer: Announcer | None = None
         self._logind: Logind | None = None
         self._systemd: Systemd | None = None
@@ -132,6 +133,7 @@ class Daemon:
             self._show(instance.uid, record)
         known = {entry.barrier for record in self._records.values() for entry in _made(record).directories}
         self._leftovers = await self._executor.find_leftovers(self._config.directories, known)
+        await self._executor.tell_age_cleaner(self._config.directories)
         self._ended = [instance.uid for instance in restored.ended]
         if self._displays is not None:
             instances = (*restored.held, *restored.draining, *restored.ended)
@@ -259,6 +261,7 @@ class Daemon:
                 log.error("%s", problem, extra=fields(MessageId.BAD_CONFIG))
             raise InvalidArgsError(f"nothing was changed: {'; '.join(problems)}")
         self._config = config
+        await self._executor.tell_age_cleaner(config.directories)
         log.info("Configuration reloaded; instances that exist stay as they are")
         self._announce().manager_changed(["Directories"])
 
@@ -276,8 +279,25 @@ class Daemon:
                 raise PolytmpError(f"not everything can be removed: {error}") from error
             if not removed and not is_shown:
                 raise NoSuchInstanceError(f"UID {uid} has no instance, and nothing is kept of former ones")
-        if record is not None and self._records.get(uid) is record and record.standing.state is State.FAILED:
+        if (
+            record is None
+            or self._records.get(uid) is not record
+            or record.standing.state is not State.FAILED
+        ):
+            return
+        generation = record.generation
+        if record.instance is not None:
+            try:
+                await self._executor.remove(record.instance)
+            except OSError as error:
+                raise PolytmpError(f"not everything can be removed: {error}") from error
+            more = fields(MessageId.INSTANCE_REMOVED, uid, record.user)
+            log.info("Removed instance of user %s", record.user, extra=more)
+        if self._records.get(uid) is record and record.generation == generation:
             self._feed(uid, Event.UNCLAIMED)
+
+    def removed_entries(self, uid: int) -> int:
+        return self._executor.removed_entries(uid)
 
     async def _refuse_removal(self, uid: int, record: _Record) -> None:
         living = await self.processes(uid)
@@ -287,7 +307,7 @@ class Daemon:
         )
         more = f" and {len(living) - _NAMED_AT_MOST} more" if len(living) > _NAMED_AT_MOST else ""
         raise BusyError(
-            f"the instance of {record.user} is {visible_state(record.standing, record.claims)}"
+            f"the instance of {record.user} is {self._state_of(record)}"
             + (f", processes live in it: {names}{more}" if living else "")
         )
 
@@ -331,10 +351,13 @@ class Daemon:
         def count() -> list[tuple[str, int, int]]:
             result = []
             for entry in directories:
-                fd = os.open(
-                    mountns.HOST + "/root" + entry.host_path,
-                    os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
-                )
+                try:
+                    fd = os.open(
+                        mountns.HOST + "/root" + entry.host_path,
+                        os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+                    )
+                except FileNotFoundError:  # set aside, and being deleted
+                    continue
                 try:
                     used = count_usage(fd, cancelled.is_set)
                 finally:
@@ -401,6 +424,8 @@ class Daemon:
         record = self._records[uid]
         is_held = record.standing.state in {State.PREPARING, State.ACTIVE}
         claimed = record.claims.claimed if is_held else record.claims.calls
+        if not claimed and record.standing.state is State.FAILED and record.instance is not None:
+            return  # files are left of it: that is shown until remove() is asked for, or a login comes
         self._feed(uid, Event.CLAIMED if claimed else Event.UNCLAIMED)
 
     async def _list_logind(self) -> None:
@@ -420,6 +445,7 @@ class Daemon:
             return
         finally:
             self._listing = None
+        self._heard_of_sessions = True
         # Users without a session linger: their managers ask by themselves, and slices hold what is there.
         for session in sessions:
             if session.id not in removed:
@@ -470,7 +496,7 @@ class Daemon:
         for action in actions:
             self._perform(uid, record, action)
         if record.standing.state is not State.ABSENT:
-            state = visible_state(record.standing, record.claims)
+            state = self._state_of(record)
             changed, record.told = state is not record.told, state
             if not record.shown:
                 self._show(uid, record)
@@ -614,7 +640,7 @@ class Daemon:
         return self._announcer
 
     def _view_of(self, uid: int, record: _Record) -> View:
-        instance, state = record.instance, visible_state(record.standing, record.claims)
+        instance, state = record.instance, self._state_of(record)
         if instance is None:
             return View(uid, record.user, state, control_group=record.control_group)
         return View(
@@ -629,6 +655,12 @@ class Daemon:
         )
 
     # Within
+
+    def _state_of(self, record: _Record) -> State:
+        """As it is shown. Before logind told anything, what is held is active: nobody says that he left."""
+        if not self._heard_of_sessions:
+            return record.standing.state
+        return visible_state(record.standing, record.claims)
 
     def _record(self, uid: int, user: str) -> _Record:
         return self._records.setdefault(uid, _Record(user))

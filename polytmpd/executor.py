@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from polytmpd import deletion, recovery, sdnotify, shared, storage
+from polytmpd import accounts, deletion, recovery, sdnotify, shared, storage, tmpfiles
 from polytmpd.core.model import (
     INNER,
     LEFTOVER,
@@ -79,6 +79,8 @@ class Executor:
         self._instances: dict[int, Instance] = {}
         self._confirming: dict[int, asyncio.Task[None]] = {}
         self._unconfirmed: list[int] = []
+        self._undeleted: dict[int, list[tuple[str, str]]] = {}
+        self._progress: dict[int, int] = {}
         self._stopping = threading.Event()
 
     # Start and stop
@@ -229,6 +231,7 @@ class Executor:
         bind mount of the namespace): then a new namespace is made over the same directories. Raises OSError.
         """
         async with self._lock(instance.uid):
+            await asyncio.to_thread(_require_same_user, instance)
             fd = await asyncio.to_thread(_open_living, instance)
             if fd is not None:
                 return self._hold(instance, fd)
@@ -293,24 +296,32 @@ class Executor:
         """Delete what lives as long as the instance. Renaming aside comes first; a new instance waits for
         that alone.
 
-        Raises OSError naming what is in the way; the next start tries again.
+        Raises OSError naming what is in the way; the next removal for the user, and the next start, try
+        again.
         """
         async with self._lock(instance.uid):
             for watch in self._watches_of(instance.uid):
                 del self._watches[watch]
-            aside = await asyncio.to_thread(_set_aside, instance)
+            known = instance.uid in self._instances  # else it was set aside before, and could not be deleted
+            aside = await asyncio.to_thread(_set_aside, instance) if known else []
             self._forget(instance.uid)
             self._instances.pop(instance.uid, None)
-        await self._in_deleter(_delete, aside)
+        await self._delete(instance.uid, aside)
 
     async def remove_persistent(self, uid: int, directories: Sequence[Directory]) -> bool:
-        """Delete what is kept of a user who has no instance; whether there was anything. Raises OSError."""
+        """Delete what is kept of a user who has no instance, and what former removals left.
+
+        Returns whether there was anything. Raises OSError.
+        """
         async with self._lock(uid):
             if self._watches_of(uid):
                 raise OSError(errno.EBUSY, "the user has just logged in")
             aside = await asyncio.to_thread(_set_persistent_aside, uid, directories)
-        await self._in_deleter(_delete, aside)
-        return bool(aside)
+        return await self._delete(uid, aside)
+
+    def removed_entries(self, uid: int) -> int:
+        """How many entries the removal that runs for the user has deleted so far."""
+        return self._progress.get(uid, 0)
 
     def persistent(self, uid: int, directories: Sequence[Directory]) -> tuple[InstanceDirectory, ...]:
         """What is kept of a user between instances. Blocking, short."""
@@ -330,12 +341,38 @@ class Executor:
         """
         return await asyncio.to_thread(_find_leftovers, directories, known)
 
+    async def tell_age_cleaner(self, directories: Sequence[Directory]) -> None:
+        """Have the age cleaner spare these directories' barriers, and the living instances'. Logs what
+        fails.
+        """
+        living = [entry.directory for instance in self._instances.values() for entry in instance.directories]
+        try:
+            await asyncio.to_thread(tmpfiles.write, (*directories, *living))
+        except OSError as error:
+            log.warning("systemd-tmpfiles may age the directories of instances: %s, ignoring", error)
+
     async def delete_leftovers(self, leftovers: Sequence[tuple[str, str]]) -> None:
         """Delete what find_leftovers() found. Logs what cannot be deleted."""
         for path, name in leftovers:
             await self._in_deleter(_delete_leftover, path, name)
 
     # Within
+
+    async def _delete(self, uid: int, aside: Sequence[tuple[str, str]]) -> bool:
+        """Whether there was anything, what former attempts left included. Raises OSError."""
+        left = [*self._undeleted.pop(uid, ()), *aside]
+
+        def report(entries: int) -> None:
+            self._progress[uid] = entries
+
+        try:
+            await self._in_deleter(_delete, left, report)
+        except BaseException:
+            self._undeleted[uid] = [*left, *self._undeleted.get(uid, ())]
+            raise
+        finally:
+            self._progress.pop(uid, None)
+        return bool(left)
 
     async def _in_deleter(self, work: Callable[..., None], *arguments: object) -> None:
         call = functools.partial(work, *arguments, self._stopping.is_set)
@@ -431,6 +468,7 @@ class Executor:
         made: list[InstanceDirectory] = []
         fresh: list[InstanceDirectory] = []
         places: list[mountns.PrivateDirectory] = []
+        user = accounts.name_of(uid, user)  # we may have been told of a former user
         try:
             for directory in _effective(directories):
                 with _base(directory.path) as base:
@@ -438,7 +476,7 @@ class Executor:
                         replace(directory, shared=_shareable(base, directory)),
                         barrier_name(directory.lifetime, self._boot_id, uid, secrets.token_hex(8)),
                     )
-                    inner, is_new = _make_or_adopt(base, entry)
+                    inner, is_new = _make_or_adopt(base, entry, uid, user)
                     made.append(entry)
                     if is_new:
                         fresh.append(entry)
@@ -561,15 +599,44 @@ def _detach(instance: Instance, held: int | None, chosen: Callable[[Mount], bool
         os.close(fd)
 
 
-def _make_or_adopt(base: int, entry: InstanceDirectory) -> tuple[int, bool]:
+def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> tuple[int, bool]:
     """(descriptor of the inner directory, whether it is new).
 
     Only what persists is ever found there and taken again.
     """
-    if entry.directory.lifetime is Lifetime.PERSISTENT:
-        with contextlib.suppress(FileNotFoundError):
-            return storage.adopt(base, entry.barrier, entry.directory.shared), False
-    return storage.make(base, entry.barrier, entry.directory.shared), True
+    if entry.directory.lifetime is not Lifetime.PERSISTENT:
+        return storage.make(base, entry.barrier, entry.directory.shared), True
+    with contextlib.suppress(FileNotFoundError):
+        _keep_for_a_former_user(base, entry, uid, user)
+        return storage.adopt(base, entry.barrier, entry.directory.shared, user), False
+    return storage.make(base, entry.barrier, entry.directory.shared, user), True
+
+
+def _keep_for_a_former_user(base: int, entry: InstanceDirectory, uid: int, user: str) -> None:
+    """Set aside what somebody else left who had the UID before, for root to find."""
+    former = storage.remembered(base, entry.barrier)
+    if former is None or not accounts.is_former(former, uid, user):
+        return
+    aside = storage.set_aside(base, entry.barrier, f"polytmp-former-{uid}-")
+    log.warning(
+        "UID %d was %s's and is %s's now, who gets a new %s; what %s kept there is in %s/%s",
+        uid,
+        former,
+        user,
+        entry.directory.path,
+        former,
+        entry.directory.path,
+        aside,
+        extra=fields(MessageId.FORMER_USER, uid, user),
+    )
+
+
+def _require_same_user(instance: Instance) -> None:
+    """Raise OSError where the UID went to somebody else while a former user's instance lives on."""
+    present = accounts.name_of(instance.uid, instance.user)
+    if accounts.is_former(instance.user, instance.uid, present):
+        text = f"processes live in the instance of {instance.user}, who had UID {instance.uid} before"
+        raise OSError(errno.EBUSY, f"{text}; end them, see polytmpctl ps {instance.uid}")
 
 
 def _place(entry: InstanceDirectory, inner: int) -> mountns.PrivateDirectory:
@@ -623,12 +690,22 @@ def _set_persistent_aside(uid: int, directories: Sequence[Directory]) -> list[tu
     return aside
 
 
-def _delete(aside: Sequence[tuple[str, str]], cancelled: Callable[[], bool]) -> None:
+def _delete(
+    aside: Sequence[tuple[str, str]], report: Callable[[int], None], cancelled: Callable[[], bool]
+) -> None:
+    """report is told how many entries are gone."""
     failures: list[OSError] = []
+    done = 0
+
+    def reported(entries: int) -> None:
+        report(done + entries)
+
     for path, name in aside:
         try:
             with _base(path) as base:
-                deletion.remove_tree(base, name, cancelled=cancelled)
+                done += deletion.remove_tree(base, name, report=reported, cancelled=cancelled).entries
+        except FileNotFoundError:
+            continue  # an earlier attempt, or an administrator, deleted it
         except OSError as error:
             failures.append(error)
     if failures:
@@ -640,8 +717,12 @@ def _find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[t
     in_use = known | set(recovery.mounted_barriers())
     leftovers: list[tuple[str, str]] = []
     for directory in _effective(directories):
-        with _base(directory.path) as base:
-            found = storage.leftovers(base, LEFTOVER)
+        try:
+            with _base(directory.path) as base:
+                found = storage.leftovers(base, LEFTOVER)
+        except OSError as error:  # whoever logs in is refused for it: no reason to end
+            log.error("%s cannot be looked into: %s", directory.path, error)
+            continue
         leftovers += [(directory.path, name) for name in found.removable if name not in in_use]
         for name, reason in found.foreign:
             log.warning(

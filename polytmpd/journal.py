@@ -24,6 +24,7 @@ class MessageId(StrEnum):
     PREPARE_FAILED = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e03"
     REMOVE_FAILED = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e04"
     BAD_CONFIG = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e05"
+    FORMER_USER = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e06"
     DEVICE_GONE = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e07"
 
 

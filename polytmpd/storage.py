@@ -4,7 +4,7 @@ one.
 
 In the base directory (/tmp, say) lies the barrier, root's and 0700, which nobody else passes; in the barrier
 lies the inner directory `tmp`, a copy of the base directory's owner, mode, ACL and label, which the user
-gets as his /tmp.
+gets as his /tmp. In one that is kept lies also the name of its user.
 
 Every function blocks, works from the caller's descriptor of the base directory (O_PATH will do), and raises
 OSError alone. Not here: emptying a tree (deletion), mounts, and the question which instance should exist.
@@ -34,6 +34,12 @@ from typing import Final
 from polytmpd.kernel import syscalls
 
 INNER: Final = "tmp"
+MARK: Final = "user"
+"""A symbolic link in a kept barrier: it leads nowhere, and its text is the name of the user it was made for.
+
+Unlike a file it is there whole or not at all, also after a crash; unlike an attribute every file system and
+every backup has it.
+"""
 REMOVING: Final = re.compile(r"polytmp-removing-[0-9a-f]{16}", re.ASCII)
 
 _BARRIER_MODE: Final = 0o700
@@ -76,12 +82,12 @@ class Usage:
     complete: bool
 
 
-def make(base_fd: int, name: str, mountpoints: Sequence[str]) -> int:
+def make(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") -> int:
     """Makes the barrier `name` and what is in it; returns an O_PATH descriptor of the inner directory, the
     caller's.
 
-    Whatever exists under that name already is never adopted: FileExistsError. Where anything fails all that
-    was made is removed again.
+    user: whom the barrier is to remember, if anybody. Whatever exists under that name already is never
+    adopted: FileExistsError. Where anything fails all that was made is removed again.
     """
     with ExitStack() as fds, ExitStack() as undo:
         base, where = _open_base(base_fd, fds, name, *mountpoints)
@@ -92,34 +98,66 @@ def make(base_fd: int, name: str, mountpoints: Sequence[str]) -> int:
                 _copy_xattr(None, barrier, acl)
             _copy_xattr(base, barrier, _LABEL)
             _require_barrier(os.fstat(barrier), where)
+        if user:
+            with _naming(f"{where}/{MARK}"):
+                os.symlink(user, MARK, dir_fd=barrier)
+                undo.callback(_unlink_quietly, barrier, MARK)
         inner_fd = _furnish(base, barrier, where, mountpoints, fds, undo)
         undo.pop_all()
         return inner_fd
 
 
-def adopt(base_fd: int, name: str, mountpoints: Sequence[str]) -> int:
+def adopt(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") -> int:
     """Takes a kept barrier into use again; returns an O_PATH descriptor of the inner directory, the
     caller's.
 
     FileNotFoundError where there is none. Anything that we would not have made is a squatter's:
     FileExistsError with what is wrong with it. Inner directory and mount points that are missing (the age
     cleaner may have had them) are made; what the user has put where a mount point must be is renamed to
-    `<mount point>.moved-<hex>`.
+    `<mount point>.moved-<hex>`. One that remembers nobody remembers `user` from now on.
     """
     with ExitStack() as fds, ExitStack() as undo:
         base, where = _open_base(base_fd, fds, name, *mountpoints)
         barrier = _open_barrier(base, name, where, fds)
         inner_fd = _furnish(base, barrier, where, mountpoints, fds, undo)
         undo.pop_all()
+        if user:
+            # EEXIST, mostly. A full disk must keep nobody out who needs nothing new: the next time will do.
+            with suppress(OSError):
+                os.symlink(user, MARK, dir_fd=barrier)
         return inner_fd
 
 
-def set_aside(base_fd: int, name: str) -> str:
-    """Renames the barrier to a new name, which `leftovers` knows, and returns that; the old one is free."""
+def remembered(base_fd: int, name: str) -> str | None:
+    """The user whom a kept barrier remembers; None where nobody, as in those of polytmp 0.1.
+
+    FileNotFoundError where there is no barrier, FileExistsError where it, or the mark, is not ours.
+    """
+    with ExitStack() as fds:
+        base, where = _open_base(base_fd, fds, name)
+        barrier = _open_barrier(base, name, where, fds)
+        with _naming(f"{where}/{MARK}"):
+            try:
+                return os.readlink(MARK, dir_fd=barrier)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                raise FileExistsError(
+                    errno.EEXIST, "not a symbolic link with a user's name as polytmp makes it", MARK
+                ) from None
+
+
+def set_aside(base_fd: int, name: str, prefix: str = "polytmp-removing-") -> str:
+    """Renames the barrier to a new name, and returns that; the old one is free.
+
+    `leftovers` knows the new one, unless another prefix is asked for.
+    """
     with ExitStack() as fds:
         base, where = _open_base(base_fd, fds, name)
         _open_barrier(base, name, where, fds)
-        new = f"polytmp-removing-{secrets.token_hex(8)}"
+        new = f"{prefix}{secrets.token_hex(8)}"
         with _naming(where):
             syscalls.renameat2(base, name, base, new, syscalls.RENAME_NOREPLACE)
         return new
@@ -243,6 +281,11 @@ def _rmdir_quietly(dirfd: int, name: str) -> None:
     # The error that made us undo says more than one about the undoing. What stays is root's and 0700.
     with suppress(OSError):
         os.rmdir(name, dir_fd=dirfd)
+
+
+def _unlink_quietly(dirfd: int, name: str) -> None:
+    with suppress(OSError):
+        os.unlink(name, dir_fd=dirfd)
 
 
 def _set_owner_and_mode(fd: int, uid: int, gid: int, mode: int) -> None:

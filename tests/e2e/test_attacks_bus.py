@@ -196,10 +196,10 @@ def test_a_name_with_odd_characters(machine: Machine, name: str) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"x\n"
         assert process.stdout.readline().startswith(b"mnt:[")
-        assert observe.state(machine, name) == "active"
+        assert observe.state(machine, name) == "draining"  # su without a terminal is nobody's login
         assert machine.run("polytmpctl", "path", "-u", name, "/tmp/x").stdout.startswith("/tmp/polytmp-")
         machine.run("systemctl", "restart", "polytmpd")
-        assert observe.state(machine, name) == "active", "read back from the state file"
+        assert observe.state(machine, name) == "draining", "read back from the state file"
         process.communicate()
         eventually(lambda: observe.instances(machine) == {}, 30, "it ends")
     finally:
@@ -213,13 +213,11 @@ def test_a_name_with_odd_characters(machine: Machine, name: str) -> None:
 
 
 def test_the_unit_is_as_little_exposed_as_logind(machine: Machine) -> None:
-    """Debian 12 rates both 3.0; Debian 13's own logind has 2.8."""
-
     def exposure(unit: str) -> float:
         last = machine.run("systemd-analyze", "security", "--no-pager", unit).stdout.strip().splitlines()[-1]
         return float(re.search(r": ([0-9.]+) ", last)[1])  # type: ignore[index]  # or the test fails
 
-    assert exposure("polytmpd.service") <= exposure("systemd-logind.service") + 0.2
+    assert exposure("polytmpd.service") <= exposure("systemd-logind.service")
 
 
 def test_the_daemon_has_the_capabilities_of_its_unit_and_no_more(machine: Machine) -> None:

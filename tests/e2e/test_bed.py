@@ -2,6 +2,7 @@
 """The bed itself, without the package: what the other end-to-end tests take for granted."""
 
 import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -181,7 +182,9 @@ def traces(name: str) -> list[str]:
             known = (process / "cmdline").read_text() + (process / "cgroup").read_text()
             found += [str(process)] if name in known else []
     for top in ("/sys/fs/cgroup", "/run/systemd/nspawn", str(cache_directory() / "machines")):
-        found += [str(path) for path in Path(top).glob("**/*") if name in path.name]
+        # not Path.glob(): other machines come and go meanwhile
+        for place, directories, files in os.walk(top):
+            found += [f"{place}/{entry}" for entry in (*directories, *files) if name in entry]
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
             found += [str(path)] if name in path.read_text() else []

@@ -32,7 +32,7 @@ DIRECTORY: Final = Path("/run/polytmp-faults")
 
 CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (mountns, "", ("mount", "umount2", "unshare", "setns", "open_tree", "move_mount", "fsmount", "build")),
-    (storage, "os", ("mkdir", "rmdir", "fchown", "fchmod", "setxattr", "removexattr")),
+    (storage, "os", ("mkdir", "rmdir", "symlink", "fchown", "fchmod", "setxattr", "removexattr")),
     (storage, "syscalls", ("renameat2",)),
     (shared, "os", ("mkdir", "fchown", "fchmod")),
     (deletion, "os", ("unlink", "rmdir", "fchown", "fchmod")),
@@ -45,7 +45,7 @@ CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
 READS: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (mountns, "os", ("open", "fstat")),
     (mountinfo, "", ("read", "mount_id_of")),
-    (storage, "os", ("open", "fstat", "getxattr")),
+    (storage, "os", ("open", "fstat", "getxattr", "readlink")),
     (storage, "syscalls", ("openat2",)),
     (shared, "os", ("open", "fstat")),
     (executor, "os", ("open", "fstat")),

@@ -189,7 +189,18 @@ def test_make_never_adopts(base: Path, kind: str) -> None:
     assert (base / NAME).lstat() == before
 
 
-FUNCTIONS = ["mkdir", "open", "fchown", "fchmod", "fstat", "getxattr", "setxattr", "removexattr", "openat2"]
+FUNCTIONS = [
+    "mkdir",
+    "symlink",
+    "open",
+    "fchown",
+    "fchmod",
+    "fstat",
+    "getxattr",
+    "setxattr",
+    "removexattr",
+    "openat2",
+]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -217,7 +228,7 @@ def test_make_that_fails_at_any_step_leaves_nothing(
         with opened(base) as fd, monkeypatch.context() as patch:
             patch.setattr(module, function, fake)
             try:
-                inner = storage.make(fd, NAME, SOCKETS)
+                inner = storage.make(fd, NAME, SOCKETS, "alice")
             except OSError as error:
                 assert error.errno == errno.EIO  # noqa: PT017  (it need not fail: the last step does not exist)
                 assert str(error.filename).startswith(str(base))  # noqa: PT017
@@ -400,7 +411,61 @@ def test_adopt_while_the_user_is_at_work(base: Path) -> None:
     assert stat.S_ISDIR(os.stat("/etc").st_mode)
 
 
+# --- whose it is ---
+
+
+def test_a_barrier_remembers_its_user(base: Path) -> None:
+    with opened(base) as fd:
+        with pytest.raises(FileNotFoundError):
+            storage.remembered(fd, NAME)
+        os.close(storage.make(fd, NAME, SOCKETS, "alice"))
+        assert storage.remembered(fd, NAME) == "alice"
+        os.close(storage.adopt(fd, NAME, SOCKETS, "bob"))
+        assert storage.remembered(fd, NAME) == "alice", "for good"
+    assert_as_made(base)
+
+
+def test_a_barrier_that_remembers_nobody(base: Path) -> None:
+    make(base)
+    with opened(base) as fd:
+        assert storage.remembered(fd, NAME) is None
+        os.close(storage.adopt(fd, NAME, SOCKETS, "DOM\\alice"))
+        assert storage.remembered(fd, NAME) == "DOM\\alice"
+
+
+def test_a_mark_that_is_none(base: Path) -> None:
+    make(base)
+    (base / NAME / "user").write_text("alice")
+    with opened(base) as fd, pytest.raises(FileExistsError, match="not a symbolic link") as caught:
+        storage.remembered(fd, NAME)
+    assert caught.value.filename == str(base / NAME / "user")
+
+
+def test_a_full_disk_keeps_nobody_out_of_what_is_kept(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(base)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "symlink", full)
+    with opened(base) as fd:
+        os.close(storage.adopt(fd, NAME, SOCKETS, "alice"))
+        monkeypatch.undo()
+        assert storage.remembered(fd, NAME) is None
+        os.close(storage.adopt(fd, NAME, SOCKETS, "alice"))
+        assert storage.remembered(fd, NAME) == "alice"
+
+
 # --- set_aside, leftovers ---
+
+
+def test_set_aside_under_another_name(base: Path) -> None:
+    with opened(base) as fd:
+        os.close(storage.make(fd, NAME, SOCKETS, "alice"))
+        new = storage.set_aside(fd, NAME, "polytmp-former-1000-")
+        assert re.fullmatch(r"polytmp-former-1000-[0-9a-f]{16}", new)
+        assert storage.remembered(fd, new) == "alice"
+        assert storage.leftovers(fd) == storage.Leftovers((), (), 0), "nobody deletes it"
 
 
 def test_set_aside_and_leftovers(base: Path) -> None:

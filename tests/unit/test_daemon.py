@@ -52,11 +52,15 @@ class FakeExecutor:
         self.known: set[str] = set()
         self.kept: set[int] = set()
         self.ended: set[int] = set()
+        self.spared: list[str] = []
 
     def restore(self, directories: Sequence[Directory]) -> Restored:
         for instance in self.restored.held:
             self.held[instance.uid] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         return self.restored
+
+    async def tell_age_cleaner(self, directories: Sequence[Directory]) -> None:
+        self.spared = [directory.path for directory in directories]
 
     def start(self) -> None:
         self.log.append("start")
@@ -265,6 +269,8 @@ async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
 
     monkeypatch.setattr("pwd.getpwuid", getpwuid)
     made = World()
+    made.daemon.logind_changed()
+    await made.settle()
     yield made
     await made.daemon.stop()
 
@@ -606,8 +612,35 @@ async def test_what_cannot_be_removed_is_shown_until_an_administrator_says_so(wo
     await removing(world)
     world.executor.answer("remove 1", OSError(1, "Operation not permitted"))
     await eventually(lambda: world.state() is State.FAILED)
-    await world.daemon.remove(1000)
+    world.daemon.user_removed(1000)
+    assert world.state() is State.FAILED, "logind forgets the user, the files are there"
+    again = asyncio.ensure_future(world.daemon.remove(1000))
+    await eventually(lambda: world.executor.waits("remove 1"))
+    world.executor.answer("remove 1", OSError(16, "something is mounted on it"))
+    with pytest.raises(PolytmpError, match="something is mounted on it"):
+        await again
+    assert world.state() is State.FAILED
+    again = asyncio.ensure_future(world.daemon.remove(1000))
+    await eventually(lambda: world.executor.waits("remove 1"))
+    assert world.state() is State.FAILED, "until it is done"
+    world.executor.answer("remove 1")
+    await again
     assert world.state() is None
+
+
+async def test_a_login_during_the_second_removal_has_an_instance_of_its_own(world: World) -> None:
+    await removing(world)
+    world.executor.answer("remove 1", OSError(1, "Operation not permitted"))
+    await eventually(lambda: world.state() is State.FAILED)
+    again = asyncio.ensure_future(world.daemon.remove(1000))
+    await eventually(lambda: world.executor.waits("remove 1"))
+    world.daemon.session_new(Session("2", ALICE))
+    await eventually(lambda: world.executor.waits("prepare"))
+    world.executor.answer("prepare")
+    await eventually(lambda: world.state() is State.ACTIVE)
+    world.executor.answer("remove 1")
+    await again
+    assert world.state() is State.ACTIVE
 
 
 async def test_remove_is_refused_while_somebody_is_here(world: World) -> None:
@@ -694,6 +727,25 @@ async def test_without_logind_it_starts_all_the_same(world: World) -> None:
     await eventually(lambda: world.executor.waits("prepare"))
     world.executor.answer("prepare")
     await world.handed_over(login)
+
+
+async def test_before_logind_tells_who_is_logged_in_nothing_drains(world: World) -> None:
+    """After a restart of the bus logind takes its time; who held an instance is taken to be here."""
+    world = World()
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    world.logind.away = True
+    kept = instance(1000, "alice", 7)
+    world.executor.restored = Restored([kept], [], [])
+    world.executor.held[1000] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    await world.daemon.restore()
+    await world.daemon.start()
+    assert world.state() is State.ACTIVE
+    world.logind.away = False
+    world.daemon.logind_changed()
+    await eventually(lambda: world.state() is State.DRAINING)
+    assert 1000 in world.executor.held
+    await world.daemon.stop()
 
 
 async def test_sessions_that_ended_while_logind_was_away_are_released(world: World) -> None:

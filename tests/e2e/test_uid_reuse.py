@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A UID that somebody else has now, and a user with another name: what was kept, and what still runs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import observe
+from tests.attacks import prepare
+from tests.bed import Machine, eventually
+
+UID = 1300
+KEPT = f"/var/tmp/polytmp-{UID}"
+MESSAGE_ID = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e06"
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+def add(machine: Machine, user: str) -> None:
+    machine.run("useradd", "--uid", str(UID), "--create-home", "--shell", "/bin/bash", user)
+
+
+def run(machine: Machine, user: str, script: str) -> str:
+    """One login, with all that it leaves gone before the next one."""
+    output = machine.run("su", user, "-c", script).stdout
+    eventually(lambda: user not in observe.instances(machine), 30, f"{user}'s instance is gone")
+    machine.sh(f"loginctl terminate-user {user}; pkill -KILL -U {UID}; true", check=False)
+    eventually(lambda: machine.run("pgrep", "-U", str(UID), check=False).returncode == 1, 30, "all ended")
+    return output
+
+
+@pytest.fixture(autouse=True)
+def nobody(machine: Machine) -> Iterator[None]:
+    yield
+    machine.sh(
+        f"pkill -x sleep; pkill -KILL -U {UID}; for user in carol dave; do userdel -fr $user; done; "
+        f"rm -rf {KEPT} /var/tmp/polytmp-former-*; true",
+        check=False,
+    )
+    eventually(lambda: not observe.instances(machine), 30, "all instances are gone")
+
+
+def aside(machine: Machine) -> list[str]:
+    """What root finds of former users."""
+    return machine.sh("find /var/tmp -maxdepth 1 -name 'polytmp-former-*'").stdout.split()
+
+
+def test_a_uid_that_is_used_again(machine: Machine) -> None:
+    add(machine, "carol")
+    run(machine, "carol", "echo mine >/var/tmp/secret")
+    assert run(machine, "carol", "cat /var/tmp/secret") == "mine\n", "it is kept for her"
+    machine.run("userdel", "--remove", "carol")
+    add(machine, "dave")
+    assert run(machine, "dave", "ls -A /var/tmp; touch /var/tmp/of-dave") == ""
+    (place,) = aside(machine)
+    assert machine.run("cat", f"{place}/tmp/secret").stdout == "mine\n", "nothing is lost"
+    assert machine.run("stat", "-c", "%u %g %a", place).stdout == "0 0 700\n"
+    message = machine.run("journalctl", "--no-pager", "-o", "cat", f"MESSAGE_ID={MESSAGE_ID}").stdout
+    assert f"UID {UID} was carol's and is dave's now" in message
+    assert place in message
+    machine.run("systemctl", "restart", "polytmpd")
+    assert run(machine, "dave", "ls -A /var/tmp") == "of-dave\n"
+    assert aside(machine) == [place]
+
+
+def test_a_directory_of_a_former_version_is_its_users_from_now_on(machine: Machine) -> None:
+    add(machine, "carol")
+    run(machine, "carol", "echo mine >/var/tmp/secret")
+    machine.run("rm", f"{KEPT}/user")
+    assert run(machine, "carol", "cat /var/tmp/secret") == "mine\n"
+    machine.run("userdel", "--remove", "carol")
+    add(machine, "dave")
+    assert run(machine, "dave", "ls -A /var/tmp") == ""
+
+
+def test_a_user_who_was_renamed(machine: Machine) -> None:
+    """It looks like another user: his files wait for root, who gives them back as the manual says."""
+    add(machine, "carol")
+    run(machine, "carol", "echo mine >/var/tmp/secret")
+    machine.run("usermod", "--login", "dave", "carol")
+    assert run(machine, "dave", "ls -A /var/tmp") == ""
+    (place,) = aside(machine)
+    machine.sh(f"mv {place}/tmp/* {KEPT}/tmp/")
+    assert run(machine, "dave", "cat /var/tmp/secret; stat -c %U /var/tmp/secret") == "mine\ndave\n"
+    # and the other way: before he logs in
+    machine.run("usermod", "--login", "carol", "dave")
+    machine.run("ln", "-sfn", "carol", f"{KEPT}/user")
+    assert run(machine, "carol", "cat /var/tmp/secret") == "mine\n"
+
+
+def test_a_former_users_processes(machine: Machine) -> None:
+    """Somebody else's process lives on in carol's instance: dave does not come into her /tmp."""
+    add(machine, "carol")
+    machine.sh("cp -r /home/alice/.ssh /home/carol && chown -R carol: /home/carol")
+    with machine.session("carol") as carol:
+        carol.run("echo mine >/tmp/secret")
+        pid = carol.pid
+        machine.sh(f"nsenter --target {pid} --mount setsid -f sleep 4321 >/dev/null 2>&1")
+    machine.sh("loginctl terminate-user carol; true", check=False)
+    eventually(lambda: observe.state(machine, "carol") == "draining", 30, "only root's process is left")
+    eventually(lambda: machine.run("pgrep", "-U", str(UID), check=False).returncode == 1, 30, "hers ended")
+    machine.run("userdel", "--remove", "carol")
+    add(machine, "dave")
+    refused = machine.run("su", "dave", "-c", "cat /tmp/secret", check=False)
+    assert refused.returncode != 0
+    assert "mine" not in refused.stdout
+    assert "processes live in the instance of carol" in machine.journal("-u", "polytmpd", "-n", "30")
+    machine.sh("pkill -x sleep")
+    eventually(lambda: not observe.instances(machine), 30, "carol's instance is gone")
+    assert run(machine, "dave", "ls -A /tmp | grep -v '^[.]'; true") == ""

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the executor decides by itself about namespaces that it finds, and about whose files are whose.
+
+Not here: what it does to mounts and files (tests/kernel, tests/e2e).
+"""
+
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+
+from polytmpd import accounts, executor
+from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
+from polytmpd.kernel import mountns, processes
+from polytmpd.kernel.mountinfo import Mount, parse_line
+
+pytestmark = pytest.mark.unit
+
+BARRIER = f"polytmp-{'a' * 32}-1000-{'b' * 16}"
+INSTANCE = Instance(
+    1000, "alice", 0, 0, (InstanceDirectory(Directory("/tmp", Lifetime.INSTANCE), BARRIER),), namespace=42
+)
+LINE = "36 35 0:30 {} /tmp rw - tmpfs tmpfs rw"
+
+
+def opened(path: Path) -> list[str]:
+    """The descriptors of that file."""
+    return [fd.name for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and fd.readlink() == path]
+
+
+@pytest.fixture
+def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What stands for the namespace that processes are found in; a file, so that a leak shows."""
+    path = tmp_path / "namespace"
+    path.touch()
+    monkeypatch.setattr(processes, "open_namespace", lambda _: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    return path
+
+
+def test_a_namespace_without_proc_is_none_of_ours(namespace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inode was used again, by a sandbox that is being made: no /proc is there to ask."""
+
+    def mounts_in(_: int) -> list[Mount]:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/thread-self/mountinfo")
+
+    monkeypatch.setattr(mountns, "mounts_in", mounts_in)
+    assert executor._open_living(INSTANCE) is None
+    assert opened(namespace) == []
+
+
+@pytest.mark.parametrize(("root", "is_ours"), [(f"/{BARRIER}/tmp", True), ("/polytmp-1000/tmp", False)])
+def test_a_namespace_is_ours_by_its_mounts(
+    namespace: Path, monkeypatch: pytest.MonkeyPatch, root: str, is_ours: bool
+) -> None:
+    monkeypatch.setattr(mountns, "mounts_in", lambda _: [parse_line(LINE.format(root).encode())])
+    fd = executor._open_living(INSTANCE)
+    assert (fd is not None) == is_ours
+    assert len(opened(namespace)) == is_ours
+    if fd is not None:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("users", "name", "is_former"),
+    [
+        ({"alice": 1000}, "alice", False),
+        ({"alice": 1000, "ally": 1000}, "ally", False),  # two names of one user
+        ({"alice": 1000}, "carol", True),  # userdel, or usermod -l
+        ({"alice": 1000, "carol": 1001}, "carol", True),  # she came back, with another UID
+        ({"alice": 1000}, "1000", False),  # nobody had a name when it was written
+        ({}, "alice", False),
+        ({}, "carol", True),
+    ],
+)
+def test_who_is_a_former_user(
+    monkeypatch: pytest.MonkeyPatch, users: dict[str, int], name: str, is_former: bool
+) -> None:
+    def entry(name: str, uid: int) -> pwd.struct_passwd:
+        return pwd.struct_passwd((name, "x", uid, uid, "", "/", "/bin/sh"))
+
+    def by_uid(uid: int) -> pwd.struct_passwd:
+        return entry({of: name for name, of in reversed(users.items())}[uid], uid)
+
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: entry(name, users[name]))
+    monkeypatch.setattr(pwd, "getpwuid", by_uid)
+    present = accounts.name_of(1000, "alice")
+    assert present == "alice"
+    assert accounts.is_former(name, 1000, present) is is_former
