@@ -147,6 +147,11 @@ class Polytmp:
         flags = REMOVE_PERSISTENT if persistent else 0
         await self._manager("RemoveInstanceWithFlags", "ut", uid, flags, timeout=None)
 
+    async def removed_entries(self, uid: int) -> int:
+        """How many files and directories the removal that runs for the user has deleted so far."""
+        (entries,) = await self._manager("GetRemovalProgress", "u", uid)
+        return int(entries)
+
     async def directories(self) -> list[str]:
         """The directories that new instances make private."""
         found = await _property(self._connection, SERVICE, PATH, MANAGER, "Directories")
@@ -237,6 +242,17 @@ class Neighbours:
             )
             found |= _plain({key: values[key] for key in properties if key in values})
         return found
+
+    async def require_machine(self, name: str) -> None:
+        """Raises BusError where no such container is running."""
+        await self._connection.ask(
+            "org.freedesktop.machine1",
+            "/org/freedesktop/machine1",
+            "org.freedesktop.machine1.Manager",
+            "GetMachine",
+            "s",
+            (name,),
+        )
 
     async def systemd_version(self) -> str:
         return str(

@@ -47,6 +47,10 @@ class Backend(Protocol):
         """persistent: what outlives an instance is removed too."""
         ...
 
+    def removed_entries(self, uid: int) -> int:
+        """How far the removal that runs for the user is; 0 where none does."""
+        ...
+
     async def processes(self, uid: int) -> list[tuple[int, str]]: ...
 
     async def holders(self, uid: int) -> list[tuple[int, str, str, str]]:
@@ -176,6 +180,7 @@ class Service:
                 Method("RemoveInstance", self._remove_instance, _USER),
                 Method("RemoveInstanceWithFlags", self._remove_instance, (*_USER, ("flags", "t"))),
                 Method("GetUserUsage", self._get_user_usage, _USER, (("usage", "a(stt)"),)),
+                Method("GetRemovalProgress", self._get_removal_progress, _USER, (("entries", "t"),)),
                 Method("Reload", self._reload),
             ),
             properties=(
@@ -225,6 +230,11 @@ class Service:
         uid = call.arguments[0]
         await self._require_owner(call, uid, "the disk usage")
         return [await self._count(call, uid)]
+
+    async def _get_removal_progress(self, call: Call) -> Sequence[Any]:
+        uid = call.arguments[0]
+        await self._require_owner(call, uid, "the disk usage")
+        return [self._backend.removed_entries(uid)]
 
     async def _reload(self, call: Call) -> Sequence[Any]:
         await self._require(call, PolkitAction.RELOAD, "reloading the configuration")

@@ -113,6 +113,7 @@ ACTIONS = [
     pytest.param(PATH, f"{MANAGER}.Reload", (), "reload", id="Reload"),
     pytest.param(PATH, f"{MANAGER}.ResolvePath", ("us", "1002", "/tmp/x"), "inspect", id="ResolvePath"),
     pytest.param(PATH, f"{MANAGER}.GetUserUsage", ("u", "1002"), "inspect", id="GetUserUsage"),
+    pytest.param(PATH, f"{MANAGER}.GetRemovalProgress", ("u", "1002"), "inspect", id="GetRemovalProgress"),
     pytest.param(instance_path(1002), f"{INSTANCE}.ListProcesses", (), "inspect", id="ListProcesses"),
     pytest.param(instance_path(1002), f"{INSTANCE}.ListHolders", (), "inspect", id="ListHolders"),
     pytest.param(instance_path(1002), f"{INSTANCE}.GetUsage", (), "inspect", id="GetUsage"),

@@ -218,6 +218,7 @@ async def test_methods(shown: Callable[..., str], backend: Backend, client: Clie
         [17, "sleep 1", "/user.slice", "mount namespace"]
     ]
     assert await client.result("GetUserUsage", "u", [1000]) == [["/tmp", 1 << 40, 3]]
+    assert await client.result("GetRemovalProgress", "u", [1000]) == 2048
     assert await client.result("Ping", interface=PEER) is None
     assert re.fullmatch("[0-9a-f]{32}", await client.result("GetMachineId", interface=PEER))
     assert await client.result("ListInstances", interface=None) == [[1000, "alice", path]]
@@ -381,6 +382,7 @@ async def test_others_see_that_somebody_is_there_and_no_more(shown: Callable[...
     resolved = await as_stranger(bus, PATH, f"{MANAGER}.ResolvePath", "uint32:1000", "string:/tmp/x")
     assert denied in resolved
     assert denied in await as_stranger(bus, PATH, f"{MANAGER}.GetUserUsage", "uint32:1000")
+    assert denied in await as_stranger(bus, PATH, f"{MANAGER}.GetRemovalProgress", "uint32:1000")
     objects = await as_stranger(bus, PATH, f"{OBJECT_MANAGER}.GetManagedObjects")
     assert "method return" in objects
     assert path not in objects

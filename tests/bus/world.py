@@ -70,6 +70,9 @@ class Backend:
         await self._may_fail()
         self.removed.append((uid, persistent))
 
+    def removed_entries(self, uid: int) -> int:
+        return 2048
+
     async def holders(self, uid: int) -> list[tuple[int, str, str, str]]:
         await self._may_fail()
         return [(17, "sleep 1", "/user.slice", "mount namespace")]

@@ -45,6 +45,7 @@ def test_the_bus_lets_nobody_take_a_namespace(machine: Machine) -> None:
     [
         f"{MANAGER} ResolvePath us 1002 /tmp/x",
         f"{MANAGER} GetUserUsage u 1002",
+        f"{MANAGER} GetRemovalProgress u 1002",
         f"{MANAGER} RemoveInstance u 1002",
         f"{MANAGER} RemoveInstanceWithFlags ut 1002 1",
         f"{MANAGER} Reload",
