@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The tour of README.md, as it stands there: every command is typed, every answer compared.
+
+The rule: `…` in a line of the answer stands for what is different each time, nothing included; a line of `…`
+alone stands for any number of lines; several blanks are as good as one, and those around `…` may be missing.
+What is to be seen may come a moment later: a command is typed again until it answers as README.md says.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from difflib import unified_diff
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import observe
+from tests.bed import Machine, eventually
+
+pytestmark = pytest.mark.e2e
+
+README = Path(__file__).parents[2] / "README.md"
+ANYTHING = "…"
+PATIENCE = 15
+
+
+@dataclass(slots=True)
+class Step:
+    """A command, who types it, and the lines that it answers."""
+
+    who: str
+    command: str
+    answer: list[str] = field(default_factory=list)
+
+
+def tour() -> list[Step]:
+    """What stands in the blocks of the section."""
+    section = README.read_text().partition("\n## Tour\n")[2].partition("\n## ")[0]
+    steps: list[Step] = []
+    for block in re.findall(r"(?ms)^```console\n(.*?)^```$", section):
+        for number, line in enumerate(block.splitlines()):
+            if typed := re.fullmatch(r"(alice\$|#) (.+)", line):
+                steps.append(Step("alice" if typed[1] == "alice$" else "root", typed[2]))
+            else:
+                assert number, f"a block begins with what nobody typed: {line}"
+                steps[-1].answer.append(line)
+    return steps
+
+
+def pattern(answer: list[str]) -> re.Pattern[str]:
+    return re.compile("".join(map(_line, answer)))
+
+
+def _line(line: str) -> str:
+    if line == ANYTHING:
+        return r"(?:.*\n)*"
+    return " ?.* ?".join(re.escape(part.strip()) for part in one_blank(line).split(ANYTHING)) + r"\n"
+
+
+def one_blank(text: str) -> str:
+    return re.sub(r"(?m)[ \t]+", " ", re.sub(r"(?m)^[ \t]+|[ \t]+$", "", text))
+
+
+def test_the_rule() -> None:
+    assert pattern(["a … c", "…", "1 of …"]).fullmatch("a bb c\n1 of 2\n")
+    assert pattern(["a … c", "…", "1 of …"]).fullmatch("a b c\nd\n\n1 of \n")
+    assert pattern(["a … c"]).fullmatch("a c\n")
+    assert not pattern(["a … c"]).fullmatch("a b\nc\n")
+    assert not pattern(["a.c"]).fullmatch("abc\n")
+    assert not pattern([]).fullmatch("a\n")
+
+
+def test_the_tour_is_there() -> None:
+    commands = [step.command for step in tour() if step.who == "root"]
+    for command in ("list", "status", "path", "ps", "usage", "enter", "check", "remove"):
+        assert any(f"polytmpctl {command}" in line for line in commands), command
+    assert {line.split()[0] for line in commands} >= {"busctl", "journalctl"}
+    for step in tour():
+        assert re.sub(r"[\s…]", "", "".join(step.answer)) or not step.answer, f"{step.command}: says nothing"
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    def prepare(root: Path) -> None:
+        drop_in = root / "etc/systemd/logind.conf.d/quick.conf"
+        drop_in.parent.mkdir(parents=True, exist_ok=True)
+        drop_in.write_text(observe.QUICK_LOGOUT)
+
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+def test_the_tour(machine: Machine) -> None:
+    with machine.session("alice") as alice:
+        for step in tour():
+            take(machine, alice, step)
+
+
+def take(machine: Machine, alice: Any, step: Step) -> None:
+    if step.who == "alice":
+        if step.command == "exit":
+            alice.close()
+        else:
+            assert alice.run(step.command) == "".join(f"{line}\n" for line in step.answer)
+        return
+    expected, said = pattern(step.answer), ""
+
+    def answered() -> bool:
+        nonlocal said
+        done = machine.sh(f"exec 2>&1\n{step.command}", check=False)
+        said = one_blank(done.stdout)
+        return expected.fullmatch(said) is not None
+
+    try:
+        eventually(answered, PATIENCE)
+    except AssertionError:
+        wanted = one_blank("\n".join(step.answer)).splitlines()
+        difference = "\n".join(unified_diff(wanted, said.splitlines(), "README.md", "said", lineterm=""))
+        pytest.fail(f"# {step.command}\n{difference}", pytrace=False)
