@@ -35,6 +35,7 @@ ANYBODY = {
     "org.polytmp1.Manager.RemoveInstance",
     "org.polytmp1.Manager.RemoveInstanceWithFlags",
     "org.polytmp1.Manager.GetUserUsage",
+    "org.polytmp1.Manager.GetRemovalProgress",
     "org.polytmp1.Manager.Reload",
     "org.polytmp1.Instance.ListHolders",
     "org.polytmp1.Instance.ListProcesses",
