@@ -16,6 +16,7 @@ from polytmpd.ctl.arguments import Options
 from polytmpd.ctl.output import Failure, Style
 
 if TYPE_CHECKING:
+    from polytmpd.bus.connection import Connection
     from polytmpd.ctl.commands import Answer, Context
 
 _HINTS: Final = {
@@ -30,6 +31,7 @@ _HINTS: Final = {
     ".Failed": "The journal may say more: journalctl --unit=polytmpd.service",
     ".NoReply": "polytmpd may have ended meanwhile. See: systemctl status polytmpd.service",
     ".Timeout": "polytmpd is busy or hangs. See: systemctl status polytmpd.service",
+    ".TimedOut": "polytmpd does not start. See: systemctl status polytmpd.service",
     ".Spawn.ChildExited": "polytmpd does not start. See: systemctl status polytmpd.service",
 }
 
@@ -63,24 +65,23 @@ def _run(options: Options) -> int:
 
         sys.stdout.write(f"polytmp {__version__}\n")
         return 0
-    if options.host or options.machine:
+    if options.host:
         _become_remote(options)
     import asyncio  # as long as all the rest, and --help does without
 
+    if options.machine:
+        asyncio.run(_require_machine(options.machine.rpartition("@")[2]))
+        _become_remote(options)
     return asyncio.run(_command(options, style))
 
 
 async def _command(options: Options, style: Style) -> int:
     # Only now: what these import takes most of the time of a short command.
     from polytmpd.bus.client import Neighbours, Polytmp
-    from polytmpd.bus.connection import BusError, Connection
+    from polytmpd.bus.connection import BusError
     from polytmpd.ctl import commands
 
-    try:
-        connection = await Connection.open()
-    except (OSError, BusError) as error:
-        text = f"Failed to connect to bus: {error}"
-        raise Failure(text, "Is dbus running? See: systemctl status dbus.service") from None
+    connection = await _connect()
     interactive = options.ask_password and os.geteuid() != 0 and sys.stdin.isatty()
     context = commands.Context(
         Polytmp(connection, interactive=interactive), Neighbours(connection), options, style
@@ -114,6 +115,16 @@ async def _command(options: Options, style: Style) -> int:
     else:
         output.show(answer.text, pager=pager)
     return int(answer.status)
+
+
+async def _connect() -> "Connection":
+    from polytmpd.bus.connection import BusError, Connection
+
+    try:
+        return await Connection.open()
+    except (OSError, BusError) as error:
+        text = f"Failed to connect to bus: {getattr(error, 'strerror', None) or error}"
+        raise Failure(text, "Is dbus running? See: systemctl status dbus.service") from None
 
 
 def _verb(verb: str) -> "Callable[[Context], Awaitable[Answer]]":
@@ -155,6 +166,27 @@ def _hint(name: str) -> str:
         if name.endswith(ending):
             return "" if ending == ".AccessDenied" and os.geteuid() == 0 else hint
     return ""
+
+
+async def _require_machine(name: str) -> None:
+    """systemd-run says of one that is not there that the host is down."""
+    from polytmpd.bus.client import Neighbours
+    from polytmpd.bus.connection import BusError
+
+    if name == ".host":
+        return
+    connection = await _connect()
+    try:
+        await Neighbours(connection).require_machine(name)
+    except BusError as error:
+        if error.name.endswith(".ServiceUnknown"):
+            text = f"There is no container '{name}': systemd-machined is not installed."
+            raise Failure(text, "It comes with the package systemd-container.") from None
+        if error.name.endswith(".NoSuchMachine"):
+            raise Failure(f"There is no container '{name}'.", "machinectl list shows them.") from None
+        raise Failure(_text(error.name, str(error)), _hint(error.name)) from None
+    finally:
+        connection.close()
 
 
 def _become_remote(options: Options) -> None:

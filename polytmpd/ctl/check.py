@@ -3,11 +3,13 @@
 
 Looks, and changes nothing. Fails (exit status 1) where a user can end up in the shared /tmp, or mounts do
 not reach him; warns of what may surprise.
-Not here: the facts of the host itself (host.py), of PAM (pamstacks.py).
+Not here: the facts of the host itself (host.py), of its users (settings.py), of PAM (pamstacks.py).
 """
 
+import contextlib
 import os
 import platform
+import textwrap
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, Final
 
 from polytmpd import __version__
 from polytmpd.bus.connection import BusError
-from polytmpd.ctl import host, output, pamstacks, users
+from polytmpd.ctl import host, output, pamstacks, settings, users
 from polytmpd.ctl.commands import Answer, Context
 from polytmpd.ctl.host import Result
 
@@ -47,8 +49,6 @@ _SANDBOX: Final = (
 )
 """Settings that give a service a mount namespace of its own, systemd.exec(5)."""
 _FD_STORE_PRESERVED_SINCE: Final = 254
-_REGULAR: Final = range(1000, 60001)
-"""Who is a person, login.defs(5); an exempt one has no instance."""
 _NAMED_AT_MOST: Final = 5
 _MARKS: Final = {"pass": "✓", "warn": "!", "fail": "✗", "skip": "-"}
 
@@ -96,12 +96,18 @@ async def _all(context: Context) -> AsyncIterator[Result]:
     async for result in _daemon(context):
         yield result
     directories = ["/tmp", "/var/tmp"]
-    listed = {}
+    listed: dict[int, str] = {}
+    here: dict[int, str] = {}
     try:
         directories = await context.client.directories()
         listed = {entry.uid: entry.user for entry in await context.client.instances()}
     except BusError:
-        pass  # said already
+        text = "polytmpd does not say which are private; looking at those that are by default"
+        yield Result("mounts", "Directories=", "skip", text, "see the daemon's own line")
+    with contextlib.suppress(BusError):
+        here = {session.uid: session.user for session in await context.neighbours.sessions()}
+    regular = settings.regular_uids(_ROOT)
+    yield settings.users_above(_ROOT, regular, here, listed)
     for result in host.kernel():
         yield result
     for result in (
@@ -115,7 +121,7 @@ async def _all(context: Context) -> AsyncIterator[Result]:
         yield Result("PAM", finding.service, finding.verdict, finding.text, finding.remedy)
     async for result in _units(context):
         yield result
-    async for result in _logged_in(context, listed):
+    async for result in _logged_in(context, listed, regular):
         yield result
     for result in (*host.cleaners(_ROOT), *host.kerberos(_ROOT), *host.containers(_ROOT)):
         yield result
@@ -136,6 +142,9 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
         return
     if found.get("UnitFileState") in {"enabled", "enabled-runtime"}:
         yield Result("daemon", f"{unit} (boot)", "pass", "starts at boot, before the first login")
+    elif str(found.get("UnitFileState")).startswith("masked"):
+        text, remedy = "masked: it is never started, and logins are refused", f"systemctl unmask {unit}"
+        yield Result("daemon", f"{unit} (boot)", "fail", text, remedy)
     else:
         state = found.get("UnitFileState") or "not installed"
         yield Result(
@@ -218,7 +227,7 @@ def _named(pid: str) -> str:
     return f"{output.clean(Path('/proc', pid, 'comm').read_text(errors='replace').strip())} ({pid})"
 
 
-async def _logged_in(context: Context, listed: dict[int, str]) -> AsyncIterator[Result]:
+async def _logged_in(context: Context, listed: dict[int, str], regular: range) -> AsyncIterator[Result]:
     """Who logged in before polytmp was there, and is in the shared /tmp still."""
     if os.geteuid() != 0:
         yield Result("sessions", "in the shared /tmp", "skip", "only root can find out", "run it as root")
@@ -231,7 +240,7 @@ async def _logged_in(context: Context, listed: dict[int, str]) -> AsyncIterator[
                 continue
             try:
                 uid = entry.stat().st_uid
-                if (uid in listed or uid in _REGULAR) and _namespace(entry.name) == host_namespace:
+                if (uid in listed or uid in regular) and _namespace(entry.name) == host_namespace:
                     shared.setdefault(uid, []).append(_named(entry.name))
             except OSError:
                 continue
@@ -263,7 +272,7 @@ async def _logged_in(context: Context, listed: dict[int, str]) -> AsyncIterator[
         return
     for user, state in states.items():
         if state == "failed":
-            remedy = f"journalctl -u polytmpd POLYTMP_USER={user}"
+            remedy = f"journalctl -u polytmpd POLYTMP_USER={user}; when mended: polytmpctl remove {user}"
             yield Result(
                 "sessions", user, "fail", "his instance could not be made, or not be removed", remedy
             )
@@ -282,9 +291,17 @@ def _page(context: Context, about: dict[str, str], results: list[Result], counts
         ]
     topic_width = max(len(result.topic) for result in results)
     name_width = max(len(result.name) for result in results)
+    columns = 1_000_000 if context.options.full else output.terminal_columns()
     for result in results:
         mark = paint[result.verdict](f"{_MARKS[result.verdict]} {result.verdict}")
-        lines.append(f"{mark} {result.topic:<{topic_width}} {result.name:<{name_width}} {result.text}")
+        head = f"{mark} {result.topic:<{topic_width}} {result.name:<{name_width}}"
+        if output.width(head) + output.width(result.text) < columns:
+            lines.append(f"{head} {result.text}")
+        else:
+            indent = " " * (7 + topic_width + 1)
+            room = max(columns - len(indent), 20)
+            parts = textwrap.wrap(result.text, room, break_long_words=False, break_on_hyphens=False)
+            lines += [head.rstrip(), *(indent + part for part in parts)]
         if result.remedy and result.verdict != "pass":
             lines.append(f"{'':7}{'':{topic_width}}{style.faint('→ ' + result.remedy)}")
     if context.options.legend:

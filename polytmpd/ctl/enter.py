@@ -28,7 +28,7 @@ async def prepare(context: Context) -> list[str]:
         raise users.no_instance(user)
     state = (await context.client.properties(uid))["State"]
     if state not in _TO_BE_ENTERED:
-        raise Failure(f"The instance of {user} is {state}: nobody can enter it now.")
+        raise Failure(f"The instance of {user} is in the state '{state}': nobody can enter it now.")
     directories = await context.client.directories()
     fd = await context.client.acquire(uid)
     os.set_inheritable(fd, True)

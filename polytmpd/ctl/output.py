@@ -25,6 +25,8 @@ _SPANS: Final = (
     ("s", 1),
 )
 _ESCAPE: Final = re.compile(r"\x1b\[[0-9;]*m|\x1b\]8;;.*?\x1b\\")
+_ASCII: Final = str.maketrans(dict(zip("●○×✓✗→│├└─…", "*ox+x>||`-~", strict=True)))  # noqa: RUF001
+"""One column for one, so that tables stay straight."""
 PAGER_OPTIONS: Final = "FRSXMK"
 """What less gets in LESS=, as from systemctl."""
 
@@ -211,9 +213,18 @@ def pager_environment(environment: Mapping[str, str], *, foreign: bool) -> dict[
     return {**environment, **changed}
 
 
+def displayable(text: str, encoding: str) -> str:
+    """What the terminal's character set has. Lines and marks of ours are drawn with ASCII where need be."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.translate(_ASCII)
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 def show(text: str, *, pager: bool) -> None:
     """Print, through a pager where a person reads and it does not fit."""
-    text = text.encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8")
+    text = displayable(text, sys.stdout.encoding or "utf-8")
     if not (pager and sys.stdout.isatty() and sys.stdin.isatty()) or not text:
         sys.stdout.write(text + "\n" if text else "")
         sys.stdout.flush()

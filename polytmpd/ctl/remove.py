@@ -5,6 +5,7 @@ Not here: ending the user's processes. As long as one lives, the instance is not
 """
 
 import asyncio
+import contextlib
 import sys
 import time
 from typing import Any, Final
@@ -31,21 +32,36 @@ async def _remove_one(context: Context, uid: int, user: str) -> None:
     going = {path for path, _, lifetime in failed if lifetime == "instance" or context.options.persistent}
     rows = [row for row in await _usage(context, uid, user) if not failed or row[0] in going]
     if not context.options.yes:
-        _ask(user, rows)
+        _ask(user, rows, going - {row[0] for row in rows})
     work = asyncio.ensure_future(context.client.remove(uid, persistent=context.options.persistent))
     begin = time.monotonic()
     try:
         while not work.done():
             await asyncio.wait((work,), timeout=_QUICK)
             if not work.done() and sys.stderr.isatty():
-                files = output.count(sum(row[2] for row in rows), "file")
+                done = await _progress(context, uid, sum(row[2] for row in rows))
                 seconds = time.monotonic() - begin
-                sys.stderr.write(f"\r\x1b[KRemoving {files} of {user}… {seconds:.0f}s")
+                sys.stderr.write(f"\r\x1b[KRemoving the files of {user}: {done}{seconds:.0f}s")
                 sys.stderr.flush()
     finally:
         if sys.stderr.isatty() and time.monotonic() - begin >= _QUICK:
             sys.stderr.write("\r\x1b[K")
-    await work
+    try:
+        await work
+    except BusError as error:
+        if error.name.endswith(".Failed"):
+            text = str(error)
+            hint = f"findmnt shows what is mounted. To try again: polytmpctl remove {user}"
+            raise Failure(text[:1].upper() + text[1:], hint) from None
+        raise
+
+
+async def _progress(context: Context, uid: int, files: int) -> str:
+    """files: how many there were; 0 where they were not counted."""
+    with contextlib.suppress(BusError):  # who may not count may remove all the same
+        removed = await context.client.removed_entries(uid)
+        return f"{removed} of {files}, " if files else f"{removed} so far, "
+    return ""
 
 
 async def _failed_instance(context: Context, uid: int, user: str) -> list[list[str]]:
@@ -85,18 +101,21 @@ async def _usage(context: Context, uid: int, user: str) -> list[tuple[str, int, 
     try:
         return await context.client.usage(uid)
     except BusError as error:
-        if error.name.endswith(".Failed"):  # too large to count in time
+        # Too large to count in time, set aside already; or not to be counted by this caller, who may be one
+        # to remove it.
+        if error.name.endswith((".Failed", ".AccessDenied", ".InteractiveAuthorizationRequired")):
             return []
         if error.name.endswith(".NoSuchInstance"):
             raise Failure(f"{user} has no instance now, and nothing of former ones is kept.") from None
         raise
 
 
-def _ask(user: str, rows: list[tuple[str, int, int]]) -> None:
+def _ask(user: str, rows: list[tuple[str, int, int]], uncounted: set[str]) -> None:
     what = [
         f"  {directory}: {output.size(size)} in {output.count(inodes, 'file')}"
         for directory, size, inodes in rows
     ]
+    what += [f"  {directory}: not counted" for directory in sorted(uncounted)]
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise Failure(f"Not removing the files of {user} without a question.", "To remove them: --yes")
     lines = [f"This removes for good what {user} has in:", *(what or ["  (not counted)"])]

@@ -22,6 +22,7 @@ _PATIENCE: Final = 3.0
 """Seconds that counting may keep the page waiting; usage waits longer."""
 _SENTINEL: Final = "polytmp-sentinel"
 _LIFETIMES: Final = {"instance": "removed with the instance", "persistent": "kept between logins"}
+_GOING: Final = {"removing": "being deleted", "failed": "what is left of it could not be deleted"}
 
 
 async def status(context: Context) -> Answer:
@@ -61,6 +62,7 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
         "user": values["User"],
         "state": values["State"],
         "since": values["CreatedUSec"],
+        "removed": await _removed(context, uid, values["State"]),
         "control_group": values["ControlGroup"],
         "namespace": values["NamespaceID"],
         "directories": directories,
@@ -78,6 +80,16 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
         ],
         "journal": _journal(uid, context.options.lines),
     }
+
+
+async def _removed(context: Context, uid: int, state: str) -> int | None:
+    """How many files are gone, where a removal is at work."""
+    if state not in {"removing", "failed"}:
+        return None
+    try:
+        return await context.client.removed_entries(uid)
+    except BusError:
+        return None
 
 
 def _session(session: Session) -> dict[str, str]:
@@ -173,6 +185,8 @@ def _page(context: Context, found: dict[str, Any]) -> str:
         ago = output.age(found["since"], time.time_ns() // 1000)
         since = f" since {output.moment(found['since'])}; {ago}"
     line("State", style.state(state) + since)
+    if found["removed"]:
+        line("Removed", f"{output.count(found['removed'], 'file')} so far")
     sessions = [_session_text(session) for session in found["sessions"]]
     if sessions:
         line("Sessions", ", ".join(sessions))
@@ -181,6 +195,8 @@ def _page(context: Context, found: dict[str, Any]) -> str:
     for entry in found["directories"]:
         line(entry["directory"], f"{entry['path']}")
         details = [_LIFETIMES.get(entry["lifetime"], entry["lifetime"])]
+        if entry["lifetime"] == "instance" and state in _GOING:
+            details = [_GOING[state]]
         if entry["bytes"] is not None:
             details.insert(0, f"{output.size(entry['bytes'])} in {output.count(entry['inodes'], 'file')}")
         lines.append(indent + style.faint("; ".join(details)))

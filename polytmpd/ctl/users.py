@@ -26,7 +26,7 @@ def uid_of(user: str, listed: Sequence[Listed] = ()) -> int:
     try:
         return pwd.getpwnam(user).pw_uid
     except (KeyError, ValueError):
-        text = f"Failed to look up user {user}: No such user"
+        text = f"Failed to look up user '{user}': No such user"
         raise Failure(text, "polytmpctl list shows who has an instance.") from None
 
 
@@ -73,4 +73,6 @@ def chosen(
 
 
 def no_instance(user: str) -> Failure:
+    if user in {"root", "0"}:
+        return Failure("root has no instance: root is never moved.", "polytmpctl list shows who has one.")
     return Failure(f"{user} has no instance now.", "polytmpctl list shows who has one.")

@@ -11,6 +11,7 @@ import pytest
 
 from tests import observe
 from tests.bed import Machine, Result, eventually
+from tests.bed.tree import ssh_key
 
 pytestmark = pytest.mark.e2e
 
@@ -260,6 +261,43 @@ def test_remove_what_is_kept(machine: Machine) -> None:
     )
 
 
+def test_remove_what_could_not_be_deleted(machine: Machine) -> None:
+    observe.log_everybody_out(machine)
+    with machine.session("alice") as alice:
+        alice.run("mkdir /tmp/m; touch /tmp/file")
+        place = ctl(machine, "path", "-u", "alice", "/tmp/m").stdout.strip()
+        machine.run("mount", "-t", "tmpfs", "-o", "size=1m", "in-the-way", place)
+    try:
+        eventually(lambda: observe.state(machine, "alice") == "failed", 30, "the removal has failed")
+        refused(ctl(machine, "remove", "--yes", "alice", check=False), "resource busy", "/tmp/m")
+        assert observe.state(machine, "alice") == "failed"
+        assert {row["directory"] for row in values(machine, "usage", "alice")} == {"/var/tmp"}
+        assert "what is left of it could not be deleted" in ctl(machine, "status", "alice").stdout
+        refused(ctl(machine, "enter", "alice", "id", check=False), "in the state 'failed'")
+        assert "  /tmp: not counted\r\n" in terminal(machine, "polytmpctl remove alice", "n")
+        examined = ctl(machine, "check", check=False)
+        assert (examined.returncode, "polytmpctl remove alice" in examined.stdout) == (1, True)
+    finally:
+        machine.sh("umount $(findmnt -n -o TARGET -S in-the-way)")
+    refused(ctl(machine, "remove", "alice", check=False), "--yes")
+    ctl(machine, "remove", "--yes", "alice")
+    assert observe.gone(machine, "alice")
+    assert "Removed instance of user alice" in machine.journal("--unit=polytmpd", "--lines=1")
+
+
+def test_how_far_a_removal_is(machine: Machine) -> None:
+    with machine.session("bob") as bob:
+        bob.run("mkdir /var/tmp/many; cd /var/tmp/many; seq 30000 | xargs touch")
+    eventually(lambda: "bob" not in observe.instances(machine), 30, "bob's instance is gone")
+    script = (
+        "polytmpctl remove --yes --persistent bob & while kill -0 $! 2>/dev/null; do "
+        "busctl call org.polytmp1 /org/polytmp1 org.polytmp1.Manager GetRemovalProgress u 1002; done"
+    )
+    seen = [int(line.removeprefix("t ")) for line in machine.sh(script).stdout.splitlines()]
+    assert max(seen) in range(1024, 30100), seen
+    assert machine.sh(script.partition("do ")[2].partition(";")[0]).stdout == "t 0\n", "when it is over"
+
+
 def terminal(machine: Machine, command: str, typed: str) -> str:
     """What root's terminal shows; the line is typed when the question is there."""
     return machine.ssh("root", command, tty=True, input=f"{typed}\n", check=False).stdout
@@ -311,6 +349,29 @@ def test_the_completion_of_bash(machine: Machine, alice: Any) -> None:
         assert machine.sh(script.format(words)).stdout.strip() == expected
 
 
+# Other hosts
+
+
+def test_another_host(machine: Machine, alice: Any) -> None:
+    """This one once more, by ssh."""
+    machine.write("/root/.ssh/id_ed25519", ssh_key().read_text(), 0o600)
+    machine.write("/root/.ssh/config", "StrictHostKeyChecking accept-new\nLogLevel ERROR\n", 0o600)
+    try:
+        here = values(machine, "list")
+        assert [row["user"] for row in here] == ["alice"]
+        assert values(machine, "-H", "root@127.0.0.1", "list") == here
+        words = ("--host=root@127.0.0.1", "enter", "alice", "sh", "-c", "cat /tmp/f*; exit 42")
+        inside = ctl(machine, *words, check=False)
+    finally:
+        machine.run("rm", "-f", *(f"/root/.ssh/{name}" for name in ("id_ed25519", "config", "known_hosts")))
+    assert (inside.returncode, inside.stdout) == (42, "hers\n")
+
+
+def test_a_container_that_is_not_there(machine: Machine) -> None:
+    """The image of the tests has no systemd-machined, as many servers."""
+    refused(ctl(machine, "-M", "nosuch", "list", check=False), "There is no container 'nosuch'")
+
+
 # check
 
 
@@ -332,6 +393,25 @@ def test_check_passes_on_this_host(machine: Machine, alice: Any) -> None:
     )
     assert {name: names.get(name) for name in expected} == dict.fromkeys(expected, "pass")
     assert names["/ (propagation)"] == "pass"
+    narrow = machine.sh("COLUMNS=80 polytmpctl check").stdout
+    assert "\n✓ pass mounts   / (propagation)\n                shared: mounts reach sessions" in narrow
+    assert max(map(len, narrow.splitlines()[3:])) <= 80
+
+
+def test_check_finds_a_directory_and_users_that_have_none(machine: Machine, alice: Any) -> None:
+    machine.write("/etc/polytmpd.conf.d/x.conf", "[Polytmp]\nDirectories=/tmp /var/tmp /srv/none\n")
+    machine.run("useradd", "--uid", "70000", "distant")
+    try:
+        machine.run("systemctl", "restart", "polytmpd")
+        done = ctl(machine, "check", "--json=short", check=False)
+        results = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}
+        verdicts = {name: entry["verdict"] for name, entry in results.items() if entry["verdict"] != "pass"}
+        assert verdicts == {"/srv/none": "fail", "login.defs": "warn"}
+        assert "install -d -m 1777 /srv/none" in results["/srv/none"]["remedy"]
+        assert "distant (70000)" in results["login.defs"]["text"]
+        assert "UID_MAX 70000" in results["login.defs"]["remedy"]
+    finally:
+        machine.sh("userdel distant; rm /etc/polytmpd.conf.d/x.conf; systemctl restart polytmpd")
 
 
 def test_check_finds_what_is_wrong(machine: Machine, alice: Any) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd.ctl import host, pamstacks
+from polytmpd import config
+from polytmpd.ctl import host, pamstacks, settings
 
 pytestmark = pytest.mark.unit
 
@@ -206,3 +207,40 @@ def test_limits(tmp_path: Path, value: str, expected: str) -> None:
     make(tmp_path, {"proc/sys/user/max_mnt_namespaces": value, "proc/sys/fs/mount-max": "100000"})
     results = [result.verdict for result in host.limits(tmp_path, 10)]
     assert results == [expected, "pass"]
+
+
+# login.defs and passwd
+
+PASSWD = "root:x:0:0::/root:/bin/sh\nada:x:1000:1000::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n+::::::\n"
+FAR = "eve:x:70000:70000::/:/bin/sh\nbackup:x:70001:70001::/:/bin/sh\n"
+
+
+@pytest.mark.parametrize(
+    ("defs", "here", "named"),
+    [
+        ("", {}, ["backup (70001)", "eve (70000)"]),
+        ("UID_MAX 70000\n", {}, ["backup (70001)"]),
+        ("#UID_MAX 80000\nUID_MAX\t0x13880\n", {}, []),
+        ("UID_MAX 80000\n", {1234567: "DOM\\dora", 70000: "eve"}, ["DOM\\dora (1234567)"]),
+        ("UID_MAX 80000\n", {2000: "bob", 90000: "has-one"}, []),
+        ("SYS_UID_MAX 80000\nUID_MAX x\nUID_MAX 99999999999\n", {}, ["backup (70001)", "eve (70000)"]),
+        ("UID_MAX 999\n", {}, ["backup (70001)", "eve (70000)"]),
+    ],
+)
+def test_users_above_the_regular_ones(
+    tmp_path: Path, defs: str, here: dict[int, str], named: list[str]
+) -> None:
+    make(tmp_path, {"etc/passwd": PASSWD + FAR, "etc/login.defs": defs})
+    regular = settings.regular_uids(tmp_path)
+    found = settings.users_above(tmp_path, regular, here, {90000})
+    assert found.verdict == ("warn" if named else "pass")
+    assert sorted(found.text.partition("directories: ")[2].split(", ")) == (named or [""])
+    assert bool(found.remedy) == bool(named)
+    exemptions = config.load(tmp_path)[0].exemptions
+    assert (regular.start, regular.stop - 1) == (exemptions.uid_min, exemptions.uid_max), "as the daemon"
+
+
+def test_a_host_without_far_users(tmp_path: Path) -> None:
+    make(tmp_path, {"etc/passwd": PASSWD, "etc/login.defs": "UID_MIN 500\n"})
+    found = settings.users_above(tmp_path, settings.regular_uids(tmp_path), {}, ())
+    assert (found.verdict, found.text) == ("pass", "regular users are those of UID 500 to 60000")

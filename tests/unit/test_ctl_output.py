@@ -260,3 +260,15 @@ def test_mounts_in_an_instance() -> None:
     assert status.mounts_below(MOUNTINFO, ["/tmp", "/var/tmp"], ["/tmp/.X11-unix"]) == [
         {"mount": "/tmp/my mount", "type": "fuse.sshfs", "source": "host:/a b"}
     ]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("utf-8", "● a → … │ é"),
+        ("ascii", "* a > ~ | ?"),
+        ("iso-8859-1", "* a > ~ | é"),
+    ],
+)
+def test_a_terminal_that_cannot_show_everything(encoding: str, text: str) -> None:
+    assert output.displayable("● a → … │ é", encoding) == text
