@@ -735,9 +735,7 @@ async def test_before_logind_tells_who_is_logged_in_nothing_drains(world: World)
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
     world.slices.populated[1000] = True
     world.logind.away = True
-    kept = instance(1000, "alice", 7)
-    world.executor.restored = Restored([kept], [], [])
-    world.executor.held[1000] = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    world.executor.restored = Restored([instance(1000, "alice", 7)], [], [])
     await world.daemon.restore()
     await world.daemon.start()
     assert world.state() is State.ACTIVE
