@@ -89,7 +89,7 @@ test-unit: setup ## Unit and bus tests; no privilege
 	$(PYTEST) tests/unit $(wildcard tests/bus) $(PYTEST_ARGS)
 
 test-kernel: setup ## Mounts and namespaces; root
-	$(PYTEST) tests/kernel -n $(WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) tests/kernel -n $(WORKERS) --timeout 300 $(PYTEST_ARGS)
 
 test-pam: setup build-pam ## The PAM module through pamtester; root
 	$(PYTEST) tests/pam -n $(WORKERS) $(PYTEST_ARGS)
