@@ -509,9 +509,10 @@ def _unmount(target: Path) -> None:
 
 def _remove_abandoned(parent: Path) -> None:
     for path in parent.iterdir():
-        if not stat.S_ISDIR(path.lstat().st_mode) or time.time() - path.lstat().st_ctime < 60:
-            continue  # perhaps another run makes it just now
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # others remove theirs meanwhile
+            found = path.lstat()
+            if not stat.S_ISDIR(found.st_mode) or time.time() - found.st_ctime < 60:
+                continue  # perhaps another run makes it just now
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
