@@ -603,7 +603,7 @@ class Daemon:
         except OSError as error:
             event = Event.REMOVE_FAILED
             log.error(
-                "Instance of user %s cannot be deleted, the next start tries again: %s",
+                "Instance of user %s cannot be deleted, polytmpctl remove tries again: %s",
                 instance.user,
                 error,
                 extra=fields(MessageId.REMOVE_FAILED, uid, instance.user),
