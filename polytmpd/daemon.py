@@ -97,6 +97,7 @@ class Daemon:
         self._ended: list[int] = []
         self._listing: set[str] | None = None
         self._heard_of_sessions = False
+        self._stopping = False
         self._announcer: Announcer | None = None
         self._logind: Logind | None = None
         self._systemd: Systemd | None = None
@@ -157,7 +158,8 @@ class Daemon:
         self._executor.start()
 
     async def stop(self) -> None:
-        """Let unfinished work end as far as it does so by itself; instances stay."""
+        """Let unfinished work end as far as it does so by itself, and begin nothing new; instances stay."""
+        self._stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -700,6 +702,8 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        if self._stopping:
+            task.cancel()
         return task
 
     def _done(self, task: "asyncio.Task[None]") -> None:

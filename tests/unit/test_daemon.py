@@ -729,6 +729,22 @@ async def test_without_logind_it_starts_all_the_same(world: World) -> None:
     await world.handed_over(login)
 
 
+async def test_nothing_is_begun_while_it_stops(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """logind's signals come until the end; what would do the work is closed one after the other."""
+    close = world.executor.close
+
+    async def close_slowly() -> None:
+        world.daemon.session_new(Session("1", ALICE))
+        login = world.login()
+        await world.settle()
+        login.cancel()
+        await close()
+
+    monkeypatch.setattr(world.executor, "close", close_slowly)
+    await world.daemon.stop()
+    assert "prepare 1000" not in world.executor.log
+
+
 async def test_before_logind_tells_who_is_logged_in_nothing_drains(world: World) -> None:
     """After a restart of the bus logind takes its time; who held an instance is taken to be here."""
     world = World()
