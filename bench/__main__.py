@@ -121,6 +121,26 @@ def calls(machine: Machine) -> dict[str, float]:
     return result
 
 
+_COMMANDS: Final = """
+import statistics, subprocess, time
+
+def once(command):
+    begin = time.perf_counter()
+    subprocess.run(command.split(), stdout=subprocess.DEVNULL, check=True)
+    return (time.perf_counter() - begin) * 1000
+
+for command in ("polytmpctl list", "loginctl list-users"):
+    print(statistics.median(once(command) for _ in range(15)), command)
+"""
+
+
+def commands(machine: Machine) -> dict[str, float]:
+    """Command → median, ms."""
+    with machine.session("alice"):
+        lines = machine.run("python3", "-c", _COMMANDS).stdout.splitlines()
+    return {command: float(spent) for spent, _, command in (line.partition(" ") for line in lines)}
+
+
 def namespaces() -> dict[str, float]:
     argv = [
         "unshare",
@@ -147,6 +167,7 @@ def table(release: str, repeat: int) -> str:
         measured = logins(machine, repeat)
         machine.sh(CONFIGURATIONS["polytmp"])
         rates = calls(machine)
+        spent = commands(machine)
     day = datetime.datetime.now(tz=datetime.UTC)
     where = f"{release}, Linux {platform.release()}, {os.cpu_count()} CPUs"
     lines = [
@@ -162,6 +183,7 @@ def table(release: str, repeat: int) -> str:
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     lines += ["", "| polytmp | |", "|---|---|"]
     lines += [f"| AcquireNamespace, calls/s, {kind} | {rate:.0f} |" for kind, rate in rates.items()]
+    lines += [f"| {command}, ms | {median:.0f} |" for command, median in spent.items()]
     return "\n".join(lines)
 
 
