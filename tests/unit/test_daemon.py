@@ -358,7 +358,8 @@ async def test_a_caller_in_a_namespace_of_its_own(world: World, monkeypatch: pyt
 async def test_prepare_fails_for_all_who_wait_and_nothing_is_left(world: World) -> None:
     logins = [world.login(), world.login()]
     await eventually(lambda: world.executor.waits("prepare"))
-    await world.settle()
+    # Each has its user's name looked up in a thread first.
+    await eventually(lambda: len(world.daemon._records[1000].waiting) == len(logins))
     world.executor.answer("prepare", OSError(28, "No space left on device"))
     for login in logins:
         with pytest.raises(PolytmpError, match="No space left on device"):
