@@ -115,6 +115,9 @@ if LIBRARY == "dbus_next":
 
         def __init__(self, wrapped: socket.socket) -> None:
             self._socket = wrapped
+            # Not select(2), which knows no descriptor above 1023: the FD store's come before this one.
+            self._writable = select.poll()
+            self._writable.register(wrapped, select.POLLOUT)
 
         def send(self, data: bytes) -> int:
             try:
@@ -127,7 +130,7 @@ if LIBRARY == "dbus_next":
                 try:
                     return self._socket.sendmsg(buffers, ancillary)
                 except BlockingIOError:  # the writer forgets the descriptors once it was called
-                    select.select([], [self._socket], [], 1)
+                    self._writable.poll(1000)
 
     class _PatientWriter(_aio._MessageWriter):  # type: ignore[misc]  # likewise
         def __init__(self, bus: Any) -> None:

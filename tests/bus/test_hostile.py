@@ -2,13 +2,17 @@
 """What callers may send at any time: descriptors, novel signatures, floods. And descriptors in answers."""
 
 import asyncio
+import contextlib
+import fcntl
 import os
+import socket
 from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import pytest
 
+from polytmpd.bus import library
 from polytmpd.bus.connection import Connection
 from polytmpd.bus.contract import MANAGER, PATH, SERVICE
 from polytmpd.bus.library import (
@@ -221,6 +225,21 @@ async def test_a_deep_message_is_survived(service: Service, client: Client) -> N
 
 
 # Floods
+
+
+@pytest.mark.skipif(LIBRARY != "dbus_next", reason="dbus-fast has a writer of its own")
+async def test_a_full_socket_with_a_high_number_is_waited_for() -> None:
+    """A daemon that a thousand namespaces were given back to has its connection above them."""
+    here, there = socket.socketpair()
+    with here, there, socket.socket(fileno=fcntl.fcntl(here, fcntl.F_DUPFD_CLOEXEC, 1500)) as high:
+        high.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while high.send(b"x" * 4096):
+                pass
+        reader = asyncio.create_task(asyncio.to_thread(there.recv, 1 << 20))
+        patient: Any = vars(library)["_PatientSocket"](high)
+        assert await asyncio.to_thread(patient.sendmsg, [b"y"], []) == 1
+        await reader
 
 
 async def test_a_flood_of_one_caller_is_refused_and_others_are_served(
