@@ -3,8 +3,6 @@
 
 import errno
 import fcntl
-import itertools
-import mmap
 import os
 import random
 import resource
@@ -17,16 +15,15 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 from polytmpd import deletion, storage
 from polytmpd.kernel import syscalls
+from tests.kernel.children import alone, attackers, become, in_child, in_namespace, start
 
 pytestmark = pytest.mark.kernel
 
@@ -115,75 +112,8 @@ def sentinel(base: Path) -> Iterator[Path]:
     assert snapshot(root) == before
 
 
-def in_child(work: Callable[[], None], timeout: float = 120) -> None:
-    """Runs in a forked process; what it raises fails the test."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.alarm(int(timeout))
-            work()
-            os._exit(0)
-        except BaseException:
-            os.write(writer, traceback.format_exc().encode()[-60000:])
-            os._exit(1)
-    os.close(writer)
-    with open(reader, "rb") as text:
-        said = text.read().decode()
-    _, status = os.waitpid(pid, 0)
-    assert status == 0, said or f"the child ended with status {status}"
-
-
-def in_namespace(work: Callable[[], None]) -> None:
-    """Runs in a child with a mount namespace of its own, whose mounts nobody else sees."""
-
-    def inside() -> None:
-        syscalls.unshare(syscalls.CLONE_NEWNS)
-        syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-        work()
-
-    in_child(inside)
-
-
 def bind(source: Path, target: Path) -> None:
     syscalls.mount(str(source), str(target), None, 0x1000)
-
-
-def become(uid: int) -> None:
-    os.setgroups([])
-    os.setgid(uid)
-    os.setuid(uid)
-
-
-@contextmanager
-def attackers(*works: Callable[[int], None]) -> Iterator[mmap.mmap]:
-    """One process each, without privileges, that calls its work over and over; yields the count of calls."""
-    counts = mmap.mmap(-1, 8 * len(works))
-    pids = []
-    for index, work in enumerate(works):
-        pid = os.fork()
-        if pid == 0:
-            attack(index, work, counts)
-        pids.append(pid)
-    try:
-        deadline = time.monotonic() + 10
-        while 0 in struct.unpack(f"{len(works)}q", counts[:]) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        yield counts
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-def attack(index: int, work: Callable[[int], None], counts: mmap.mmap) -> NoReturn:
-    signal.alarm(120)
-    become(ATTACKER)
-    for number in itertools.count(1):
-        with suppress(OSError):
-            work(number)
-        struct.pack_into("q", counts, 8 * index, number)
-    os._exit(0)
 
 
 # --- what is there to be removed ---
@@ -463,18 +393,14 @@ def test_a_mount_in_another_namespace_does_not_hinder(base: Path, sentinel: Path
     (inner / "mounted" / "below").touch()
 
     def work() -> None:
+        alone()
         bind(sentinel, inner / "mounted")
         ready_w.send(b"x")
         done_r.recv(1)
 
     ready_r, ready_w = socket.socketpair()
     done_r, done_w = socket.socketpair()
-    child = os.fork()
-    if child == 0:
-        syscalls.unshare(syscalls.CLONE_NEWNS)
-        syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-        work()
-        os._exit(0)
+    child = start(work)
     ready_r.recv(1)
     assert remove(base).complete
     done_w.send(b"x")
@@ -614,6 +540,7 @@ def test_attackers_at_work(base: Path, sentinel: Path, seed: int) -> None:
     fds_and_outside = [*fds, os.open(outside, os.O_RDONLY)]
     dice = random.Random(seed)
 
+    # Few names, so that the tree stays as small as it is however long they have.
     def disturb(_number: int) -> None:
         there, other = dice.choice(fds), dice.choice(fds_and_outside)
         name, new = f"dir{dice.randrange(12)}", f"dir{dice.randrange(12)}"
@@ -621,7 +548,7 @@ def test_attackers_at_work(base: Path, sentinel: Path, seed: int) -> None:
         if action == 0:
             os.mkdir(name, dir_fd=there)
         elif action == 1:
-            os.close(os.open(f"new{dice.randrange(1000)}", os.O_CREAT, dir_fd=there))
+            os.close(os.open(f"new{dice.randrange(100)}", os.O_CREAT, dir_fd=there))
         elif action == 2:
             os.symlink(sentinel, f"link{dice.randrange(10)}", dir_fd=there)
         elif action == 3:
@@ -631,7 +558,7 @@ def test_attackers_at_work(base: Path, sentinel: Path, seed: int) -> None:
         elif action == 5:
             os.rename(name, new, src_dir_fd=there, dst_dir_fd=other)
         elif action == 6:
-            os.mkdir(f"{name}/y{dice.randrange(1000)}", dir_fd=there)
+            os.mkdir(f"{name}/y{dice.randrange(30)}", dir_fd=there)
         else:
             os.fchdir(there)
             os.chmod(".", 0o777)
@@ -645,17 +572,17 @@ def test_attackers_at_work(base: Path, sentinel: Path, seed: int) -> None:
         for name in range(10):
             syscalls.renameat2(there, f"dir{name}", there, "link", RENAME_EXCHANGE)
 
-    with attackers(disturb, exchange, disturb) as counts:
+    with attackers(ATTACKER, disturb, exchange, disturb) as attack:
         time.sleep(0.1)
         assert remove(base).complete
-        assert sum(struct.unpack("3q", counts[:])) > 1000
+        assert sum(attack.rounds) > 1000
     assert sorted(path.name for path in base.iterdir()) == ["outside", "sentinel"]
     for fd in fds_and_outside:
         os.close(fd)
 
 
 def test_attackers_who_only_create(base: Path) -> None:
-    """Without possession this would be a race that the attacker wins."""
+    """Nothing but possession (above) ends this race before they tire."""
     inner = make(base)
     held = inner / "held"
     held.mkdir()
@@ -665,9 +592,9 @@ def test_attackers_who_only_create(base: Path) -> None:
     fd = os.open(held, os.O_RDONLY)
 
     def create(number: int) -> None:
-        os.mkdir(f"{os.getpid()}-{number}", dir_fd=fd)
+        os.mkdir(f"{os.getpid()}-{number % 20_000}", dir_fd=fd)
 
-    with attackers(create, create):
+    with attackers(ATTACKER, create, create):
         time.sleep(0.05)
         assert remove(base).complete
     os.close(fd)

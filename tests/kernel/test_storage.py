@@ -5,13 +5,11 @@ import errno
 import os
 import re
 import shutil
-import signal
 import stat
 import struct
 import subprocess
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 
 from polytmpd import storage
 from polytmpd.kernel import syscalls
+from tests.kernel.children import attackers, in_namespace
 
 pytestmark = pytest.mark.kernel
 
@@ -74,21 +73,6 @@ def assert_as_made(base: Path) -> None:
 
 def acl(*entries: tuple[int, int, int]) -> bytes:
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
-
-
-def in_namespace(work: Callable[[], None]) -> None:
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(60)
-        try:
-            syscalls.unshare(syscalls.CLONE_NEWNS)
-            syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
 
 
 def squat(path: Path, kind: str) -> None:
@@ -383,16 +367,11 @@ def test_adopt_while_the_user_is_at_work(base: Path) -> None:
     make(base)
     inner = base / NAME / "tmp"
     fd = os.open(inner, os.O_RDONLY)
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(60)
-        os.setgroups([])
-        os.setgid(USER)
-        os.setuid(USER)
-        while True:
-            with suppress(OSError):
-                os.symlink("/etc", ".X11-unix", dir_fd=fd)
-    try:
+
+    def link(_number: int) -> None:
+        os.symlink("/etc", ".X11-unix", dir_fd=fd)
+
+    with attackers(USER, link) as attack:
         for _ in range(200):
             with suppress(OSError):
                 (inner / ".X11-unix").unlink()
@@ -404,10 +383,8 @@ def test_adopt_while_the_user_is_at_work(base: Path) -> None:
                 assert error.errno == errno.EBUSY  # noqa: PT017  (the attacker may win a round)
                 continue
             assert_as_made(base)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(fd)
+        assert attack.rounds[0] > 200
+    os.close(fd)
     assert stat.S_ISDIR(os.stat("/etc").st_mode)
 
 
@@ -605,27 +582,21 @@ def test_usage_while_others_change_it(base: Path) -> None:
     make(base)
     inner = base / NAME / "tmp"
     fd = os.open(inner, os.O_RDONLY)
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(60)
-        os.setgroups([])
-        os.setgid(USER)
-        os.setuid(USER)
+
+    def shuffle(number: int) -> None:
         os.fchdir(fd)
-        os.mkdir("0")
-        for number in range(1, 1 << 30):
-            with suppress(OSError):
-                os.mkdir(f"0/{number % 50}")
-                os.symlink("/usr", f"0/{number % 50}/link")
-                os.rename(f"0/{(number * 7) % 50}", f"0/{(number * 3) % 50}/x")
-                os.rename(f"0/{(number * 3) % 50}/x/x", f"0/{(number * 11) % 50}")
-                os.symlink("/usr", f"0/{(number * 13) % 50}")
-                os.unlink(f"0/{(number * 17) % 50}")
-    try:
+        with suppress(FileExistsError):
+            os.mkdir("0")
+        os.mkdir(f"0/{number % 50}")
+        os.symlink("/usr", f"0/{number % 50}/link")
+        os.rename(f"0/{(number * 7) % 50}", f"0/{(number * 3) % 50}/x")
+        os.rename(f"0/{(number * 3) % 50}/x/x", f"0/{(number * 11) % 50}")
+        os.symlink("/usr", f"0/{(number * 13) % 50}")
+        os.unlink(f"0/{(number * 17) % 50}")
+
+    with attackers(USER, shuffle) as attack:
         until = time.monotonic() + 1
         while time.monotonic() < until:
             assert usage(inner).inodes < 100_000
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(fd)
+        assert attack.rounds[0] > 1000
+    os.close(fd)
