@@ -80,10 +80,12 @@ format: setup ## Let ruff format and fix
 
 # One run of pytest each, so that each ends with its own summary; one that fails does not hide the next.
 test: setup lint ## All tests; root, a booted Debian in a container (under 15 minutes)
-	@failed=(); for tier in unit kernel pam e2e; do \
+	@rm -f .pytest_cache/v/cache/lastfailed; failed=(); for tier in unit kernel pam e2e; do \
 		echo "== make test-$$tier"; $(MAKE) --no-print-directory "test-$$tier" || failed+=("$$tier"); \
 	done; \
-	if (( $${#failed[@]} )); then echo "make test: failed: $${failed[*]}" >&2; exit 1; fi; echo "make test: all tiers passed"
+	if (( $${#failed[@]} )); then \
+		$(PYTEST) --cache-show cache/lastfailed; echo "make test: failed: $${failed[*]}" >&2; exit 1; \
+	fi; echo "make test: all tiers passed"
 
 test-unit: setup ## Unit and bus tests; no privilege
 	$(PYTEST) tests/unit $(wildcard tests/bus) $(PYTEST_ARGS)
