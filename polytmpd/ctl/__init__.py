@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""polytmpctl, the administrator's tool. It speaks to the daemon over D-Bus and imports nothing but bus/."""
+"""polytmpctl, the administrator's tool. It speaks to the daemon over D-Bus, and reads the configuration: it
+imports bus/ and config alone.
+"""
