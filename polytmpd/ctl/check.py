@@ -3,7 +3,7 @@
 
 Looks, and changes nothing. Fails (exit status 1) where a user can end up in the shared /tmp, or mounts do
 not reach him; warns of what may surprise.
-Not here: the facts of the host itself (host.py), of its users (settings.py), of PAM (pamstacks.py).
+Not here: the facts of the host itself (host.py), of its settings (settings.py), of PAM (pamstacks.py).
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
-from polytmpd import __version__
+from polytmpd import __version__, config
 from polytmpd.bus.connection import BusError
 from polytmpd.ctl import host, output, pamstacks, settings, users
 from polytmpd.ctl.commands import Answer, Context
@@ -95,19 +95,22 @@ def _system() -> str:
 async def _all(context: Context) -> AsyncIterator[Result]:
     async for result in _daemon(context):
         yield result
-    directories = ["/tmp", "/var/tmp"]
+    wanted, problems = config.load(_ROOT)
+    directories = [directory.path for directory in wanted.directories]
+    in_force: list[str] | None = None
     listed: dict[int, str] = {}
     here: dict[int, str] = {}
     try:
-        directories = await context.client.directories()
+        directories = in_force = await context.client.directories()
         listed = {entry.uid: entry.user for entry in await context.client.instances()}
     except BusError:
-        text = "polytmpd does not say which are private; looking at those that are by default"
+        text = "polytmpd does not say which are private; looking at those of polytmpd.conf"
         yield Result("mounts", "Directories=", "skip", text, "see the daemon's own line")
     with contextlib.suppress(BusError):
         here = {session.uid: session.user for session in await context.neighbours.sessions()}
-    regular = settings.regular_uids(_ROOT)
-    yield settings.users_above(_ROOT, regular, here, listed)
+    for result in settings.judge(_ROOT, wanted, problems, in_force):
+        yield result
+    yield settings.users_above(_ROOT, wanted, here, listed)
     for result in host.kernel():
         yield result
     for result in (
@@ -121,7 +124,7 @@ async def _all(context: Context) -> AsyncIterator[Result]:
         yield Result("PAM", finding.service, finding.verdict, finding.text, finding.remedy)
     async for result in _units(context):
         yield result
-    async for result in _logged_in(context, listed, regular):
+    async for result in _logged_in(context, listed, wanted):
         yield result
     for result in (*host.cleaners(_ROOT), *host.kerberos(_ROOT), *host.containers(_ROOT)):
         yield result
@@ -227,7 +230,9 @@ def _named(pid: str) -> str:
     return f"{output.clean(Path('/proc', pid, 'comm').read_text(errors='replace').strip())} ({pid})"
 
 
-async def _logged_in(context: Context, listed: dict[int, str], regular: range) -> AsyncIterator[Result]:
+async def _logged_in(
+    context: Context, listed: dict[int, str], wanted: config.Config
+) -> AsyncIterator[Result]:
     """Who logged in before polytmp was there, and is in the shared /tmp still."""
     if os.geteuid() != 0:
         yield Result("sessions", "in the shared /tmp", "skip", "only root can find out", "run it as root")
@@ -240,26 +245,28 @@ async def _logged_in(context: Context, listed: dict[int, str], regular: range) -
                 continue
             try:
                 uid = entry.stat().st_uid
-                if (uid in listed or uid in regular) and _namespace(entry.name) == host_namespace:
+                if not (uid in listed or wanted.exemptions.reason(uid) is None):
+                    continue
+                if _namespace(entry.name) == host_namespace:
                     shared.setdefault(uid, []).append(_named(entry.name))
             except OSError:
                 continue
     except OSError as error:
         yield Result("sessions", "in the shared /tmp", "skip", str(error))
         return
+    users_of = {uid: listed.get(uid) or users.name_of(uid) for uid in shared}
+    shared = {
+        uid: names
+        for uid, names in shared.items()
+        if uid in listed or wanted.exemptions.reason(uid, users_of[uid]) is None
+    }
     for uid, names in sorted(shared.items()):
         more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
-        user = listed.get(uid) or users.name_of(uid)
-        yield Result(
-            "sessions",
-            user,
-            "warn",
-            f"in the shared /tmp: {', '.join(names[:_NAMED_AT_MOST])}{more}",
-            f"began before polytmp was installed, or without PAM; loginctl terminate-user {user}"
-            if uid in listed
-            else "all is well if ExemptUsers= in polytmpd.conf(5) names the user; "
-            f"else it began before polytmp was installed, or without PAM; loginctl terminate-user {user}",
+        remedy = (
+            f"began before polytmp was installed, or without PAM; loginctl terminate-user {users_of[uid]}"
         )
+        text = f"in the shared /tmp: {', '.join(names[:_NAMED_AT_MOST])}{more}"
+        yield Result("sessions", users_of[uid], "warn", text, remedy)
     if not shared:
         who = f"the processes of {output.count(len(listed), 'user')} with an instance"
         text = f"none of {who}" if listed else "nobody has an instance now"

@@ -1,59 +1,80 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What check makes of login.defs(5): who is a regular user, and who is none for his UID alone.
+"""What check makes of polytmpd.conf(5) and login.defs(5): what does not count, and who is no regular user.
 
-Not here: mistakes in polytmpd.conf(5), which the daemon tells the journal.
+Read as the daemon reads them, so that it can be said while the daemon is down.
+Not here: whether the directories are fit to be private (host.py).
 """
 
-import re
-from collections.abc import Collection
+import pwd
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from polytmpd.config import Config
 from polytmpd.ctl.host import Result
 from polytmpd.ctl.output import clean, count
 
-_DEFAULT: Final = {"UID_MIN": 1000, "UID_MAX": 60000}
-_UID_LAST: Final = 2**32 - 2
+_CONFIGURATION: Final = "polytmpd.conf"
+_RELOAD: Final = "systemctl reload polytmpd.service"
 _NOBODY: Final = 65534
 _NAMED_AT_MOST: Final = 5
 
 
-def regular_uids(root: Path) -> range:
-    """As the daemon reads them, polytmpd.conf(5): the last line counts that makes sense."""
-    found = dict(_DEFAULT)
-    try:
-        text = (root / "etc/login.defs").read_text(errors="replace")
-    except OSError:
-        text = ""
-    for name, word in re.findall(r"(?m)^[ \t]*(UID_M(?:IN|AX))[ \t]+(\S+)", text):
-        try:
-            value = int(word, 0)
-        except ValueError:
-            continue
-        if 0 < value <= _UID_LAST:
-            found[name] = value
-    if found["UID_MIN"] > found["UID_MAX"]:
-        found = _DEFAULT
-    return range(found["UID_MIN"], found["UID_MAX"] + 1)
+def judge(
+    root: Path, config: Config, problems: Sequence[str], in_force: Collection[str] | None
+) -> Iterator[Result]:
+    """problems: as config.load tells them. in_force: the directories that the daemon makes private, None
+    where it does not say.
+    """
+    wanted = [directory.path for directory in config.directories]
+    for problem in problems:
+        place, _, what = problem.partition(": ")
+        name = f"/{Path(place).relative_to(root)}"
+        yield Result("settings", name, "warn", clean(what), f"mend it, then: {_RELOAD}")
+    unknown = sorted(clean(name) for name in config.exemptions.users if not _is_user(name))
+    if unknown:
+        text = f"ExemptUsers= names {', '.join(unknown)}: there is no such user"
+        yield Result("settings", _CONFIGURATION, "warn", text, "correct the name, or take it out")
+    if in_force is not None and set(in_force) != set(wanted):
+        text = f"not in force: polytmpd has Directories={' '.join(sorted(in_force))}"
+        yield Result("settings", _CONFIGURATION, "warn", text, _RELOAD)
+    elif not problems and not unknown:
+        yield Result("settings", _CONFIGURATION, "pass", f"private to each user: {' '.join(wanted)}")
 
 
-def users_above(root: Path, regular: range, others: dict[int, str], listed: Collection[int]) -> Result:
+def users_above(root: Path, config: Config, others: dict[int, str], listed: Collection[int]) -> Result:
     """others: who is here now, of a directory service too. listed: who has an instance all the same."""
-    users = {**_passwd(root), **others}
-    above = sorted(uid for uid in users if uid >= regular.stop and uid != _NOBODY and uid not in listed)
-    last = regular.stop - 1
-    if not above:
-        text = f"regular users are those of UID {regular.start} to {last}"
-        return Result("users", "login.defs", "pass", text)
+    exempt = config.exemptions
+    meant = {str(_NOBODY), *exempt.users}
+    users = {
+        uid: name
+        for uid, name in {**_passwd(root), **others}.items()
+        if uid > exempt.uid_max and uid not in listed and meant.isdisjoint({name, str(uid)})
+    }
+    if not users:
+        text = f"regular users are those of UID {exempt.uid_min} to {exempt.uid_max}"
+        return Result("settings", "login.defs", "pass", text)
+    above = sorted(users)
     names = ", ".join(f"{clean(users[uid])} ({uid})" for uid in above[:_NAMED_AT_MOST])
     more = f" and {len(above) - _NAMED_AT_MOST} more" if len(above) > _NAMED_AT_MOST else ""
     return Result(
-        "users",
+        "settings",
         "login.defs",
         "warn",
-        f"above UID_MAX {last}, {count(len(above), 'user')} without private directories: {names}{more}",
-        f"if that is not meant: UID_MAX {above[-1]} in /etc/login.defs; systemctl reload polytmpd.service",
+        f"above UID_MAX {exempt.uid_max}, {count(len(above), 'user')} without private directories: "
+        f"{names}{more}",
+        f"if that is not meant: UID_MAX {above[-1]} in /etc/login.defs, then: {_RELOAD}",
     )
+
+
+def _is_user(name: str) -> bool:
+    if name.isdecimal():
+        return True
+    try:
+        pwd.getpwnam(name)
+    except (KeyError, ValueError):
+        return False
+    return True
 
 
 def _passwd(root: Path) -> dict[int, str]:

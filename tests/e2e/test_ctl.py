@@ -2,7 +2,7 @@
 """polytmpctl as an administrator and as a user types it, on a booted system: what is wrong first."""
 
 import json
-import time
+import select
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -294,9 +294,14 @@ def test_monitor(machine: Machine) -> None:
     observe.log_everybody_out(machine)
     process = machine.popen("polytmpctl", "monitor", "--json=short")
     assert process.stdout is not None
-    # the name on the bus is there before the subscription: a first event shows that it listens
-    time.sleep(1)
+    stdout = process.stdout
+
+    def listens() -> bool:
+        machine.run("su", "bob", "-c", "true")
+        return bool(select.select([stdout], [], [], 0.5)[0])
+
     try:
+        eventually(listens, what="the monitor tells of bob's logins")
         with machine.session("alice") as alice:
             alice.run("true")
         eventually(lambda: "alice" not in observe.instances(machine), 30, "alice's instance is gone")
@@ -399,6 +404,24 @@ def test_check_finds_a_directory_and_users_that_have_none(machine: Machine, alic
         assert "UID_MAX 70000" in results["login.defs"]["remedy"]
     finally:
         machine.sh("userdel distant; rm /etc/polytmpd.conf.d/x.conf; systemctl restart polytmpd")
+
+
+def test_check_finds_mistakes_in_the_configuration(machine: Machine, alice: Any) -> None:
+    """Whether the daemon has read them or not; and who is exempt is no finding."""
+    machine.write("/etc/polytmpd.conf.d/x.conf", "[Polytmp]\nExemptUsers=bob nobody-knows\nFoo=bar\n")
+    machine.run("systemd-run", "--quiet", "--unit=outside", "--uid=bob", "sleep", "777")
+    try:
+        done = ctl(machine, "check", "--json=short", check=False)
+        assert done.returncode == 0
+        found = [entry for entry in json.loads(done.stdout)["results"] if entry["verdict"] != "pass"]
+        assert [(entry["name"], entry["verdict"]) for entry in found] == [
+            ("/etc/polytmpd.conf.d/x.conf:3", "warn"),
+            ("polytmpd.conf", "warn"),
+        ]
+        assert "unknown setting Foo=" in found[0]["text"]
+        assert "nobody-knows" in found[1]["text"]
+    finally:
+        machine.sh("systemctl stop outside; rm /etc/polytmpd.conf.d/x.conf")
 
 
 def test_check_finds_what_is_wrong(machine: Machine, alice: Any) -> None:

@@ -209,7 +209,7 @@ def test_limits(tmp_path: Path, value: str, expected: str) -> None:
     assert results == [expected, "pass"]
 
 
-# login.defs and passwd
+# polytmpd.conf, login.defs and passwd
 
 PASSWD = "root:x:0:0::/root:/bin/sh\nada:x:1000:1000::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n+::::::\n"
 FAR = "eve:x:70000:70000::/:/bin/sh\nbackup:x:70001:70001::/:/bin/sh\n"
@@ -222,7 +222,7 @@ FAR = "eve:x:70000:70000::/:/bin/sh\nbackup:x:70001:70001::/:/bin/sh\n"
         ("UID_MAX 70000\n", {}, ["backup (70001)"]),
         ("#UID_MAX 80000\nUID_MAX\t0x13880\n", {}, []),
         ("UID_MAX 80000\n", {1234567: "DOM\\dora", 70000: "eve"}, ["DOM\\dora (1234567)"]),
-        ("UID_MAX 80000\n", {2000: "bob", 90000: "has-one"}, []),
+        ("UID_MAX 80000\n", {2000: "bob", 90000: "has-one", 80001: "x", 80002: "y"}, ["y (80002)"]),
         ("SYS_UID_MAX 80000\nUID_MAX x\nUID_MAX 99999999999\n", {}, ["backup (70001)", "eve (70000)"]),
         ("UID_MAX 999\n", {}, ["backup (70001)", "eve (70000)"]),
     ],
@@ -230,17 +230,47 @@ FAR = "eve:x:70000:70000::/:/bin/sh\nbackup:x:70001:70001::/:/bin/sh\n"
 def test_users_above_the_regular_ones(
     tmp_path: Path, defs: str, here: dict[int, str], named: list[str]
 ) -> None:
-    make(tmp_path, {"etc/passwd": PASSWD + FAR, "etc/login.defs": defs})
-    regular = settings.regular_uids(tmp_path)
-    found = settings.users_above(tmp_path, regular, here, {90000})
+    exempt = "[Polytmp]\nExemptUsers=x 1234568\n"
+    make(tmp_path, {"etc/passwd": PASSWD + FAR, "etc/login.defs": defs, "etc/polytmpd.conf": exempt})
+    found = settings.users_above(tmp_path, config.load(tmp_path)[0], here, {90000})
     assert found.verdict == ("warn" if named else "pass")
     assert sorted(found.text.partition("directories: ")[2].split(", ")) == (named or [""])
     assert bool(found.remedy) == bool(named)
-    exemptions = config.load(tmp_path)[0].exemptions
-    assert (regular.start, regular.stop - 1) == (exemptions.uid_min, exemptions.uid_max), "as the daemon"
 
 
 def test_a_host_without_far_users(tmp_path: Path) -> None:
     make(tmp_path, {"etc/passwd": PASSWD, "etc/login.defs": "UID_MIN 500\n"})
-    found = settings.users_above(tmp_path, settings.regular_uids(tmp_path), {}, ())
+    found = settings.users_above(tmp_path, config.load(tmp_path)[0], {}, ())
     assert (found.verdict, found.text) == ("pass", "regular users are those of UID 500 to 60000")
+
+
+@pytest.mark.parametrize(
+    ("text", "in_force", "expected"),
+    [
+        ("", ["/tmp", "/var/tmp"], [("polytmpd.conf", "pass", "private to each user: /tmp /var/tmp")]),
+        ("", None, [("polytmpd.conf", "pass", "private to each user")]),
+        ("", ["/tmp"], [("polytmpd.conf", "warn", "not in force: polytmpd has Directories=/tmp")]),
+        ("ExemptUsers=root 77\n", None, [("polytmpd.conf", "pass", "private")]),
+        (
+            "ExemptUsers=bin no-such-1\n",
+            None,
+            [("polytmpd.conf", "warn", "no-such-1: there is no such user")],
+        ),
+        (
+            "Foo=\nDirectories=tmp /tmp\n",
+            ["/tmp"],
+            [
+                ("/etc/polytmpd.conf:2", "warn", "unknown setting Foo="),
+                ("/etc/polytmpd.conf:3", "warn", "'tmp' is not an absolute path"),
+            ],
+        ),
+    ],
+)
+def test_the_configuration(
+    tmp_path: Path, text: str, in_force: list[str] | None, expected: list[tuple[str, str, str]]
+) -> None:
+    make(tmp_path, {"etc/polytmpd.conf": f"[Polytmp]\n{text}"})
+    found = list(settings.judge(tmp_path, *config.load(tmp_path), in_force))
+    assert [(result.name, result.verdict) for result in found] == [entry[:2] for entry in expected]
+    assert all(text in result.text for result, (_, _, text) in zip(found, expected, strict=True))
+    assert all(bool(result.remedy) == (result.verdict == "warn") for result in found)
