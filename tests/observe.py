@@ -17,7 +17,7 @@ QUICK_LOGOUT = "[Login]\nUserStopDelaySec=0\n"
 def instances(machine: Machine) -> dict[str, str]:
     """User → state, as polytmpctl lists them."""
     rows: list[dict[str, Any]] = json.loads(
-        machine.run("polytmpctl", "--json=short", "list", timeout=5).stdout
+        machine.run("polytmpctl", "--json=short", "list", timeout=20).stdout
     )
     return {row["user"]: row["state"] for row in rows}
 

@@ -127,7 +127,7 @@ def test_a_socket_directory_that_somebody_else_made(machine: Machine, squatter: 
         with untouched(machine):
             machine.run("su", "svc", "-c", squatter.format(path))
             before = machine.sh(show).stdout
-            listing = machine.run("su", "alice", "-c", "ls -A /tmp; touch /tmp/x", timeout=10).stdout
+            listing = machine.run("su", "alice", "-c", "ls -A /tmp; touch /tmp/x", timeout=20).stdout
             assert ".ICE-unix" in listing.split()
             assert ".X11-unix" not in listing.split()
             assert machine.sh(show).stdout == before
@@ -146,8 +146,8 @@ def test_a_barrier_with_something_mounted_on_it(machine: Machine) -> None:
     path = "/var/tmp/polytmp-1001"
     machine.sh(f"rm -rf {path}; install -d -o svc -m 0700 {path}")
     with attack(machine, "svc", program("fuse.py", "hung", path), "mounted"):
-        assert machine.run("su", "alice", "-c", "true", check=False, timeout=15).returncode != 0
-        assert machine.run("su", "bob", "-c", "echo in", timeout=15).stdout == "in\n"
+        assert machine.run("su", "alice", "-c", "true", check=False, timeout=20).returncode != 0
+        assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
         assert "something is mounted on it" in machine.journal("-u", "polytmpd", "-n", "30")
     machine.sh(f"umount {path} && rmdir {path}")  # a dead FUSE is still mounted
     assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
@@ -159,7 +159,7 @@ def test_a_squatter_of_another_type_in_var_tmp(machine: Machine) -> None:
     for make in ("mknod {0} c 5 0", "mknod {0} b 7 0", "mkdir -m 0711 {0}", "ln -s fifo {0}"):
         machine.sh(f"rm -rf {path}; {make.format(path)}")
         before = machine.sh(f"stat -c '%F %a %u %i' {path}").stdout
-        assert machine.run("su", "alice", "-c", "true", check=False, timeout=15).returncode != 0, make
+        assert machine.run("su", "alice", "-c", "true", check=False, timeout=20).returncode != 0, make
         assert machine.sh(f"stat -c '%F %a %u %i' {path}").stdout == before
     machine.sh(f"rm -rf {path}")
 
@@ -236,8 +236,8 @@ def test_a_dead_and_a_hung_fuse_hold_nobody_else_up(machine: Machine) -> None:
         eventually(lambda: alice.run("cat ~/*.out").count("mounted") == 2, what="FUSEs are there")
         assert "/home/alice/hung" in observe.mounts(machine)
         alice.run("pkill -KILL -f 'fuse.py hung /home/alice/dead'")
-        assert machine.run("su", "bob", "-c", "echo in", timeout=15).stdout == "in\n"
-        assert machine.run("su", "alice", "-c", "echo in", timeout=15).stdout == "in\n"
+        assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
+        assert machine.run("su", "alice", "-c", "echo in", timeout=20).stdout == "in\n"
         wait_until_gone(machine, "bob")
         alice.run(
             "pkill -KILL -f fuse.py; fusermount3 -uz ~/hung; fusermount3 -uz ~/dead; rm -r ~/hung ~/dead"

@@ -116,7 +116,7 @@ def test_daemon_reexec(host: Host) -> None:
 def test_a_second_daemon_refuses_to_run(host: Host) -> None:
     with nobody_notices(host):
         before = host.traces()
-        result = host.machine.run("/usr/libexec/polytmpd", check=False, timeout=10)
+        result = host.machine.run("/usr/libexec/polytmpd", check=False, timeout=30)
         assert result.returncode == 1
         assert "another polytmpd is running" in host.machine.journal("--grep=Cannot start")
         assert host.traces() == before

@@ -729,6 +729,6 @@ def test_a_lease_does_not_make_us_wait(base: Path) -> None:
     started = time.monotonic()
     with pytest.raises(PermissionError):
         remove(base)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     os.close(fd)
     assert remove(base).complete
