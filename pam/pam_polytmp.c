@@ -2,9 +2,8 @@
 /*
  * pam_polytmp: puts a session into its user's mount namespace.
  *
- * Asks polytmpd on the system bus for the namespace of the user (AcquireNamespace), joins it, done. Who gets
- * a namespace, what is in it and when it ends is polytmpd's business and none of it is known here. The one
- * decision made here is the one that polytmpd cannot make: what to do when polytmpd cannot be reached.
+ * Asks polytmpd for the user's namespace (AcquireNamespace) and joins it. Who gets one, what is in it and when
+ * it ends is polytmpd's business; what to do when polytmpd cannot be reached is decided here.
  *
  * Hard facts:
  *  - setns(2): "A process can't join a new mount namespace if it is sharing filesystem-related attributes"
@@ -13,16 +12,15 @@
  *  - A thread has a mount namespace, a process has not (namespaces(7)): setns() moves the calling thread and
  *    what it forks. /proc/self is the thread group leader, /proc/thread-self the caller (proc(5)).
  *  - setns(CLONE_NEWNS) sets root and working directory to the namespace's root (mntns_install() in the kernel;
- *    no man page says so). A setns() that failed has changed neither, and after one that did not there is
- *    nothing left that may fail: so nothing is ever rolled back here.
+ *    no man page says so). One that fails has changed neither; after it nothing can fail. So no rollback here.
  *  - The working directory is looked up anew, as root, among names that users made: openat2(2) without
  *    symlinks, else a link at /tmp/x would carry a session past a directory its user may not enter. The path
  *    from getcwd(2) has none. For a directory outside the root it is "(unreachable)/...".
  *  - sd-bus reads DBUS_SYSTEM_BUS_ADDRESS with secure_getenv(3): su and sudo are set-user-ID (AT_SECURE), so
  *    their callers cannot send the question elsewhere.
  *  - sd_bus_call() and sd_bus_flush() first wait for the connection to be set up, up to 90 s, whatever the
- *    timeout of the call. Hence await_reply(), and a close without flush: with a reply here there is nothing
- *    to flush, without one the question is withdrawn.
+ *    call's timeout. Hence await_reply(), and a close without flush: no reply, and the question is withdrawn.
+ *  - The bus answers NoReply for a service that has ended; asked again, it has systemd start it, or waits.
  */
 
 #include <ctype.h>
@@ -126,17 +124,15 @@ static bool parse_number(const char *text, unsigned long max, unsigned long *ret
 
 /* A typo must not lock everybody out: what is wrong is named in the log and otherwise ignored. */
 static void parse_arguments(struct session *s, int argc, const char **argv) {
-        static const char TIMEOUT[] = "timeout=";
-
         s->timeout = TIMEOUT_DEFAULT;
         for (int i = 0; i < argc; i++) {
                 unsigned long value;
 
                 if (strcmp(argv[i], "debug") == 0)
                         s->debug = true;
-                else if (strncmp(argv[i], TIMEOUT, sizeof(TIMEOUT) - 1) != 0)
+                else if (strncmp(argv[i], "timeout=", strlen("timeout=")) != 0)
                         pam_syslog(s->pamh, LOG_ERR, "unknown module argument '%s', ignoring", argv[i]);
-                else if (parse_number(argv[i] + sizeof(TIMEOUT) - 1, TIMEOUT_MAX, &value) && value > 0)
+                else if (parse_number(argv[i] + strlen("timeout="), TIMEOUT_MAX, &value) && value > 0)
                         s->timeout = value;
                 else
                         pam_syslog(s->pamh, LOG_ERR, "'%s' is not a number of seconds from 1 to %d, using %d",
@@ -292,9 +288,15 @@ static int ask(const struct session *s, sd_bus **bus, sd_bus_message **reply) {
                                                    "org.polytmp1.Manager", "AcquireNamespace");
         if (r >= 0)
                 r = sd_bus_message_append(call, "u", (uint32_t) s->uid);
-        if (r >= 0)
+        for (int i = 0; r >= 0 && i < 2; i++) {
+                *reply = sd_bus_message_unref(*reply);
                 r = sd_bus_call_async(*bus, NULL, call, keep_reply, reply, UINT64_MAX);
-        return r < 0 ? r : await_reply(*bus, reply, deadline);
+                if (r >= 0)
+                        r = await_reply(*bus, reply, deadline);
+                if (r < 0 || !sd_bus_message_is_method_error(*reply, SD_BUS_ERROR_NO_REPLY))
+                        break; /* else once more: polytmpd ended over it */
+        }
+        return r;
 }
 
 /* PAM_SUCCESS: *ret_fd is the caller's to close. The connection, and any fd that came with it, is gone. */
@@ -392,7 +394,6 @@ EXPORT int pam_sm_open_session(pam_handle_t *pamh, int flags, int argc, const ch
 }
 
 /* Nothing to undo: a namespace ends with its last process, and close hooks are not always run (systemd#8598). */
-EXPORT int pam_sm_close_session(UNUSED pam_handle_t *pamh, UNUSED int flags, UNUSED int argc,
-                                UNUSED const char **argv) {
+EXPORT int pam_sm_close_session(UNUSED pam_handle_t *h, UNUSED int flags, UNUSED int n, UNUSED const char **v) {
         return PAM_SUCCESS;
 }

@@ -53,7 +53,39 @@ def nobody_notices(host: Host) -> Iterator[None]:
     host.wait_gone()
 
 
+LOGINS = """number=0; for user in alice alice bob; do number=$((number + 1))
+  (while test ! -e /run/enough; do
+    su $user -c "readlink /proc/self/ns/mnt" 2>&1 && printf . >> /run/logins
+  done | sort | uniq -c > /run/seen-$number) &
+done
+wait
+"""
+"""Users who log in and out, over and over; who is refused is told why."""
+
 # Restarts
+
+
+@pytest.mark.parametrize("end", ["systemctl restart polytmpd", "systemctl kill -s KILL polytmpd"])
+def test_nobody_is_refused_while_the_daemon_is_restarted(host: Host, end: str) -> None:
+    """Who has asked a daemon that ends asks the next one."""
+    host.machine.sh("rm -f /run/enough /run/logins /run/seen-*; : > /run/logins")
+    logins = Path(host.root / "run/logins")
+    crowd = host.machine.popen("bash", "-c", LOGINS)
+    try:
+        for _ in range(8):
+            count = len(logins.read_text())
+            eventually(lambda: len(logins.read_text()) > count + 3, 60, "logins go on")  # noqa: B023
+            host.machine.run("systemctl", "reset-failed", "polytmpd")
+            host.machine.sh(end)
+    finally:
+        (host.root / "run/enough").touch()
+        crowd.communicate(timeout=60)
+    seen = host.machine.sh("cat /run/seen-*").stdout.splitlines()
+    assert len(logins.read_text()) > 24
+    namespaces = [line.split()[1] for line in seen]
+    assert [line for line in seen if "mnt:[" not in line] == []
+    assert host.host_namespace() not in namespaces
+    host.wait_gone()
 
 
 def test_systemctl_restart(host: Host) -> None:

@@ -580,6 +580,34 @@ def test_a_daemon_that_dies_over_the_call(world: World, bus: Bus, daemon: MakeDa
     assert session.seconds < 5
 
 
+def test_a_daemon_that_dies_over_the_call_and_is_started_again(
+    world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
+) -> None:
+    first = daemon(die=True)
+    bus.activatable(bus.command(open=[private.path]))
+    stdin = os.open(world.base / "activated-stdin", os.O_RDWR)
+    try:
+        session = world.open_session(bus=bus.address)
+    finally:
+        os.close(stdin)
+    assert_joined(session, private)
+    assert session.log == []
+    assert first.stop() == [CALL + "1500"]
+
+
+@both_kinds
+def test_a_daemon_that_dies_over_every_call(world: World, bus: Bus, user: str) -> None:
+    """It is not asked for ever."""
+    bus.activatable(bus.command(die=True))
+    stdin = os.open(world.base / "activated-stdin", os.O_RDWR)
+    try:
+        session = assert_unreachable_for(world, user, bus.address)
+    finally:
+        os.close(stdin)
+    assert f"{DBUS}NoReply" in session.log[0][1]
+    assert session.seconds < 15
+
+
 @both_kinds
 def test_a_bus_that_dies_over_the_call(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
     daemon(silent=True, kill=[bus.process.pid])
