@@ -3,7 +3,7 @@
 
 Owns the descriptors of the namespaces, the inotify instance on the sentinels, and their copies in the FD
 store. For one user one operation runs at a time; what blocks runs in threads.
-Not here: when anything is to be done (daemon, core/lifecycle).
+Not here: when anything is to be done (daemon, core/lifecycle), and the work of those threads (instances).
 """
 
 import asyncio
@@ -12,19 +12,15 @@ import errno
 import functools
 import logging
 import os
-import secrets
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from polytmpd import accounts, deletion, recovery, sdnotify, shared, storage, tmpfiles
+from polytmpd import instances, recovery, sdnotify, tmpfiles
 from polytmpd.core.model import (
-    INNER,
-    LEFTOVER,
     Directory,
     Instance,
     InstanceDirectory,
@@ -32,7 +28,7 @@ from polytmpd.core.model import (
     barrier_name,
 )
 from polytmpd.journal import MessageId, fields
-from polytmpd.kernel import mountns, pidfd, processes
+from polytmpd.kernel import mountns, pidfd
 from polytmpd.kernel.inotify import (
     IN_DELETE_SELF,
     IN_Q_OVERFLOW,
@@ -124,7 +120,7 @@ class Executor:
         """What has ended may be mounted in a namespace that is none of ours, see _confirm_end()."""
         mounted = recovery.mounted_barriers() if restored.ended else {}
         for instance in list(restored.ended):
-            if not _own_barriers(instance).isdisjoint(mounted):
+            if not instances.own_barriers(instance).isdisjoint(mounted):
                 restored.ended.remove(instance)
                 restored.draining.append(instance)
                 self._unconfirmed.append(instance.uid)
@@ -158,7 +154,7 @@ class Executor:
         """
         uid = instance.uid
         if not watches:
-            found = fd if fd is not None else _open_living(instance)
+            found = fd if fd is not None else instances.open_living(instance)
             if found is None:
                 self._instances[uid] = instance
                 restored.ended.append(instance)
@@ -221,7 +217,11 @@ class Executor:
         Raises OSError; nothing is left behind then.
         """
         async with self._lock(uid):
-            return self._hold(*await asyncio.to_thread(self._prepare, uid, user, directories))
+            return self._hold(
+                *await asyncio.to_thread(
+                    instances.prepare, uid, user, directories, self._boot_id, self._watch_sentinel
+                )
+            )
 
     async def rejoin(self, instance: Instance) -> Instance:
         """Hold a draining namespace again, found through whoever lives in it; the files are the same in any
@@ -231,11 +231,11 @@ class Executor:
         bind mount of the namespace): then a new namespace is made over the same directories. Raises OSError.
         """
         async with self._lock(instance.uid):
-            await asyncio.to_thread(_require_same_user, instance)
-            fd = await asyncio.to_thread(_open_living, instance)
+            await asyncio.to_thread(instances.require_same_user, instance)
+            fd = await asyncio.to_thread(instances.open_living, instance)
             if fd is not None:
                 return self._hold(instance, fd)
-            return self._hold(*await asyncio.to_thread(self._rebuild, instance))
+            return self._hold(*await asyncio.to_thread(instances.rebuild, instance, self._watch_sentinel))
 
     def has_ended(self, uid: int) -> bool:
         """Whether no sentinel of the user's instance is left, and nobody is being waited for."""
@@ -250,7 +250,7 @@ class Executor:
             async with self._lock(uid):
                 try:
                     held = os.dup(self._held[uid]) if uid in self._held else None
-                    changed = await asyncio.to_thread(_share_again, instance, held, path)
+                    changed = await asyncio.to_thread(instances.share_again, instance, held, path)
                 except OSError as error:
                     log.warning(
                         "User %s has the former socket directories of %s, until the instance ends: %s",
@@ -271,7 +271,7 @@ class Executor:
             async with self._lock(uid):
                 try:
                     held = os.dup(self._held[uid]) if uid in self._held else None
-                    gone = await asyncio.to_thread(_detach, instance, held, chosen)
+                    gone = await asyncio.to_thread(instances.detach, instance, held, chosen)
                 except OSError as error:
                     log.warning("What user %s has mounted cannot be looked at: %s", instance.user, error)
                     continue
@@ -303,7 +303,7 @@ class Executor:
             for watch in self._watches_of(instance.uid):
                 del self._watches[watch]
             known = instance.uid in self._instances  # else it was set aside before, and could not be deleted
-            aside = await asyncio.to_thread(_set_aside, instance) if known else []
+            aside = await asyncio.to_thread(instances.set_aside, instance) if known else []
             self._forget(instance.uid)
             self._instances.pop(instance.uid, None)
         await self._delete(instance.uid, aside)
@@ -316,7 +316,7 @@ class Executor:
         async with self._lock(uid):
             if self._watches_of(uid):
                 raise OSError(errno.EBUSY, "the user has just logged in")
-            aside = await asyncio.to_thread(_set_persistent_aside, uid, directories)
+            aside = await asyncio.to_thread(instances.set_persistent_aside, uid, directories)
         return await self._delete(uid, aside)
 
     def removed_entries(self, uid: int) -> int:
@@ -327,7 +327,7 @@ class Executor:
         """What is kept of a user between instances. Blocking, short."""
         entries = [
             InstanceDirectory(directory, barrier_name(directory.lifetime, self._boot_id, uid, ""))
-            for directory in _effective(directories)
+            for directory in instances.effective(directories)
             if directory.lifetime is Lifetime.PERSISTENT
         ]
         return tuple(entry for entry in entries if Path(f"{mountns.HOST}/root{entry.host_path}").is_dir())
@@ -339,7 +339,7 @@ class Executor:
 
         known: the barriers of instances. No instance may be made meanwhile: it would be taken for one.
         """
-        return await asyncio.to_thread(_find_leftovers, directories, known)
+        return await asyncio.to_thread(instances.find_leftovers, directories, known)
 
     async def tell_age_cleaner(self, directories: Sequence[Directory]) -> None:
         """Have the age cleaner spare these directories' barriers, and the living instances'. Logs what
@@ -354,7 +354,7 @@ class Executor:
     async def delete_leftovers(self, leftovers: Sequence[tuple[str, str]]) -> None:
         """Delete what find_leftovers() found. Logs what cannot be deleted."""
         for path, name in leftovers:
-            await self._in_deleter(_delete_leftover, path, name)
+            await self._in_deleter(instances.delete_leftover, path, name)
 
     # Within
 
@@ -366,7 +366,7 @@ class Executor:
             self._progress[uid] = entries
 
         try:
-            await self._in_deleter(_delete, left, report)
+            await self._in_deleter(instances.delete, left, report)
         except BaseException:
             self._undeleted[uid] = [*left, *self._undeleted.get(uid, ())]
             raise
@@ -447,7 +447,7 @@ class Executor:
         That one has no sentinel: bwrap --bind /tmp /tmp, say, moved to another cgroup so that the slice does
         not know of it.
         """
-        barriers = _own_barriers(self._instances[uid])
+        barriers = instances.own_barriers(self._instances[uid])
         while True:
             # Locked: a login that makes a new namespace over the same files has them mounted in a thread of
             # our own process.
@@ -464,39 +464,6 @@ class Executor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(pidfd.wait_for_exit(pid), _LOOK_AGAIN)
 
-    def _prepare(self, uid: int, user: str, directories: Sequence[Directory]) -> tuple[Instance, int, int]:
-        made: list[InstanceDirectory] = []
-        fresh: list[InstanceDirectory] = []
-        places: list[mountns.PrivateDirectory] = []
-        user = accounts.name_of(uid, user)  # we may have been told of a former user
-        try:
-            for directory in _effective(directories):
-                with _base(directory.path) as base:
-                    entry = InstanceDirectory(
-                        replace(directory, shared=_shareable(base, directory)),
-                        barrier_name(directory.lifetime, self._boot_id, uid, secrets.token_hex(8)),
-                    )
-                    inner, is_new = _make_or_adopt(base, entry, uid, user)
-                    made.append(entry)
-                    if is_new:
-                        fresh.append(entry)
-                    places.append(_place(entry, inner))
-            namespace = mountns.build(places, self._watch_sentinel)
-        except BaseException:
-            _roll_back(fresh)
-            raise
-        now, monotonic = time.time_ns() // 1000, time.monotonic_ns() // 1000
-        instance = Instance(uid, user, now, monotonic, tuple(made), namespace.inode)
-        return instance, namespace.fd, namespace.watch
-
-    def _rebuild(self, instance: Instance) -> tuple[Instance, int, int]:
-        places = []
-        for entry in instance.directories:
-            with _base(entry.directory.path) as base:
-                places.append(_place(entry, storage.adopt(base, entry.barrier, entry.directory.shared)))
-        namespace = mountns.build(places, self._watch_sentinel)
-        return replace(instance, namespace=namespace.inode), namespace.fd, namespace.watch
-
 
 def _stored_name(uid: int) -> str:
     return f"{_STORED}{uid}"
@@ -506,238 +473,9 @@ def _inode(fd: int) -> int:
     return os.fstat(fd).st_ino
 
 
-def _own_barriers(instance: Instance) -> set[str]:
-    """The barriers that end with the instance."""
-    return {entry.barrier for entry in instance.directories if entry.directory.lifetime is Lifetime.INSTANCE}
-
-
-def _open_living(instance: Instance) -> int | None:
-    """A descriptor of the instance's namespace where somebody lives in it.
-
-    Inodes are used again: its mounts count.
-    """
-    fd = processes.open_namespace(instance.namespace)
-    if fd is None:
-        return None
-    try:
-        mounted = {recovery.barrier_of(mount) for mount in mountns.mounts_in(fd)}
-    except OSError:  # another one by now, in which no /proc is mounted: a sandbox that is being made
-        mounted = set()
-    if all(entry.barrier in mounted for entry in instance.directories):
-        return fd
-    os.close(fd)
-    return None
-
-
 def _is_namespace(fd: int, other: int | None) -> bool:
     """Whether it is a mount namespace, the first of that name."""
     try:
         return mountns.namespace_inode(fd) != 0 and other is None
     except OSError:
         return False
-
-
-@contextlib.contextmanager
-def _base(path: str) -> Iterator[int]:
-    """A descriptor of the host's own directory, whatever mount namespace the unit's sandbox gave to this
-    process.
-    """
-    fd = os.open(f"{mountns.HOST}/root{path}", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _effective(directories: Sequence[Directory]) -> list[Directory]:
-    """The directories by their real paths, each once: /var/tmp is a link to /tmp on some hosts."""
-    found: dict[str, Directory] = {}
-    for directory in directories:
-        real = os.path.realpath(directory.path)
-        if not any(real == other or real.startswith(other + "/") for other in found):
-            found[real] = replace(directory, path=real)
-    return list(found.values())
-
-
-def _shareable(base: int, directory: Directory) -> tuple[str, ...]:
-    names = []
-    for name in directory.shared:
-        try:
-            shared.ensure(base, name)
-        except OSError as error:
-            log.warning("%s/%s is not shared with new instances: %s", directory.path, name, error.strerror)
-        else:
-            names.append(name)
-    return tuple(names)
-
-
-def _share_again(instance: Instance, held: int | None, path: str) -> list[str]:
-    """held: a descriptor of the namespace, closed here; without one its processes are asked."""
-    fd = held if held is not None else processes.open_namespace(instance.namespace)
-    if fd is None:
-        return []
-    try:
-        changed: list[str] = []
-        for entry in instance.directories:
-            if entry.directory.path == path:
-                with _base(path) as base:
-                    names = _shareable(base, entry.directory)
-                changed += mountns.share_again(fd, path, names)
-        return changed
-    finally:
-        os.close(fd)
-
-
-def _detach(instance: Instance, held: int | None, chosen: Callable[[Mount], bool]) -> list[str]:
-    """held: as above."""
-    fd = held if held is not None else _open_living(instance)
-    if fd is None:
-        return []
-    try:
-        return mountns.detach(fd, [entry.directory.path for entry in instance.directories], chosen)
-    finally:
-        os.close(fd)
-
-
-def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> tuple[int, bool]:
-    """(descriptor of the inner directory, whether it is new).
-
-    Only what persists is ever found there and taken again.
-    """
-    if entry.directory.lifetime is not Lifetime.PERSISTENT:
-        return storage.make(base, entry.barrier, entry.directory.shared), True
-    with contextlib.suppress(FileNotFoundError):
-        _keep_for_a_former_user(base, entry, uid, user)
-        return storage.adopt(base, entry.barrier, entry.directory.shared, user), False
-    return storage.make(base, entry.barrier, entry.directory.shared, user), True
-
-
-def _keep_for_a_former_user(base: int, entry: InstanceDirectory, uid: int, user: str) -> None:
-    """Set aside what somebody else left who had the UID before, for root to find."""
-    former = storage.remembered(base, entry.barrier)
-    if former is None or not accounts.is_former(former, uid, user):
-        return
-    aside = storage.set_aside(base, entry.barrier, f"polytmp-former-{uid}-")
-    log.warning(
-        "UID %d was %s's and is %s's now, who gets a new %s; what %s kept there is in %s/%s",
-        uid,
-        former,
-        user,
-        entry.directory.path,
-        former,
-        entry.directory.path,
-        aside,
-        extra=fields(MessageId.FORMER_USER, uid, user),
-    )
-
-
-def _require_same_user(instance: Instance) -> None:
-    """Raise OSError where the UID went to somebody else while a former user's instance lives on."""
-    present = accounts.name_of(instance.uid, instance.user)
-    if accounts.is_former(instance.user, instance.uid, present):
-        text = f"processes live in the instance of {instance.user}, who had UID {instance.uid} before"
-        raise OSError(errno.EBUSY, f"{text}; end them, see polytmpctl ps {instance.uid}")
-
-
-def _place(entry: InstanceDirectory, inner: int) -> mountns.PrivateDirectory:
-    try:
-        status = os.fstat(inner)
-    finally:
-        os.close(inner)
-    directory = entry.directory
-    source = f"{entry.barrier}/{INNER}"
-    return mountns.PrivateDirectory(directory.path, source, (status.st_dev, status.st_ino), directory.shared)
-
-
-def _roll_back(entries: Sequence[InstanceDirectory]) -> None:
-    for entry in entries:
-        try:
-            with _base(entry.directory.path) as base:
-                deletion.remove_tree(base, entry.barrier)
-        except OSError as error:
-            log.error("Half-made instance directory stays until the next start: %s", error)
-
-
-def _set_aside(instance: Instance) -> list[tuple[str, str]]:
-    """Rename what does not persist. Raises OSError where one could not be renamed, after the others were."""
-    aside: list[tuple[str, str]] = []
-    failure: OSError | None = None
-    for entry in instance.directories:
-        if entry.directory.lifetime is Lifetime.PERSISTENT:
-            continue
-        try:
-            with _base(entry.directory.path) as base:
-                aside.append((entry.directory.path, storage.set_aside(base, entry.barrier)))
-        except FileNotFoundError:
-            log.warning("%s was gone already", entry.host_path)
-        except OSError as error:
-            failure = error
-    if failure is not None and not aside:
-        raise failure
-    if failure is not None:
-        log.error("%s", failure)
-    return aside
-
-
-def _set_persistent_aside(uid: int, directories: Sequence[Directory]) -> list[tuple[str, str]]:
-    aside: list[tuple[str, str]] = []
-    for directory in _effective(directories):
-        if directory.lifetime is Lifetime.PERSISTENT:
-            with contextlib.suppress(FileNotFoundError), _base(directory.path) as base:
-                aside.append(
-                    (directory.path, storage.set_aside(base, barrier_name(directory.lifetime, "", uid, "")))
-                )
-    return aside
-
-
-def _delete(
-    aside: Sequence[tuple[str, str]], report: Callable[[int], None], cancelled: Callable[[], bool]
-) -> None:
-    """report is told how many entries are gone."""
-    failures: list[OSError] = []
-    done = 0
-
-    def reported(entries: int) -> None:
-        report(done + entries)
-
-    for path, name in aside:
-        try:
-            with _base(path) as base:
-                done += deletion.remove_tree(base, name, report=reported, cancelled=cancelled).entries
-        except FileNotFoundError:
-            continue  # an earlier attempt, or an administrator, deleted it
-        except OSError as error:
-            failures.append(error)
-    if failures:
-        raise failures[0]
-
-
-def _find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[tuple[str, str]]:
-    """(directory, barrier) of what nobody lives in, and nobody has mounted."""
-    in_use = known | set(recovery.mounted_barriers())
-    leftovers: list[tuple[str, str]] = []
-    for directory in _effective(directories):
-        try:
-            with _base(directory.path) as base:
-                found = storage.leftovers(base, LEFTOVER)
-        except OSError as error:  # whoever logs in is refused for it: no reason to end
-            log.error("%s cannot be looked into: %s", directory.path, error)
-            continue
-        leftovers += [(directory.path, name) for name in found.removable if name not in in_use]
-        for name, reason in found.foreign:
-            log.warning(
-                "%s/%s has a name of polytmp's but is not: %s, ignoring", directory.path, name, reason
-            )
-    return leftovers
-
-
-def _delete_leftover(path: str, name: str, cancelled: Callable[[], bool]) -> None:
-    try:
-        with _base(path) as base:
-            deletion.remove_tree(base, name, cancelled=cancelled)
-    except OSError as error:
-        log.error(
-            "Left-over instance cannot be deleted, the next start tries again: %s",
-            error,
-            extra=fields(MessageId.REMOVE_FAILED),
-        )

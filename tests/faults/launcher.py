@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from polytmpd import deletion, executor, sdnotify, shared, storage
+from polytmpd import deletion, executor, instances, sdnotify, shared, storage
 from polytmpd.kernel import mountinfo, mountns, processes
 from polytmpd.state import StateDirectory
 
@@ -49,6 +49,7 @@ READS: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (storage, "syscalls", ("openat2",)),
     (shared, "os", ("open", "fstat")),
     (executor, "os", ("open", "fstat")),
+    (instances, "os", ("open", "fstat")),
     (processes, "os", ("open", "fstat")),
 )
 """What only looks, and can fail all the same."""

@@ -10,7 +10,7 @@ _PACKAGE: Final = "usr/lib/python3/dist-packages/polytmpd"
 FAULTS: Final[dict[str, tuple[str, str, str]]] = {
     "never-remove": (
         "executor.py",
-        "aside = await asyncio.to_thread(_set_aside, instance)",
+        "aside = await asyncio.to_thread(instances.set_aside, instance)",
         "aside: list[tuple[str, str]] = []",
     ),
     "set-aside-only": (
@@ -36,7 +36,7 @@ FAULTS: Final[dict[str, tuple[str, str, str]]] = {
     ),
     "namespace-per-login": (
         "executor.py",
-        "fd = await asyncio.to_thread(_open_living, instance)",
+        "fd = await asyncio.to_thread(instances.open_living, instance)",
         "fd = None",
     ),
     "one-way-mounts": (

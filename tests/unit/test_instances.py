@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the executor decides by itself about namespaces that it finds, and about whose files are whose.
+"""What is decided about namespaces that are found, and about whose files are whose.
 
 Not here: what it does to mounts and files (tests/kernel, tests/e2e).
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd import accounts, executor
+from polytmpd import accounts, instances
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
 from polytmpd.kernel import mountns, processes
 from polytmpd.kernel.mountinfo import Mount, parse_line
@@ -45,7 +45,7 @@ def test_a_namespace_without_proc_is_none_of_ours(namespace: Path, monkeypatch: 
         raise FileNotFoundError(2, "No such file or directory", "/proc/thread-self/mountinfo")
 
     monkeypatch.setattr(mountns, "mounts_in", mounts_in)
-    assert executor._open_living(INSTANCE) is None
+    assert instances.open_living(INSTANCE) is None
     assert opened(namespace) == []
 
 
@@ -54,7 +54,7 @@ def test_a_namespace_is_ours_by_its_mounts(
     namespace: Path, monkeypatch: pytest.MonkeyPatch, root: str, is_ours: bool
 ) -> None:
     monkeypatch.setattr(mountns, "mounts_in", lambda _: [parse_line(LINE.format(root).encode())])
-    fd = executor._open_living(INSTANCE)
+    fd = instances.open_living(INSTANCE)
     assert (fd is not None) == is_ours
     assert len(opened(namespace)) == is_ours
     if fd is not None:

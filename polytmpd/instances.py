@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The work on one instance, as a thread does it: directories and namespace are made, found again, set aside
+and deleted. All of it blocks.
+
+Keeps nothing: what is made goes to the caller, or is gone again.
+Not here: whose turn it is, and who holds what was made (executor).
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from polytmpd import accounts, deletion, recovery, shared, storage
+from polytmpd.core.model import (
+    INNER,
+    LEFTOVER,
+    Directory,
+    Instance,
+    InstanceDirectory,
+    Lifetime,
+    barrier_name,
+)
+from polytmpd.journal import MessageId, fields
+from polytmpd.kernel import mountns, processes
+from polytmpd.kernel.mountinfo import Mount
+
+log = logging.getLogger(__name__)
+
+
+def prepare(
+    uid: int, user: str, directories: Sequence[Directory], boot_id: str, watch: Callable[[str], int]
+) -> tuple[Instance, int, int]:
+    """Make directories and namespace: (instance, descriptor of the namespace, watch on its sentinel).
+
+    watch(path) is called for the sentinel, before anybody can enter. The descriptor is the caller's. Raises
+    OSError; nothing is left behind then.
+    """
+    made: list[InstanceDirectory] = []
+    fresh: list[InstanceDirectory] = []
+    places: list[mountns.PrivateDirectory] = []
+    user = accounts.name_of(uid, user)  # we may have been told of a former user
+    try:
+        for directory in effective(directories):
+            with _base(directory.path) as base:
+                entry = InstanceDirectory(
+                    replace(directory, shared=_shareable(base, directory)),
+                    barrier_name(directory.lifetime, boot_id, uid, secrets.token_hex(8)),
+                )
+                inner, is_new = _make_or_adopt(base, entry, uid, user)
+                made.append(entry)
+                if is_new:
+                    fresh.append(entry)
+                places.append(_place(entry, inner))
+        namespace = mountns.build(places, watch)
+    except BaseException:
+        _roll_back(fresh)
+        raise
+    now, monotonic = time.time_ns() // 1000, time.monotonic_ns() // 1000
+    instance = Instance(uid, user, now, monotonic, tuple(made), namespace.inode)
+    return instance, namespace.fd, namespace.watch
+
+
+def rebuild(instance: Instance, watch: Callable[[str], int]) -> tuple[Instance, int, int]:
+    """As prepare(), over the directories that the instance has. Raises OSError."""
+    places = []
+    for entry in instance.directories:
+        with _base(entry.directory.path) as base:
+            places.append(_place(entry, storage.adopt(base, entry.barrier, entry.directory.shared)))
+    namespace = mountns.build(places, watch)
+    return replace(instance, namespace=namespace.inode), namespace.fd, namespace.watch
+
+
+def require_same_user(instance: Instance) -> None:
+    """Raise OSError where the UID went to somebody else while a former user's instance lives on."""
+    present = accounts.name_of(instance.uid, instance.user)
+    if accounts.is_former(instance.user, instance.uid, present):
+        text = f"processes live in the instance of {instance.user}, who had UID {instance.uid} before"
+        raise OSError(errno.EBUSY, f"{text}; end them, see polytmpctl ps {instance.uid}")
+
+
+def open_living(instance: Instance) -> int | None:
+    """A descriptor of the instance's namespace where somebody lives in it.
+
+    Inodes are used again: its mounts count.
+    """
+    fd = processes.open_namespace(instance.namespace)
+    if fd is None:
+        return None
+    try:
+        mounted = {recovery.barrier_of(mount) for mount in mountns.mounts_in(fd)}
+    except OSError:  # another one by now, in which no /proc is mounted: a sandbox that is being made
+        mounted = set()
+    if all(entry.barrier in mounted for entry in instance.directories):
+        return fd
+    os.close(fd)
+    return None
+
+
+def share_again(instance: Instance, held: int | None, path: str) -> list[str]:
+    """Bind the host's socket directories in path anew; those that were. Raises OSError.
+
+    held: a descriptor of the namespace, closed here; without one its processes are asked.
+    """
+    fd = held if held is not None else processes.open_namespace(instance.namespace)
+    if fd is None:
+        return []
+    try:
+        changed: list[str] = []
+        for entry in instance.directories:
+            if entry.directory.path == path:
+                with _base(path) as base:
+                    names = _shareable(base, entry.directory)
+                changed += mountns.share_again(fd, path, names)
+        return changed
+    finally:
+        os.close(fd)
+
+
+def detach(instance: Instance, held: int | None, chosen: Callable[[Mount], bool]) -> list[str]:
+    """Detach the chosen mounts in the private directories; where those were. Raises OSError.
+
+    held: as for share_again().
+    """
+    fd = held if held is not None else open_living(instance)
+    if fd is None:
+        return []
+    try:
+        return mountns.detach(fd, [entry.directory.path for entry in instance.directories], chosen)
+    finally:
+        os.close(fd)
+
+
+def set_aside(instance: Instance) -> list[tuple[str, str]]:
+    """Rename what does not persist. Raises OSError where one could not be renamed, after the others were."""
+    aside: list[tuple[str, str]] = []
+    failure: OSError | None = None
+    for entry in instance.directories:
+        if entry.directory.lifetime is Lifetime.PERSISTENT:
+            continue
+        try:
+            with _base(entry.directory.path) as base:
+                aside.append((entry.directory.path, storage.set_aside(base, entry.barrier)))
+        except FileNotFoundError:
+            log.warning("%s was gone already", entry.host_path)
+        except OSError as error:
+            failure = error
+    if failure is not None and not aside:
+        raise failure
+    if failure is not None:
+        log.error("%s", failure)
+    return aside
+
+
+def set_persistent_aside(uid: int, directories: Sequence[Directory]) -> list[tuple[str, str]]:
+    """Rename what is kept of a user who has no instance. Raises OSError."""
+    aside: list[tuple[str, str]] = []
+    for directory in effective(directories):
+        if directory.lifetime is Lifetime.PERSISTENT:
+            with contextlib.suppress(FileNotFoundError), _base(directory.path) as base:
+                aside.append(
+                    (directory.path, storage.set_aside(base, barrier_name(directory.lifetime, "", uid, "")))
+                )
+    return aside
+
+
+def delete(
+    aside: Sequence[tuple[str, str]], report: Callable[[int], None], cancelled: Callable[[], bool]
+) -> None:
+    """Delete what set_aside() gave; the first OSError is raised after all were tried.
+
+    report is told how many entries are gone.
+    """
+    failures: list[OSError] = []
+    done = 0
+
+    def reported(entries: int) -> None:
+        report(done + entries)
+
+    for path, name in aside:
+        try:
+            with _base(path) as base:
+                done += deletion.remove_tree(base, name, report=reported, cancelled=cancelled).entries
+        except FileNotFoundError:
+            continue  # an earlier attempt, or an administrator, deleted it
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[tuple[str, str]]:
+    """(directory, barrier) of what nobody lives in, and nobody has mounted. Logs what cannot be read.
+
+    known: the barriers of instances.
+    """
+    in_use = known | set(recovery.mounted_barriers())
+    leftovers: list[tuple[str, str]] = []
+    for directory in effective(directories):
+        try:
+            with _base(directory.path) as base:
+                found = storage.leftovers(base, LEFTOVER)
+        except OSError as error:  # whoever logs in is refused for it: no reason to end
+            log.error("%s cannot be looked into: %s", directory.path, error)
+            continue
+        leftovers += [(directory.path, name) for name in found.removable if name not in in_use]
+        for name, reason in found.foreign:
+            log.warning(
+                "%s/%s has a name of polytmp's but is not: %s, ignoring", directory.path, name, reason
+            )
+    return leftovers
+
+
+def delete_leftover(path: str, name: str, cancelled: Callable[[], bool]) -> None:
+    """Logs what cannot be deleted."""
+    try:
+        with _base(path) as base:
+            deletion.remove_tree(base, name, cancelled=cancelled)
+    except OSError as error:
+        log.error(
+            "Left-over instance cannot be deleted, the next start tries again: %s",
+            error,
+            extra=fields(MessageId.REMOVE_FAILED),
+        )
+
+
+def effective(directories: Sequence[Directory]) -> list[Directory]:
+    """The directories by their real paths, each once: /var/tmp is a link to /tmp on some hosts."""
+    found: dict[str, Directory] = {}
+    for directory in directories:
+        real = os.path.realpath(directory.path)
+        if not any(real == other or real.startswith(other + "/") for other in found):
+            found[real] = replace(directory, path=real)
+    return list(found.values())
+
+
+def own_barriers(instance: Instance) -> set[str]:
+    """The barriers that end with the instance."""
+    return {entry.barrier for entry in instance.directories if entry.directory.lifetime is Lifetime.INSTANCE}
+
+
+def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> tuple[int, bool]:
+    """(descriptor of the inner directory, whether it is new).
+
+    Only what persists is ever found there and taken again.
+    """
+    if entry.directory.lifetime is not Lifetime.PERSISTENT:
+        return storage.make(base, entry.barrier, entry.directory.shared), True
+    with contextlib.suppress(FileNotFoundError):
+        _keep_for_a_former_user(base, entry, uid, user)
+        return storage.adopt(base, entry.barrier, entry.directory.shared, user), False
+    return storage.make(base, entry.barrier, entry.directory.shared, user), True
+
+
+def _keep_for_a_former_user(base: int, entry: InstanceDirectory, uid: int, user: str) -> None:
+    """Set aside what somebody else left who had the UID before, for root to find."""
+    former = storage.remembered(base, entry.barrier)
+    if former is None or not accounts.is_former(former, uid, user):
+        return
+    aside = storage.set_aside(base, entry.barrier, f"polytmp-former-{uid}-")
+    log.warning(
+        "UID %d was %s's and is %s's now, who gets a new %s; what %s kept there is in %s/%s",
+        uid,
+        former,
+        user,
+        entry.directory.path,
+        former,
+        entry.directory.path,
+        aside,
+        extra=fields(MessageId.FORMER_USER, uid, user),
+    )
+
+
+def _shareable(base: int, directory: Directory) -> tuple[str, ...]:
+    names = []
+    for name in directory.shared:
+        try:
+            shared.ensure(base, name)
+        except OSError as error:
+            log.warning("%s/%s is not shared with new instances: %s", directory.path, name, error.strerror)
+        else:
+            names.append(name)
+    return tuple(names)
+
+
+def _place(entry: InstanceDirectory, inner: int) -> mountns.PrivateDirectory:
+    try:
+        status = os.fstat(inner)
+    finally:
+        os.close(inner)
+    directory = entry.directory
+    source = f"{entry.barrier}/{INNER}"
+    return mountns.PrivateDirectory(directory.path, source, (status.st_dev, status.st_ino), directory.shared)
+
+
+def _roll_back(entries: Sequence[InstanceDirectory]) -> None:
+    for entry in entries:
+        try:
+            with _base(entry.directory.path) as base:
+                deletion.remove_tree(base, entry.barrier)
+        except OSError as error:
+            log.error("Half-made instance directory stays until the next start: %s", error)
+
+
+@contextlib.contextmanager
+def _base(path: str) -> Iterator[int]:
+    """A descriptor of the host's own directory, whatever mount namespace the unit's sandbox gave to this
+    process.
+    """
+    fd = os.open(f"{mountns.HOST}/root{path}", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
