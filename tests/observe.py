@@ -59,8 +59,9 @@ def stored(machine: Machine) -> int:
 
 
 def mounts(machine: Machine) -> list[str]:
-    """The host's mount points."""
-    return sorted(machine.sh("cut -d' ' -f5 /proc/1/mountinfo").stdout.splitlines())
+    """The host's mount points, without those that logind makes and unmakes in its own time."""
+    found = machine.sh("cut -d' ' -f5 /proc/1/mountinfo").stdout.splitlines()
+    return sorted(path for path in found if not path.startswith("/run/user/"))
 
 
 def namespaces(machine: Machine) -> set[str]:

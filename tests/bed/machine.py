@@ -35,7 +35,7 @@ from .tree import BedError, cache_directory, ssh_key, tree
 T = TypeVar("T")
 
 BOOT_TIMEOUT = 120.0
-POWEROFF_TIMEOUT = 20.0
+POWEROFF_TIMEOUT = 90.0
 LOOP_DEVICES = 16
 _SIGRTMIN_PLUS_4 = signal.SIGRTMIN + 4  # systemd(1): power off
 
@@ -68,7 +68,7 @@ class CommandTimeout(CommandError):
     """A command did not end in time. It was killed; what it started was not."""
 
 
-def eventually(condition: Callable[[], T], timeout: float = 20, what: str = "condition") -> T:
+def eventually(condition: Callable[[], T], timeout: float = 60, what: str = "condition") -> T:
     """The first true value of condition(); an exception it raises counts as not yet."""
     deadline = time.monotonic() + timeout
     delay = 0.02
@@ -327,7 +327,11 @@ class Machine:
         return self._execute(f"read {path}", self._enter(["cat", "--", path]), True, None, 60)[1]
 
     def journal(self, *args: str) -> str:
-        """journalctl's output: of this boot, monotonic times, unless args say otherwise."""
+        """journalctl's output: of this boot, monotonic times, unless args say otherwise.
+
+        With all that was logged before: journald writes when it comes to it.
+        """
+        self.run("journalctl", "--sync")
         return self.run("journalctl", "--no-pager", "--boot", "--output=short-monotonic", *args).stdout
 
     def _result(

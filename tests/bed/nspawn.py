@@ -132,7 +132,7 @@ def _hierarchies() -> list[Path]:
 
 
 def _remove_cgroup(directory: Path) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while directory.exists():
         for parent, _, _ in os.walk(directory, topdown=False):
             # a v1 or a threaded one has no cgroup.kill: one signal for each

@@ -79,7 +79,7 @@ async def test_a_service_that_goes_away_during_the_call(connection: Connection, 
     await eventually(lambda: deaf.taken)
     await client.close()
     with pytest.raises(BusError) as caught:
-        await asyncio.wait_for(asked, 2)
+        await asyncio.wait_for(asked, 20)
     assert caught.value.name == "org.freedesktop.DBus.Error.NoReply"
 
 
@@ -100,8 +100,8 @@ async def test_the_end_of_the_connection_ends_every_call(
         library._sock.shutdown(socket.SHUT_RD)
     for task in asked:
         with pytest.raises(BusError):
-            await asyncio.wait_for(task, 2)
-    await asyncio.wait_for(closed, 2)
+            await asyncio.wait_for(task, 20)
+    await asyncio.wait_for(closed, 20)
     assert not connection.connected
     with pytest.raises(BusError, match="not connected") as caught:
         await connection.ask_bus("GetId")
@@ -121,7 +121,7 @@ async def test_who_waits_for_the_end_is_not_disturbed_by_calls(connection: Conne
     await connection.ask_bus("GetId")
     assert not closed.done()
     connection.close()
-    await asyncio.wait_for(closed, 2)
+    await asyncio.wait_for(closed, 20)
 
 
 async def test_a_body_that_does_not_fit(connection: Connection) -> None:

@@ -17,6 +17,7 @@ ROOT = HERE.parents[1]
 
 
 @pytest.mark.skipif(LIBRARY != "dbus_next", reason="this is the run with the other library")
+@pytest.mark.timeout(300)
 def test_everything_with_dbus_fast() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE)],
@@ -24,7 +25,7 @@ def test_everything_with_dbus_fast() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

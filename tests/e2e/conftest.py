@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.e2e)
         if item.get_closest_marker("timeout") is None:
             # the first one of a module builds the package and boots
-            item.add_marker(pytest.mark.timeout(300))
+            item.add_marker(pytest.mark.timeout(600))
         callspec = getattr(item, "callspec", None)
         if callspec is not None and "release" in callspec.params:
             module = item.nodeid.partition("::")[0]

@@ -269,24 +269,29 @@ def test_root_has_mounted_something_in_an_instance(machine: Machine, kind: str) 
 
 
 def test_a_large_deletion_holds_nobody_up(machine: Machine) -> None:
-    """200,000 files, some of them immutable: bob logs in while alice's are deleted."""
-    with machine.session("alice") as alice:
-        alice.run(
-            "python3 -c '\n"
-            "import os\n"
-            "for d in range(200):\n"
-            '    os.mkdir(f"/tmp/{d}")\n'
-            "    for f in range(1000):\n"
-            '        os.close(os.open(f"/tmp/{d}/{f}", os.O_CREAT | os.O_WRONLY))\n'
-            "'; sudo chattr -f +i /tmp/7/* /tmp/7 /tmp/199/5 || true"
+    """200,000 files and more, some of them immutable: bob logs in while alice's are deleted."""
+    for directories_made in (200, 400, 800):  # more where logins are slow
+        with machine.session("alice") as alice:
+            alice.run(
+                "python3 -c '\n"
+                "import os\n"
+                f"for d in range({directories_made}):\n"
+                '    os.mkdir(f"/tmp/{d}")\n'
+                "    for f in range(1000):\n"
+                '        os.close(os.open(f"/tmp/{d}/{f}", os.O_CREAT | os.O_WRONLY))\n'
+                "'; sudo chattr -f +i /tmp/7/* /tmp/7 /tmp/199/5 || true",
+                timeout=300,
+            )
+        eventually(
+            lambda: any("removing" in path for path in observe.on_disk(machine)), what="it is being deleted"
         )
-    eventually(
-        lambda: any("removing" in path for path in observe.on_disk(machine)), what="it is being deleted"
-    )
-    assert machine.run("su", "bob", "-c", "echo in").stdout == "in\n"
-    assert machine.run("su", "alice", "-c", "ls /tmp").stdout == ""
-    assert any("removing" in path for path in observe.on_disk(machine)), "deleted too fast to tell"
-    wait_until_gone(machine, timeout=60)
+        assert machine.run("su", "bob", "-c", "echo in").stdout == "in\n"
+        assert machine.run("su", "alice", "-c", "ls /tmp").stdout == ""
+        still = any("removing" in path for path in observe.on_disk(machine))
+        wait_until_gone(machine, timeout=300)
+        if still:
+            return
+    pytest.fail("deleted too fast to tell")
 
 
 # CVE-2026-3888: the cleaner
@@ -445,10 +450,8 @@ def escape(machine: Machine, command: str, process: str) -> None:
         alice.run(command)
         eventually(lambda: machine.run("pgrep", "-f", "-x", process).stdout.split(), 70, "it has started")
         place = directories(machine, "alice")["/tmp"]
-    eventually(lambda: not machine.sh("pgrep -u alice -x sshd || true").stdout, what="no login is left")
-    eventually(
-        lambda: observe.state(machine, "alice") in {"draining", "active"}, what="the instance is there"
-    )
+    eventually(lambda: not machine.sh("pgrep -u alice sshd || true").stdout, what="no login is left")
+    eventually(lambda: observe.state(machine, "alice") == "draining", what="the logout was noticed")
     assert machine.run("cat", f"{place}/mark").stdout == "mark\n"
     machine.run("pkill", "-KILL", "-f", "-x", process)
     wait_until_gone(machine)
@@ -494,12 +497,14 @@ def test_a_namespace_in_flight(machine: Machine) -> None:
         place = directories(machine, "alice")["/tmp"]
         holder = attack(machine, "root", program("hold.py", "flight", f"/proc/{alice.pid}/ns/mnt"), "ready")
         holder.__enter__()
-    eventually(lambda: observe.state(machine, "alice") == "draining", what="nobody can be found")
+    eventually(lambda: not observe.held(machine), 60, "the namespace is let go")
+    assert observe.state(machine, "alice") == "draining"
     assert machine.run("cat", f"{place}/mark").stdout == "mark\n"
     with machine.session("alice") as alice:  # a second namespace over the same files
         assert alice.run("cat /tmp/mark") == "mark\n"
         assert alice.run(observe.NAMESPACE) != before
-    eventually(lambda: observe.state(machine, "alice") == "draining", what="the first one holds it still")
+    eventually(lambda: not observe.held(machine), 60, "the second one is let go")
+    assert observe.state(machine, "alice") == "draining"
     assert machine.run("cat", f"{place}/mark").stdout == "mark\n"
     holder.__exit__(None, None, None)
     wait_until_gone(machine)

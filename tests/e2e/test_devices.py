@@ -51,8 +51,10 @@ def test_what_is_mounted_from_it_is_unmounted(machine: Machine) -> None:
         eventually(lambda: not is_mounted(alice, "stick"), what="alice's mount is gone")
         assert is_mounted(alice, "other")
         assert is_mounted(bob, "stick")
-        journal = machine.journal("-u", "polytmpd", "--output=cat")
-        assert "Unmounted /tmp/stick in the instance of user alice: the device is gone" in journal
+        line = "Unmounted /tmp/stick in the instance of user alice: the device is gone"
+        eventually(
+            lambda: line in machine.journal("-u", "polytmpd", "--output=cat"), what="the journal tells"
+        )
         for session, name in ((alice, "other"), (bob, "stick")):
             session.run(f"sudo umount /tmp/{name}")
 

@@ -13,7 +13,7 @@ from tests.bed import Machine, eventually
 from tests.faults.bed import Host, Resident, prepare, resident
 from tests.faults.launcher import Plan
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ALICE, BOB = 1001, 1002
 STATES = "/run/polytmpd/instances"
@@ -39,7 +39,7 @@ def restart(host: Host) -> None:
 def assert_found_again(host: Host, bob: Resident) -> None:
     """The daemon has bob's instance again, whole: he can join, and its end will be noticed."""
     bob.check()
-    eventually(lambda: host.state(BOB) == "active", 20, "bob's instance is active again")
+    eventually(lambda: host.state(BOB) == "active", 60, "bob's instance is active again")
     again = host.login("bob", f"cat /tmp/mine; {observe.NAMESPACE}").stdout.split()
     assert again == ["mine", bob.namespace]
     shown = observe.status(host.machine, "bob")
@@ -163,7 +163,7 @@ def test_the_fd_store_holds_what_makes_no_sense(host: Host, name: str, path: str
         (host.root / "run/polytmp-faults/store").write_text(json.dumps([[name, path]]))
         host.machine.run("kill", "-KILL", str(before))
         # the next process stores it and dies, the one after that finds it
-        eventually(lambda: host.running() not in {0, before}, 20, "the daemon runs again")
+        eventually(lambda: host.running() not in {0, before}, 60, "the daemon runs again")
         assert host.journal_of("FD store", "letting it go")
         assert_found_again(host, bob)
         assert host.traces().stored == 2
@@ -236,11 +236,11 @@ def test_no_room_for_the_state(host: Host) -> None:
         with resident(machine) as bob:
             assert host.journal_of(f"State of UID {BOB} cannot be written", "No space left on device")
             machine.run("kill", "-KILL", str(host.pid()))
-            eventually(lambda: host.state(BOB) == "active", 20, "bob's instance is active again")
+            eventually(lambda: host.state(BOB) == "active", 60, "bob's instance is active again")
             bob.check()
             assert host.login("bob", "cat /tmp/mine").stdout.split() == ["mine"]
     finally:
-        eventually(lambda: not host.instances() and not host.on_disk(), 20, "bob's instance is gone")
+        eventually(lambda: not host.instances() and not host.on_disk(), 60, "bob's instance is gone")
         machine.run("umount", "--lazy", STATES)
         restart(host)
     host.wait_gone()

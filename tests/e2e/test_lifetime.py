@@ -180,12 +180,15 @@ def test_sudo_by_another_user(machine: Machine) -> None:
         assert observe.state(machine, "bob") == "active"
 
 
+MOVED = (
+    "sh -c 'echo $$ > /tmp/pid; exec sleep 1234' >/dev/null 2>&1 & "
+    "until test -s /tmp/pid; do sleep 0.02; done; "
+    "sudo sh -c 'mkdir -p /sys/fs/cgroup/elsewhere; cat /tmp/pid > /sys/fs/cgroup/elsewhere/cgroup.procs'"
+)
+
+
 def test_a_process_moved_to_another_cgroup(machine: Machine) -> None:
-    start_in_session(
-        "sh -c 'echo $$ > /tmp/pid; exec sleep 1234' >/dev/null 2>&1 & sleep 0.2; "
-        "sudo sh -c 'mkdir -p /sys/fs/cgroup/elsewhere; cat /tmp/pid > "
-        "/sys/fs/cgroup/elsewhere/cgroup.procs'"
-    )(machine)
+    start_in_session(MOVED)(machine)
     stays(machine)
     machine.run("pkill", "-f", "sleep 1234")
     wait_until_gone(machine)
@@ -193,11 +196,7 @@ def test_a_process_moved_to_another_cgroup(machine: Machine) -> None:
 
 
 def test_a_login_while_draining_finds_the_same_files(machine: Machine) -> None:
-    start_in_session(
-        "sh -c 'echo $$ > /tmp/pid; exec sleep 1234' >/dev/null 2>&1 & sleep 0.2; "
-        "sudo sh -c 'mkdir -p /sys/fs/cgroup/elsewhere; cat /tmp/pid > "
-        "/sys/fs/cgroup/elsewhere/cgroup.procs'"
-    )(machine)
+    start_in_session(MOVED)(machine)
     wait_for(machine, "alice", "draining")
     before = observe.status(machine, "alice")["namespace"]
     with machine.session("alice") as alice:
@@ -224,7 +223,8 @@ def test_a_namespace_held_by_a_descriptor_alone(machine: Machine) -> None:
 
 def test_a_private_namespace_made_by_the_user_counts_too(machine: Machine) -> None:
     start_in_session(
-        "unshare -Urm sh -c 'echo $PPID > /dev/null; exec sleep 1234' >/dev/null 2>&1 & sleep 0.3; "
+        "unshare -Urm sh -c 'echo $PPID > /dev/null; exec sleep 1234' >/dev/null 2>&1 & "
+        "until pgrep -f -x 'sleep 1234' >/dev/null; do sleep 0.02; done; "
         'sudo sh -c \'mkdir -p /sys/fs/cgroup/elsewhere; pgrep -f -x "sleep 1234" > '
         "/sys/fs/cgroup/elsewhere/cgroup.procs'"
     )(machine)
@@ -241,7 +241,9 @@ def test_fifty_logins_leave_nothing(machine: Machine) -> None:
     before = (observe.mounts(machine), observe.daemon_fds(machine), observe.stored(machine))
     namespaces = len(observe.namespaces(machine))
     for number in range(50):
-        machine.ssh("alice", f"echo {number} > /tmp/file; test $(ls /tmp | wc -l) = 1 || ls /tmp")
+        machine.ssh(
+            "alice", f"echo {number} > /tmp/file; test $(ls /tmp | wc -l) = 1 || {{ ls -A /tmp; exit 1; }}"
+        )
     wait_until_gone(machine)
     eventually(
         lambda: (observe.mounts(machine), observe.daemon_fds(machine), observe.stored(machine)) == before,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bed import Machine, nspawn
+from tests.bed import Machine, eventually, nspawn
 
 pytestmark = pytest.mark.e2e
 
@@ -92,7 +92,7 @@ def test_a_rule_of_the_administrator_decides(machine: Machine) -> None:
         machine.run("systemctl", "restart", "polkit")
 
 
-def typed(machine: Machine, user: str, command: str, prompt: str, answer: str, seconds: float = 20) -> str:
+def typed(machine: Machine, user: str, command: str, prompt: str, answer: str, seconds: float = 90) -> str:
     """What the terminal shows when a person answers the prompt."""
     process = subprocess.Popen(
         [*machine.ssh_command(user, "-tt"), command],
@@ -112,7 +112,7 @@ def typed(machine: Machine, user: str, command: str, prompt: str, answer: str, s
                 break
             seen += data
             if not answered and prompt.encode() in seen:
-                time.sleep(0.5)  # what comes before it has turned the echo off is thrown away
+                time.sleep(2)  # what comes before it has turned the echo off is thrown away
                 process.stdin.write(answer.encode() + b"\n")
                 process.stdin.flush()
                 answered = True
@@ -159,8 +159,11 @@ def test_nobody_waits_for_a_person(machine: Machine) -> None:
         seen += os.read(asker.stdout.fileno(), 4096)
     machine.run("polytmpctl", "status", "bob")
     machine.ssh("bob", "true")
+    asking = ("pgrep", "-f", "^/usr/bin/python3.*polytmpctl path")
+    assert machine.run(*asking).stdout
     asker.kill()
     asker.communicate()
+    eventually(lambda: not machine.run(*asking, check=False).stdout, what="the asker is gone")
 
 
 def test_without_polkit_root_decides_alone(machine: Machine) -> None:

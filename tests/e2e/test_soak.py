@@ -7,7 +7,7 @@ import pytest
 
 from tests.soak.round import Report, soak
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SEED = "short"
 SECONDS = 30
@@ -28,9 +28,7 @@ def test_nothing_is_wrong(release: str, deb: Path) -> None:
 
 
 def test_the_checker_notices(release: str, deb: Path) -> None:
-    """A daemon that gives everybody the namespace of one, on one release."""
-    if release != "trixie":
-        return
+    """A daemon that gives everybody the namespace of one."""
     report = run(release, deb, "one-for-all")
     assert report.violations, "the checker has noticed nothing"
     report.log.unlink()

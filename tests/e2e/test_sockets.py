@@ -35,7 +35,9 @@ def test_a_socket_is_reached_by_another_user_and_by_the_host(machine: Machine, n
         eventually(
             lambda: machine.run("test", "-S", path, check=False).returncode == 0, what="the socket is there"
         )
-        assert bob.run(CLIENT.format(path=path)).strip() == "from alice"
+        eventually(
+            lambda: bob.run(CLIENT.format(path=path)).strip() == "from alice", what="it listens to bob"
+        )
         assert machine.sh(CLIENT.format(path=path)).stdout.strip() == "from alice"
         alice.run(f"kill {pid}; rm {path}")
         assert bob.run(f"ls /tmp/{name}").split() == []

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.e2e
 
 README = Path(__file__).parents[2] / "README.md"
 ANYTHING = "…"
-PATIENCE = 15
+PATIENCE = 60
 
 
 @dataclass(slots=True)

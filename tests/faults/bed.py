@@ -26,7 +26,7 @@ ExecStart=/usr/bin/python3 -I {LAUNCHER}
 RuntimeDirectory=polytmp-faults
 RestartSec=50ms
 """
-LOGIN_AT_MOST = 15.0
+LOGIN_AT_MOST = 60.0
 
 
 def prepare(root: Path) -> None:
@@ -69,6 +69,7 @@ class Host:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        self._cursor = machine.journal("-n", "0", "--show-cursor").partition("-- cursor: ")[2].strip()
 
     @property
     def root(self) -> Path:
@@ -94,7 +95,7 @@ class Host:
     def instances(self) -> dict[int, str]:
         """UID → state, of all instances."""
         call = ("org.freedesktop.DBus.ObjectManager", "GetManagedObjects")
-        argv = ["busctl", "--json=short", "--timeout=5", "call", "org.polytmp1", "/org/polytmp1", *call]
+        argv = ["busctl", "--json=short", "--timeout=20", "call", "org.polytmp1", "/org/polytmp1", *call]
         reply: dict[str, Any] = json.loads(self.machine.run(*argv).stdout)
         found = {}
         for interfaces in reply["data"][0].values():
@@ -126,11 +127,12 @@ class Host:
         process = self.root / "proc" / service["MainPID"]
         held = watches = 0
         for fd in (process / "fd").iterdir():
-            target = str(fd.readlink())
-            held += target.startswith("mnt:[")
-            if target == "anon_inode:inotify":
-                # IN_DELETE_SELF: only the sentinels are watched so
-                watches += (process / "fdinfo" / fd.name).read_text().count("mask:400 ")
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                target = str(fd.readlink())
+                held += target.startswith("mnt:[")
+                if target == "anon_inode:inotify":
+                    # IN_DELETE_SELF: only the sentinels are watched so
+                    watches += (process / "fdinfo" / fd.name).read_text().count("mask:400 ")
         stored = int(service["NFileDescriptorStore"])
         return Traces(self.instances(), self.on_disk(), self.states(), held, watches, stored)
 
@@ -138,16 +140,17 @@ class Host:
         return str(Path(f"/proc/{self.machine.leader}/ns/mnt").readlink())
 
     def journal_of(self, *words: str) -> bool:
-        """Whether a line of polytmpd's journal has all the words."""
-        lines = self.machine.journal("-u", "polytmpd", "--output=cat").splitlines()
+        """Whether a line of polytmpd's journal has all the words; of those since this object was made."""
+        after = f"--after-cursor={self._cursor}"
+        lines = self.machine.journal("-u", "polytmpd", "--output=cat", after).splitlines()
         return any(all(word in line for word in words) for line in lines)
 
     # Waiting
 
-    def wait_gone(self, what: str = "nothing is left of anybody", timeout: float = 20) -> None:
+    def wait_gone(self, what: str = "nothing is left of anybody", timeout: float = 60) -> None:
         self.wait_for(NOTHING, what, timeout)
 
-    def wait_for(self, wanted: Traces, what: str, timeout: float = 20) -> None:
+    def wait_for(self, wanted: Traces, what: str, timeout: float = 60) -> None:
         seen: list[Traces] = []
 
         def same() -> bool:
@@ -184,9 +187,9 @@ class Host:
 
     @contextlib.contextmanager
     def watchdog(self) -> Iterator[None]:
-        """With a watchdog that bites after a second."""
+        """With a watchdog that bites soon."""
         drop_in = "/run/systemd/system/polytmpd.service.d/watchdog.conf"
-        self.machine.write(drop_in, "[Service]\nWatchdogSec=1s\n")
+        self.machine.write(drop_in, "[Service]\nWatchdogSec=4s\n")
         self.machine.sh("systemctl daemon-reload && systemctl restart polytmpd")
         try:
             yield

@@ -37,7 +37,7 @@ DIRECTORIES: Final = (
 )
 NEVER_FAILS: Final = ("sdnotify.store", "sdnotify.remove")
 """They log what fails, see polytmpd/sdnotify.py."""
-PATIENCE: Final = 2.0
+PATIENCE: Final = 30.0
 USER_LIMITS: Final = Path("/proc/sys/user")
 """Of the user namespace; what is above it is limited by the same names, or by fs.inotify."""
 MOUNT_MAX: Final = Path("/proc/sys/fs/mount-max")
@@ -89,7 +89,7 @@ class World:
         """The namespace of the instance ends; its files stay."""
         self.ended.clear()
         self.executor.let_go(UID)
-        await asyncio.wait_for(self.ended.wait(), 10)
+        await asyncio.wait_for(self.ended.wait(), 60)
 
     async def remove(self, instance: Instance) -> None:
         await self.executor.remove(instance)

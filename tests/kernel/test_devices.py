@@ -2,6 +2,7 @@
 """Devices that go away, by real events: the kernel sends what root writes into a device's uevent file."""
 
 import asyncio
+import fcntl
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -28,11 +29,14 @@ class Heard:
 async def heard() -> AsyncIterator[Heard]:
     if os.geteuid() != 0:
         pytest.fail("these tests need root")
+    turn = os.open("/run/polytmp-test-devices", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    fcntl.flock(turn, fcntl.LOCK_EX)  # the other tests of the same device may run beside
     made = Heard()
     made.devices.start()
     yield made
     made.devices.close()
     tell("add")
+    os.close(turn)
 
 
 def tell(action: str) -> None:

@@ -428,6 +428,7 @@ async def test_a_socket_directory_that_is_made_again(
     holder = os.open(host.base / SOCKETS, os.O_PATH) if bound else -1  # as a bind mount does
     shutil.rmtree(host.base / SOCKETS)
     await host.shows([ALICE])
+    await eventually((host.base / SOCKETS).exists)
     assert (host.base / SOCKETS).stat().st_mode == 0o41777
     await eventually(lambda: host.shared_again == 2)
     serve(host, BOB, 8)
@@ -455,7 +456,8 @@ async def test_a_socket_directory_that_must_not_be_shared(
     (host.base / SOCKETS).symlink_to("real")
     await host.start(ALICE, BOB)
     make_lock(host.tmp(ALICE), 7, ALICE)
-    await asyncio.sleep(0.5)
+    await eventually(lambda: "not shown across users" in caplog.text)
+    await asyncio.sleep(0.5)  # ten looks more
     assert len([record for record in caplog.records if "not shown across users" in record.message]) == 1
     (host.base / SOCKETS).unlink()
     (host.base / "real").rename(host.base / SOCKETS)

@@ -28,6 +28,7 @@ def run_alone(module: str, function: str, *, shared: bool = True) -> None:
             "--mount",
             "--pid",
             "--fork",
+            "--kill-child",
             "--propagation",
             "private",
             "sh",
@@ -39,7 +40,7 @@ def run_alone(module: str, function: str, *, shared: bool = True) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, f"{function}: exit status {done.returncode}\n{done.stdout}{done.stderr}"

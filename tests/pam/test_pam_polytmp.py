@@ -538,7 +538,7 @@ both_kinds = pytest.mark.parametrize("user", ["alice", "cronuser"])
 
 @both_kinds
 def test_no_bus(world: World, user: str) -> None:
-    assert assert_unreachable_for(world, user).seconds < 1
+    assert assert_unreachable_for(world, user).seconds < 8
 
 
 @both_kinds
@@ -570,14 +570,14 @@ def test_a_daemon_that_does_not_answer(world: World, bus: Bus, daemon: MakeDaemo
     world.module("timeout=1")
     daemon(silent=True)
     session = assert_unreachable_for(world, user, bus.address)
-    assert 0.9 < session.seconds < 3
+    assert 0.9 < session.seconds < 8
 
 
 @both_kinds
 def test_a_daemon_that_dies_over_the_call(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
     daemon(die=True)
     session = assert_unreachable_for(world, user, bus.address)
-    assert session.seconds < 5
+    assert session.seconds < 8
 
 
 def test_a_daemon_that_dies_over_the_call_and_is_started_again(
@@ -612,7 +612,7 @@ def test_a_daemon_that_dies_over_every_call(world: World, bus: Bus, user: str) -
 def test_a_bus_that_dies_over_the_call(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
     daemon(silent=True, kill=[bus.process.pid])
     session = assert_unreachable_for(world, user, bus.address)
-    assert session.seconds < 5
+    assert session.seconds < 8
 
 
 @contextmanager
@@ -671,7 +671,7 @@ def test_a_bus_that_is_none(world: World, user: str, serve: Callable[[socket.soc
     world.module("timeout=1")
     with server(world, serve) as address:
         session = assert_unreachable_for(world, user, address)
-    assert session.seconds < 3
+    assert session.seconds < 8
 
 
 # -- who is a system user --------------------------------------------------------------------------

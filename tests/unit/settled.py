@@ -23,7 +23,7 @@ def descriptors() -> dict[int, str]:
     return found
 
 
-async def eventually(condition: Callable[[], object], seconds: float = 5.0) -> None:
+async def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Return once the condition holds; fail when it does not within the bound."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds

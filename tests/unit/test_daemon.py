@@ -391,7 +391,7 @@ async def test_what_is_no_oserror_is_answered_too(world: World, caplog: pytest.L
     world.executor.answer("prepare", RuntimeError("can't start new thread"))
     try:
         with pytest.raises(PolytmpError):
-            await asyncio.wait_for(login, 0.2)
+            await asyncio.wait_for(login, 5)
     finally:
         caplog.clear()
 
