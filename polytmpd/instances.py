@@ -124,13 +124,17 @@ def share_again(instance: Instance, held: int | None, path: str) -> list[str]:
 def detach(instance: Instance, held: int | None, chosen: Callable[[Mount], bool]) -> list[str]:
     """Detach the chosen mounts in the private directories; where those were. Raises OSError.
 
-    held: as for share_again().
+    Never what makes them private: the user would be in the shared ones. held: as for share_again().
     """
+
+    def others(mount: Mount) -> bool:
+        return chosen(mount) and not _is_ours(instance, mount)
+
     fd = held if held is not None else open_living(instance)
     if fd is None:
         return []
     try:
-        return mountns.detach(fd, [entry.directory.path for entry in instance.directories], chosen)
+        return mountns.detach(fd, [entry.directory.path for entry in instance.directories], others)
     finally:
         os.close(fd)
 
@@ -241,6 +245,17 @@ def effective(directories: Sequence[Directory]) -> list[Directory]:
 def own_barriers(instance: Instance) -> set[str]:
     """The barriers that end with the instance."""
     return {entry.barrier for entry in instance.directories if entry.directory.lifetime is Lifetime.INSTANCE}
+
+
+def _is_ours(instance: Instance, mount: Mount) -> bool:
+    """Whether the mount is a part of the instance, and none that was made in it."""
+    for entry in instance.directories:
+        path = entry.directory.path
+        if mount.mount_point == path:
+            return mount.root.endswith(f"/{entry.barrier}/{INNER}")
+        if mount.mount_point in {f"{path}/{name}" for name in entry.directory.shared}:
+            return True
+    return False
 
 
 def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> tuple[int, bool]:

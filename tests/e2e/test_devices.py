@@ -74,3 +74,19 @@ def test_while_the_instance_drains(machine: Machine) -> None:
     eventually(lambda: b" /tmp/stick " not in machine.read(table), what="the mount is gone")
     machine.run("pkill", "-f", "sleep 1234")
     eventually(lambda: observe.gone(machine, "alice"), 30, "alice's instance is gone")
+
+
+def test_the_device_that_the_instances_lie_on(machine: Machine) -> None:
+    """What makes a directory private is not unmounted, whatever is said: he would be in the shared one."""
+    with machine.session("alice") as alice:
+        stick = mount_stick(alice, "stick")
+        alice.run("echo mine >/var/tmp/mark; echo mine >/tmp/mark")
+        pull_out(machine.run("findmnt", "-n", "-o", "SOURCE", "/").stdout.strip())
+        pull_out(stick)  # one after the other: when this one was heard, so was the first
+        eventually(lambda: not is_mounted(alice, "stick"), what="the stick is gone")
+        assert alice.run("cat /tmp/mark /var/tmp/mark") == "mine\nmine\n"
+        assert machine.sh("ls /tmp/mark /var/tmp/mark", check=False).stdout == ""
+        assert (
+            alice.run("stat -c %i /tmp/.X11-unix")
+            == machine.run("stat", "-c", "%i", "/tmp/.X11-unix").stdout
+        )
