@@ -94,7 +94,6 @@ class Daemon:
         # Not the loop's own threads: logins need those, and a user decides how long an answer takes to find.
         self._counters = ThreadPoolExecutor(_COUNTS_AT_ONCE, "questions")
         self._leftovers: list[tuple[str, str]] = []
-        self._ended: list[int] = []
         self._listing: set[str] | None = None
         self._heard_of_sessions = False
         self._stopping = False
@@ -126,7 +125,7 @@ class Daemon:
         over.
         """
         restored = await asyncio.to_thread(self._executor.restore, self._config.directories)
-        for instance in (*restored.held, *restored.draining, *restored.ended):
+        for instance in (*restored.held, *restored.draining):
             record = self._record(instance.uid, instance.user)
             record.instance = instance
             state = State.ACTIVE if instance in restored.held else State.DRAINING
@@ -135,9 +134,8 @@ class Daemon:
         known = {entry.barrier for record in self._records.values() for entry in _made(record).directories}
         self._leftovers = await self._executor.find_leftovers(self._config.directories, known)
         await self._executor.tell_age_cleaner(self._config.directories)
-        self._ended = [instance.uid for instance in restored.ended]
         if self._displays is not None:
-            instances = (*restored.held, *restored.draining, *restored.ended)
+            instances = (*restored.held, *restored.draining)
             await self._displays.start(self._config.directories, instances)
 
     async def start(self) -> None:
@@ -153,8 +151,6 @@ class Daemon:
             record = self._records.get(uid)
             if record and record.standing.state is State.DRAINING and record.claims.claimed:
                 self._feed(uid, Event.CLAIMED)  # the FD store was lost: hold it again
-        for uid in self._ended:
-            self._feed(uid, Event.NAMESPACE_ENDED)
         self._executor.start()
 
     async def stop(self) -> None:

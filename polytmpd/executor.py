@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from polytmpd import instances, recovery, sdnotify, tmpfiles
 from polytmpd.core.model import (
@@ -42,6 +42,8 @@ from polytmpd.state import StateDirectory
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SENTINELS: Final = "sentinels"
 _STORED: Final = "ns-"
 _DELETIONS_AT_ONCE: Final = 4
@@ -51,11 +53,10 @@ _LOOK_AGAIN: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What was there at start. ended: instances nobody lives in any more, to be removed."""
+    """What was there at start. draining: also what may have ended, which is confirmed after start()."""
 
     held: list[Instance]
     draining: list[Instance]
-    ended: list[Instance]
 
 
 class Executor:
@@ -69,8 +70,10 @@ class Executor:
         self._held: dict[int, int] = {}
         self._watches: dict[int, int] = {}
         self._locks: dict[int, asyncio.Lock] = {}
-        # Threads of their own: a user decides how long a deletion takes, and no login may wait for one.
+        # Threads of their own: users decide how long a deletion takes, and how much there is to be read of
+        # mounts; no login may wait for one of these.
         self._deleters = ThreadPoolExecutor(_DELETIONS_AT_ONCE, "deletion")
+        self._searchers = ThreadPoolExecutor(1, "search")
         self._inotify: Inotify | None = None
         self._instances: dict[int, Instance] = {}
         self._confirming: dict[int, asyncio.Task[None]] = {}
@@ -95,7 +98,7 @@ class Executor:
         for problem in problems:
             log.warning("%s", problem)
         living = {entry.uid: entry for entry in recovery.living(directories)}
-        restored = Restored([], [], [])
+        restored = Restored([], [])
         for uid in sorted({*namespaces, *recorded, *living}):
             fd = namespaces.get(uid)
             instance = recorded.get(uid)
@@ -113,17 +116,7 @@ class Executor:
             if instance is None:
                 continue
             self._restore_one(instance, fd, instance.watches & watched, restored)
-        self._restore_unconfirmed(restored)
         return restored
-
-    def _restore_unconfirmed(self, restored: "Restored") -> None:
-        """What has ended may be mounted in a namespace that is none of ours, see _confirm_end()."""
-        mounted = recovery.mounted_barriers() if restored.ended else {}
-        for instance in list(restored.ended):
-            if not instances.own_barriers(instance).isdisjoint(mounted):
-                restored.ended.remove(instance)
-                restored.draining.append(instance)
-                self._unconfirmed.append(instance.uid)
 
     def _take_stored(self) -> dict[int, int]:
         """UID → namespace descriptor, ours from now on. The inotify instance is taken, or a new one made."""
@@ -157,7 +150,8 @@ class Executor:
             found = fd if fd is not None else instances.open_living(instance)
             if found is None:
                 self._instances[uid] = instance
-                restored.ended.append(instance)
+                self._unconfirmed.append(uid)
+                restored.draining.append(instance)
                 return
             try:
                 watches = frozenset({self._renew_sentinel(instance, found)})
@@ -188,7 +182,7 @@ class Executor:
         os.close(fd)
 
     def start(self) -> None:
-        """Hear of namespaces that end, also of those that ended before."""
+        """Hear of namespaces that end, also of those that ended before: the ends are reported later on."""
         asyncio.get_running_loop().add_reader(self._sentinels.fd, self._on_sentinel)
         while self._unconfirmed:
             self._confirm(self._unconfirmed.pop())
@@ -200,6 +194,7 @@ class Executor:
         """
         self._stopping.set()
         self._deleters.shutdown(wait=False, cancel_futures=True)
+        self._searchers.shutdown(wait=False, cancel_futures=True)
         for task in self._confirming.values():
             task.cancel()
         if self._inotify is not None:
@@ -232,7 +227,11 @@ class Executor:
         """
         async with self._lock(instance.uid):
             await asyncio.to_thread(instances.require_same_user, instance)
-            fd = await asyncio.to_thread(instances.open_living, instance)
+            try:
+                fd = await asyncio.to_thread(instances.open_living, instance)
+            except TimeoutError as error:
+                log.warning("Nobody was found in the namespace of user %s: %s", instance.user, error)
+                fd = None
             if fd is not None:
                 return self._hold(instance, fd)
             return self._hold(*await asyncio.to_thread(instances.rebuild, instance, self._watch_sentinel))
@@ -352,9 +351,16 @@ class Executor:
             log.warning("systemd-tmpfiles may age the directories of instances: %s, ignoring", error)
 
     async def delete_leftovers(self, leftovers: Sequence[tuple[str, str]]) -> None:
-        """Delete what find_leftovers() found. Logs what cannot be deleted."""
+        """Delete what find_leftovers() found, but what is still mounted somewhere. Logs what cannot be
+        deleted.
+        """
+        try:
+            leftovers = await self._in(self._searchers, instances.unused, leftovers)
+        except OSError as error:
+            log.error("What former instances left stays until the next start: %s", error)
+            return
         for path, name in leftovers:
-            await self._in_deleter(instances.delete_leftover, path, name)
+            await self._in(self._deleters, instances.delete_leftover, path, name)
 
     # Within
 
@@ -366,7 +372,7 @@ class Executor:
             self._progress[uid] = entries
 
         try:
-            await self._in_deleter(instances.delete, left, report)
+            await self._in(self._deleters, instances.delete, left, report)
         except BaseException:
             self._undeleted[uid] = [*left, *self._undeleted.get(uid, ())]
             raise
@@ -374,9 +380,9 @@ class Executor:
             self._progress.pop(uid, None)
         return bool(left)
 
-    async def _in_deleter(self, work: Callable[..., None], *arguments: object) -> None:
+    async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
         call = functools.partial(work, *arguments, self._stopping.is_set)
-        await asyncio.get_running_loop().run_in_executor(self._deleters, call)
+        return await asyncio.get_running_loop().run_in_executor(pool, call)
 
     @property
     def _sentinels(self) -> Inotify:
@@ -447,18 +453,18 @@ class Executor:
         That one has no sentinel: bwrap --bind /tmp /tmp, say, moved to another cgroup so that the slice does
         not know of it.
         """
-        barriers = instances.own_barriers(self._instances[uid])
         while True:
-            # Locked: a login that makes a new namespace over the same files has them mounted in a thread of
-            # our own process.
-            async with self._lock(uid):
+            instance = self._instances[uid]
+            # Without the lock, for which a login would wait.
+            pid = await self._in(self._searchers, instances.who_mounts, instance)
+            async with self._lock(uid):  # for a login that makes a new namespace over the same files
                 if self._watches_of(uid):
-                    return  # such a login came meanwhile
-                mounted = await asyncio.to_thread(recovery.mounted_barriers)
-            pid = next((mounted[barrier] for barrier in barriers if barrier in mounted), None)
-            if pid is None:
-                self._ended(uid)
-                return
+                    return
+                if self._instances[uid] is not instance:
+                    continue  # one came and went: it may have left something that was not there to be found
+                if pid is None:
+                    self._ended(uid)
+                    return
             log.info("Process %d has the instance of UID %d mounted in its own namespace, waiting", pid, uid)
             # It may unmount it and live on, root's shell say: look again every now and then.
             with contextlib.suppress(TimeoutError):

@@ -84,18 +84,21 @@ def require_same_user(instance: Instance) -> None:
 
 
 def open_living(instance: Instance) -> int | None:
-    """A descriptor of the instance's namespace where somebody lives in it.
+    """A descriptor of the instance's namespace where somebody lives in it, or holds it open.
 
-    Inodes are used again: its mounts count.
+    The kernel gives inode numbers out again, the lowest first: it may be another namespace by now, one that
+    the user made from his own even. So its mounts count. TimeoutError where it cannot be told, see
+    processes.open_namespace().
     """
     fd = processes.open_namespace(instance.namespace)
     if fd is None:
         return None
     try:
-        mounted = {recovery.barrier_of(mount) for mount in mountns.mounts_in(fd)}
+        mounts = mountns.mounts_in(fd) if mountns.is_privileged(fd) else []
     except OSError:  # another one by now, in which no /proc is mounted: a sandbox that is being made
-        mounted = set()
-    if all(entry.barrier in mounted for entry in instance.directories):
+        mounts = []
+    mounted = {recovery.barrier_of(mount) for mount in mounts}
+    if recovery.is_host_peer(mounts) and all(entry.barrier in mounted for entry in instance.directories):
         return fd
     os.close(fd)
     return None
@@ -106,7 +109,7 @@ def share_again(instance: Instance, held: int | None, path: str) -> list[str]:
 
     held: a descriptor of the namespace, closed here; without one its processes are asked.
     """
-    fd = held if held is not None else processes.open_namespace(instance.namespace)
+    fd = held if held is not None else open_living(instance)
     if fd is None:
         return []
     try:
@@ -198,11 +201,10 @@ def delete(
 
 
 def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[tuple[str, str]]:
-    """(directory, barrier) of what nobody lives in, and nobody has mounted. Logs what cannot be read.
+    """(directory, barrier) of what is on disk and of no instance. Logs what cannot be read.
 
     known: the barriers of instances.
     """
-    in_use = known | set(recovery.mounted_barriers())
     leftovers: list[tuple[str, str]] = []
     for directory in effective(directories):
         try:
@@ -211,12 +213,18 @@ def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[tu
         except OSError as error:  # whoever logs in is refused for it: no reason to end
             log.error("%s cannot be looked into: %s", directory.path, error)
             continue
-        leftovers += [(directory.path, name) for name in found.removable if name not in in_use]
+        leftovers += [(directory.path, name) for name in found.removable if name not in known]
         for name, reason in found.foreign:
             log.warning(
                 "%s/%s has a name of polytmp's but is not: %s, ignoring", directory.path, name, reason
             )
     return leftovers
+
+
+def unused(leftovers: Sequence[tuple[str, str]], cancelled: Callable[[], bool]) -> list[tuple[str, str]]:
+    """Those that nobody has mounted. Raises OSError, where it was cancelled too."""
+    in_use = recovery.mounted_barriers(leftovers, cancelled)
+    return [(path, name) for path, name in leftovers if name not in in_use]
 
 
 def delete_leftover(path: str, name: str, cancelled: Callable[[], bool]) -> None:
@@ -242,9 +250,14 @@ def effective(directories: Sequence[Directory]) -> list[Directory]:
     return list(found.values())
 
 
-def own_barriers(instance: Instance) -> set[str]:
-    """The barriers that end with the instance."""
-    return {entry.barrier for entry in instance.directories if entry.directory.lifetime is Lifetime.INSTANCE}
+def who_mounts(instance: Instance, cancelled: Callable[[], bool]) -> int | None:
+    """A process that has mounted what ends with the instance, in whatever namespace. Raises OSError."""
+    places = [
+        (entry.directory.path, entry.barrier)
+        for entry in instance.directories
+        if entry.directory.lifetime is Lifetime.INSTANCE
+    ]
+    return next(iter(recovery.mounted_barriers(places, cancelled).values()), None)
 
 
 def _is_ours(instance: Instance, mount: Mount) -> bool:

@@ -4,23 +4,26 @@
 Not here: what is done with what is found (executor).
 """
 
-import contextlib
+import errno
+import functools
 import itertools
 import os
 import pwd
 import re
-import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from polytmpd.core.model import INNER, Directory, Instance, InstanceDirectory
 from polytmpd.kernel import mountinfo, mountns, processes
 from polytmpd.kernel.mountinfo import Mount
-from polytmpd.kernel.syscalls import RESOLVE_NO_SYMLINKS, openat2
 
 _BARRIER: Final = re.compile(r"polytmp-(?:[0-9a-f]{32}-(\d{1,10})-[0-9a-f]{16}|(\d{1,10}))", re.ASCII)
+_BARRIERS: Final = b"/polytmp-"
+"""What each line has that is about one."""
+_LINES_BETWEEN: Final = 4096
+"""So many lines are read before it is asked whether to go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +65,39 @@ def _private(mounts: Sequence[Mount], directories: Sequence[Directory]) -> dict[
     return found
 
 
+def is_host_peer(mounts: Sequence[Mount]) -> bool:
+    """Whether the table is that of a namespace to which the host's mounts propagate, and back.
+
+    So are those that polytmp makes; one that is made from them (unshare, bwrap, a unit's) is not any more.
+    """
+    return bool(_peers(mounts) & _peers(mountinfo.read("1")))
+
+
+def _peers(mounts: Sequence[Mount]) -> set[int | None]:
+    return {mount.shared for mount in mounts if mount.mount_point == "/"}
+
+
 def living(directories: Sequence[Directory]) -> Iterator[Living]:
     """The namespaces that polytmp made and somebody lives in; not those that users made from them.
 
     A user's own (unshare, bwrap) has the same directories mounted, but is not in the host's peer group any
-    more. Blocking: reads all of /proc.
+    more. Blocking: reads all of /proc, but of no table that a user makes without privilege: he decides how
+    long it is.
     """
-    peers = {mount.shared for mount in mountinfo.read("1") if mount.mount_point == "/"}
+    peers = _peers(mountinfo.read("1"))
     host = mountns.host_namespace_inode()
-    for namespace, _, mounts in processes.mount_tables():
+    for namespace, _, mounts in processes.in_each_namespace(_privileged_mounts):
         private = _private(mounts, directories)
-        if namespace == host or not private:
-            continue
-        if {mount.shared for mount in mounts if mount.mount_point == "/"} & peers:
+        if namespace != host and private and _peers(mounts) & peers:
             yield Living(_owner(next(iter(private.values()))), namespace, tuple(mounts))
+
+
+def _privileged_mounts(process: str) -> list[Mount]:
+    fd = os.open(f"/proc/{process}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return mountinfo.read(process) if mountns.is_privileged(fd) else []
+    finally:
+        os.close(fd)
 
 
 def reconstruct(
@@ -105,41 +127,65 @@ def _name(uid: int) -> str:
         return str(uid)
 
 
-def mounted_barriers() -> dict[str, int]:
-    """Barrier's name → a process that has the instance, or something in it, mounted in whatever namespace.
+def mounted_barriers(
+    places: Iterable[tuple[str, str]], cancelled: Callable[[], bool] = lambda: False
+) -> dict[str, int]:
+    """Which of the barriers, (directory, name) each, are mounted in whatever namespace: name → a process.
 
-    A bind mount of his /tmp that a user took along into a namespace of his own, say. Not a file system or a
-    directory of his own with somebody else's barrier in its path: that would keep the other's files for
-    ever. Blocking: reads all of /proc.
+    Theirs is a mount of the instance or of something in it: a bind mount of his /tmp that a user took along
+    into a namespace of his own, say. A file system of his own with somebody else's barrier in its path is
+    none. Not counted: our own threads, which make namespaces. Raises OSError, ECANCELED where it was.
+    Blocking, for as long as users make their tables long: no login may wait for it.
     """
-    host = mountinfo.read("1")
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for path, name in places:
+        wanted.setdefault(_identity(path), set()).add(name)
+    if not wanted:
+        return {}
     found: dict[str, int] = {}
-    for _, pid, mounts in processes.mount_tables():
-        for mount in mounts:
-            barrier = barrier_of(mount)
-            if barrier is not None and barrier not in found and _is_genuine(mount, barrier, host):
-                found[barrier] = pid
+    look = functools.partial(_mounted, wanted=wanted, cancelled=cancelled)
+    for _, pid, names in processes.in_each_namespace(look):
+        for name in names:
+            found.setdefault(name, pid)
     return found
 
 
-def _is_genuine(mount: Mount, barrier: str, host: Sequence[Mount]) -> bool:
-    """Whether the host has the barrier where the mount's root says that it lies, and it is root's."""
-    path = mount.root[: mount.root.index(f"/{barrier}/")] + f"/{barrier}"
-    # The magic link by itself: RESOLVE_NO_SYMLINKS would refuse it.
-    root = os.open(f"{mountns.HOST}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def _identity(path: str) -> tuple[str, str]:
+    """Device and root of a directory of the host, as mountinfo has them of a mount of it."""
+    place = f"{mountns.HOST}/root{path}"
+    fd = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        for entry in host:
-            if entry.device != mount.device or not mountinfo.is_below(path, entry.root):
-                continue
-            place = f"{entry.mount_point}/{path[len(entry.root) :]}"
-            with contextlib.suppress(OSError):
-                fd = openat2(root, place.lstrip("/"), os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
-                try:
-                    status = os.fstat(fd)
-                finally:
-                    os.close(fd)
-                if (status.st_uid, stat.S_IMODE(status.st_mode)) == (0, 0o700):
-                    return True
+        mount_id = mountinfo.mount_id_of(fd)
     finally:
-        os.close(root)
-    return False
+        os.close(fd)
+    for entry in mountinfo.read("1"):
+        if entry.mount_id == mount_id:
+            return entry.device, os.path.normpath(f"{entry.root}/{os.path.relpath(path, entry.mount_point)}")
+    raise OSError(errno.EAGAIN, "its mount is gone", path)
+
+
+def _mounted(
+    process: str, wanted: Mapping[tuple[str, str], Collection[str]], cancelled: Callable[[], bool]
+) -> set[str]:
+    if process.partition("/")[0] == str(os.getpid()):
+        return set()
+    found: set[str] = set()
+    for number, line in enumerate(mountinfo.lines(process)):
+        if number % _LINES_BETWEEN == 0 and cancelled():
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        if _BARRIERS in line:
+            device, root = mountinfo.device_and_root(line)
+            found.update(
+                name
+                for (its_device, directory), names in wanted.items()
+                if its_device == device
+                for name in _lies_in(root, directory, names)
+            )
+    return found
+
+
+def _lies_in(root: str, directory: str, names: Collection[str]) -> Iterator[str]:
+    prefix = directory.rstrip("/") + "/"
+    name, _, inner = root.removeprefix(prefix).partition("/")
+    if root.startswith(prefix) and name in names and mountinfo.is_below(inner, INNER):
+        yield name

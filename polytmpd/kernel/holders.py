@@ -15,8 +15,8 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 
+from polytmpd.kernel import mountinfo
 from polytmpd.kernel.mountns import SENTINEL_SOURCE
 from polytmpd.kernel.processes import commands, namespace_paths, pids
 
@@ -93,11 +93,15 @@ def control_group(pid: int) -> str:
 
 def _is_copy(process: str, roots: Collection[str]) -> bool:
     """Not parsed: a user can have a hundred thousand mounts in each of many namespaces."""
-    try:
-        table = Path(f"/proc/{process}/mountinfo").read_bytes()
-    except OSError:
-        return False
-    return SENTINEL_SOURCE.encode() in table and any(f"/{name}/".encode() in table for name in roots)
+    sentinel, inside = False, False
+    names = [f"/{name}/".encode() for name in roots]
+    with contextlib.suppress(OSError):
+        for line in mountinfo.lines(process):
+            sentinel = sentinel or SENTINEL_SOURCE.encode() in line
+            inside = inside or any(name in line for name in names)
+            if sentinel and inside:
+                return True
+    return False
 
 
 def _has_open(pid: int, target: str) -> bool:

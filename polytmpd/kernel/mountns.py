@@ -53,6 +53,7 @@ from polytmpd.kernel.syscalls import (
     UMOUNT_NOFOLLOW,
     fsmount,
     get_nstype,
+    get_userns,
     mount,
     move_mount,
     open_tree,
@@ -264,6 +265,18 @@ def open_host_namespace() -> int:
 def host_namespace_inode() -> int:
     """The inode of PID 1's mount namespace."""
     return os.stat(f"{HOST}/ns/mnt").st_ino
+
+
+def is_privileged(fd: int) -> bool:
+    """Whether a mount namespace belongs to our own user namespace, as what root makes does.
+
+    One that a user makes without privilege (unshare -U, bwrap, podman) belongs to a user namespace of his.
+    """
+    owner = get_userns(fd)
+    try:
+        return os.path.samestat(os.fstat(owner), os.stat("/proc/self/ns/user"))
+    finally:
+        os.close(owner)
 
 
 def namespace_inode(fd: int) -> int:

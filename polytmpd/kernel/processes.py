@@ -15,18 +15,19 @@ Hard facts
 """
 
 import contextlib
+import errno
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-from polytmpd.kernel import mountinfo
-from polytmpd.kernel.mountinfo import Mount
+from typing import Final, TypeVar
 
 _COMMANDS_TIMEOUT: Final = 1.0
+_DESCRIPTORS_TIMEOUT: Final = 1.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +71,30 @@ def open_namespace(inode: int) -> int | None:
     """A descriptor of the mount namespace with that inode, through any process that lives in it or holds it
     open.
 
-    The caller closes it. None where nobody was found. Blocking: reads all of /proc.
+    The caller closes it. None where nobody was found. TimeoutError where nobody lives in it, and there are
+    more open descriptors than can be looked at in a second: users decide how many. Blocking: reads all of
+    /proc.
     """
     for pid in pids():
         for path in namespace_paths(pid):
             if _inode(path) == inode and (fd := _open_checked(path, inode)) is not None:
                 return fd
+    deadline = time.monotonic() + _DESCRIPTORS_TIMEOUT
     for pid in pids():  # a namespace can be held by an open descriptor alone
-        with contextlib.suppress(OSError):
-            for name in os.listdir(f"/proc/{pid}/fd"):
-                path = f"/proc/{pid}/fd/{name}"
+        for path in _descriptors(pid):
+            if time.monotonic() > deadline:
+                text = f"too many open descriptors to find who holds mnt:[{inode}]"
+                raise TimeoutError(errno.ETIMEDOUT, text)
+            with contextlib.suppress(OSError):
                 if os.readlink(path) == f"mnt:[{inode}]" and (fd := _open_checked(path, inode)) is not None:
                     return fd
     return None
+
+
+def _descriptors(pid: int) -> Iterator[str]:
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            yield entry.path
 
 
 def _open_checked(path: str, inode: int) -> int | None:
@@ -94,10 +106,11 @@ def _open_checked(path: str, inode: int) -> int | None:
     return None
 
 
-def mount_tables() -> Iterator[tuple[int, int, list[Mount]]]:
-    """(namespace inode, pid, mounts) of each mount namespace that a process lives in, once.
+def in_each_namespace(look: Callable[[str], T]) -> Iterator[tuple[int, int, T]]:
+    """(namespace inode, pid, what look gave) of each mount namespace that a process lives in, once.
 
-    Blocking: reads all of /proc.
+    look(process) reads /proc/{process}/mountinfo; where it raises OSError another process is tried, but for
+    ECANCELED, which is passed on. Blocking: reads all of /proc.
     """
     seen: set[int] = set()
     for pid in pids():
@@ -106,11 +119,15 @@ def mount_tables() -> Iterator[tuple[int, int, list[Mount]]]:
             if inode is None or inode in seen:
                 continue
             process = path.removeprefix("/proc/").removesuffix("/ns/mnt")
-            with contextlib.suppress(OSError, ValueError):
-                table = mountinfo.read(process)
-                if _inode(path) == inode:
-                    seen.add(inode)
-                    yield inode, pid, table
+            try:
+                found = look(process)
+            except OSError as error:
+                if error.errno == errno.ECANCELED:
+                    raise
+                continue
+            if _inode(path) == inode:
+                seen.add(inode)
+                yield inode, pid, found
 
 
 def commands(pids: Sequence[int]) -> list[str]:

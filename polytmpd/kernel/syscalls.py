@@ -58,6 +58,7 @@ FS_IOC_SETFLAGS: Final = 0x40086602
 FS_IMMUTABLE_FL: Final = 0x00000010
 FS_APPEND_FL: Final = 0x00000020
 
+NS_GET_USERNS: Final = 0xB701
 NS_GET_NSTYPE: Final = 0xB703
 
 FSOPEN_CLOEXEC: Final = 1
@@ -226,6 +227,11 @@ def set_inode_flags(fd: int, flags: int) -> None:
 def get_nstype(fd: int) -> int:
     """ioctl_ns(2) NS_GET_NSTYPE: the CLONE_* constant of the namespace behind the descriptor."""
     return fcntl.ioctl(fd, NS_GET_NSTYPE)
+
+
+def get_userns(fd: int) -> int:
+    """ioctl_ns(2) NS_GET_USERNS: the user namespace that the namespace belongs to; the caller's to close."""
+    return fcntl.ioctl(fd, NS_GET_USERNS)
 
 
 def inotify_init1(flags: int) -> int:

@@ -5,6 +5,7 @@
 Runs in a machine under test, with its Python alone, until it is killed.
 
 fuse.py hung DIRECTORY     one that never answers anything
+fuse.py trap DIRECTORY     the same, and others may enter it (user_allow_other in /etc/fuse.conf)
 fuse.py files DIRECTORY    one with a file `file` and a directory `sub`; reading the file never ends
 fuse.py stuck DIRECTORY    as `files`; this process itself then hangs in mmap(2) with its memory map locked,
                            so that reading its /proc/PID/cmdline never ends
@@ -27,11 +28,11 @@ ROOT, FILE, SUB = 1, 2, 3
 ENOENT, ENOSYS = 2, 38
 
 
-def mount(directory: str) -> int:
+def mount(directory: str, options: str = "fsname=attack") -> int:
     """The descriptor of /dev/fuse behind a new mount."""
     ours, theirs = socket.socketpair()
     environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
-    argv = ["fusermount3", "-o", "fsname=attack", "--", directory]
+    argv = ["fusermount3", "-o", options, "--", directory]
     subprocess.run(argv, env=environment, pass_fds=[theirs.fileno()], check=True)
     _, fds, _, _ = socket.recv_fds(ours, 1, 1)
     return fds[0]
@@ -106,8 +107,8 @@ def stuck(directory: str) -> None:
 
 def main() -> None:
     kind, directory = sys.argv[1:]
-    device = mount(directory)
-    if kind != "hung":
+    device = mount(directory, *(["allow_other,fsname=attack"] if kind == "trap" else []))
+    if kind not in {"hung", "trap"}:
         server = Server(device)
         if kind == "stuck":
             pid = os.fork()

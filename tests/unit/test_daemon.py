@@ -48,7 +48,7 @@ class FakeExecutor:
         self.asked: list[tuple[str, int, asyncio.Future[None]]] = []
         self.held: dict[int, int] = {}
         self.made = 0
-        self.restored = Restored([], [], [])
+        self.restored = Restored([], [])
         self.known: set[str] = set()
         self.kept: set[int] = set()
         self.ended: set[int] = set()
@@ -689,7 +689,7 @@ async def test_an_end_that_came_while_joining_failed_is_not_forgotten(world: Wor
 
 
 async def test_what_lives_is_taken_over(world: World) -> None:
-    world.executor.restored = Restored([instance(1000, "alice", 7)], [instance(1001, "bob", 8)], [])
+    world.executor.restored = Restored([instance(1000, "alice", 7)], [instance(1001, "bob", 8)])
     world.logind.listed_users = [ALICE]
     world.logind.listed_sessions = [Session("1", ALICE)]
     await world.daemon.restore()
@@ -702,9 +702,10 @@ async def test_what_lives_is_taken_over(world: World) -> None:
 
 
 async def test_what_ended_meanwhile_is_removed(world: World) -> None:
-    world.executor.restored = Restored([], [], [instance(1000, "alice", 7)])
+    world.executor.restored = Restored([], [instance(1000, "alice", 7)])
     await world.daemon.restore()
     await world.daemon.start()
+    world.daemon.namespace_ended(1000)  # as the executor finds out after its start
     await eventually(lambda: world.executor.waits("remove 7"))
     world.executor.answer("remove 7")
     await eventually(lambda: world.state() is None)
@@ -752,7 +753,7 @@ async def test_before_logind_tells_who_is_logged_in_nothing_drains(world: World)
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
     world.slices.populated[1000] = True
     world.logind.away = True
-    world.executor.restored = Restored([instance(1000, "alice", 7)], [], [])
+    world.executor.restored = Restored([instance(1000, "alice", 7)], [])
     await world.daemon.restore()
     await world.daemon.start()
     assert world.state() is State.ACTIVE

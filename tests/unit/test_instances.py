@@ -12,7 +12,7 @@ import pytest
 
 from polytmpd import accounts, instances
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
-from polytmpd.kernel import mountns, processes
+from polytmpd.kernel import mountinfo, mountns, processes
 from polytmpd.kernel.mountinfo import Mount, parse_line
 
 pytestmark = pytest.mark.unit
@@ -45,15 +45,29 @@ def test_a_namespace_without_proc_is_none_of_ours(namespace: Path, monkeypatch: 
         raise FileNotFoundError(2, "No such file or directory", "/proc/thread-self/mountinfo")
 
     monkeypatch.setattr(mountns, "mounts_in", mounts_in)
+    monkeypatch.setattr(mountns, "is_privileged", lambda _: True)
     assert instances.open_living(INSTANCE) is None
     assert opened(namespace) == []
 
 
-@pytest.mark.parametrize(("root", "is_ours"), [(f"/{BARRIER}/tmp", True), ("/polytmp-1000/tmp", False)])
+@pytest.mark.parametrize(
+    ("root", "peer", "privileged", "is_ours"),
+    [
+        (f"/{BARRIER}/tmp", "shared:7", True, True),
+        ("/polytmp-1000/tmp", "shared:7", True, False),  # another one's, in which the number is used again
+        (f"/{BARRIER}/tmp", "master:7", True, False),  # made from ours, by root
+        (f"/{BARRIER}/tmp", "shared:7", False, False),  # by the user
+    ],
+)
 def test_a_namespace_is_ours_by_its_mounts(
-    namespace: Path, monkeypatch: pytest.MonkeyPatch, root: str, is_ours: bool
+    namespace: Path, monkeypatch: pytest.MonkeyPatch, root: str, peer: str, privileged: bool, is_ours: bool
 ) -> None:
-    monkeypatch.setattr(mountns, "mounts_in", lambda _: [parse_line(LINE.format(root).encode())])
+    """The kernel gives inode numbers out again."""
+    slash = "35 1 8:1 / / rw {} - ext4 /dev/sda1 rw"
+    table = [parse_line(line.encode()) for line in (slash.format(peer), LINE.format(root))]
+    monkeypatch.setattr(mountns, "mounts_in", lambda _: table)
+    monkeypatch.setattr(mountns, "is_privileged", lambda _: privileged)
+    monkeypatch.setattr(mountinfo, "read", lambda _: [parse_line(slash.format("shared:7").encode())])
     fd = instances.open_living(INSTANCE)
     assert (fd is not None) == is_ours
     assert len(opened(namespace)) == is_ours

@@ -1,0 +1,94 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An attacker who fills, or forges, what is read of him in /proc.
+
+Runs in a machine under test, with its Python alone; says "ready" and stays until he is killed.
+
+tables.py mounts DEPTH COUNT      COUNT mounts in a namespace of his own, in a directory DEPTH names deep;
+                                  the names are spaces, of which the kernel makes four characters each
+tables.py descriptors PROCESSES   as many processes with as many open files as the limit allows
+tables.py number INODE            goes through mount namespaces until one has that inode number
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import sys
+import time
+
+CLONE_NEWNS, CLONE_NEWUSER, MS_BIND = 0x20000, 0x10000000, 0x1000
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result: int) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def say_ready() -> None:
+    print("ready", flush=True)
+
+
+def write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def mounts(depth: int, count: int) -> None:
+    uid, gid = os.getuid(), os.getgid()
+    check(LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNS))
+    write("/proc/self/setgroups", "deny")
+    write("/proc/self/uid_map", f"0 {uid} 1")
+    write("/proc/self/gid_map", f"0 {gid} 1")
+    check(LIBC.mount(b"deep", b"/mnt", b"tmpfs", 0, None))
+    os.chdir("/mnt")
+    for _ in range(depth):
+        os.mkdir(" " * 255)
+        os.chdir(" " * 255)
+    os.mkdir("from")
+    os.mkdir("to")
+    for _ in range(count):
+        check(LIBC.mount(b"from", b"to", None, MS_BIND, None))
+    say_ready()
+    signal.pause()
+
+
+def descriptors(processes: int) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(OSError):
+        while True:
+            os.dup(0)
+    for _ in range(processes - 1):
+        if os.fork() == 0:
+            signal.pause()
+    say_ready()
+    signal.pause()
+
+
+def number(inode: int) -> None:
+    while os.stat("/proc/self/ns/mnt").st_ino != inode:
+        if os.fork() == 0:  # who goes on; the other keeps the number that was not wanted, for a while
+            check(LIBC.unshare(CLONE_NEWNS))
+        else:
+            time.sleep(5)
+            os._exit(0)
+    say_ready()
+    signal.pause()
+
+
+def main() -> None:
+    kind, *arguments = sys.argv[1:]
+    match kind, [int(argument) for argument in arguments]:
+        case "mounts", [depth, count]:
+            mounts(depth, count)
+        case "descriptors", [processes]:
+            descriptors(processes)
+        case "number", [inode]:
+            number(inode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Attacks on what the daemon reads to find out who still has an instance: tables of mounts, descriptors,
+numbers of namespaces. A user decides how long they are, and what they say.
+
+Not here: attacks on files (test_attacks), on the bus (test_attacks_bus).
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import observe
+from tests.attacks import attack, prepare, program
+from tests.bed import Machine, Session, eventually
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def machine(release: str, deb: Path) -> Iterator[Machine]:
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+@pytest.fixture(autouse=True)
+def quiet(machine: Machine) -> Iterator[None]:
+    observe.log_everybody_out(machine)
+    yield
+    machine.sh("systemctl stop 'attack-*'; pkill -u svc; systemctl reset-failed; true", check=False)
+    assert machine.run("systemctl", "is-active", "polytmpd").stdout.strip() == "active"
+    assert machine.run("systemctl", "show", "-P", "NRestarts", "polytmpd").stdout.strip() == "0"
+
+
+def peak(machine: Machine) -> int:
+    """The most memory that the daemon had, in KiB."""
+    text = machine.sh("cat /proc/$(systemctl show -P MainPID polytmpd)/status").stdout
+    return int(re.search(r"VmHWM:\s*(\d+)", text)[1])  # type: ignore[index]  # the line is always there
+
+
+def leave_behind(machine: Machine, alice: Session, command: str) -> int:
+    """bob's instance is held by a namespace alone that he made from its own, whose number is returned.
+
+    In it the command runs. alice starts it, so that bob has neither a session nor a slice.
+    """
+    lines = (
+        "stat -Lc %i /proc/self/ns/mnt; echo mark >/tmp/mark",
+        f"setsid unshare -Urm {command} </dev/null >/tmp/out 2>&1 &",
+        "until test -e /tmp/started; do sleep 0.05; done",
+    )
+    machine.write("/srv/left-behind", "\n".join(lines))
+    number = int(alice.run("sudo -u bob bash /srv/left-behind"))
+    eventually(lambda: observe.state(machine, "bob") == "draining", what="bob's instance drains")
+    own = f"mnt:[{number}]"
+    eventually(lambda: own not in observe.namespaces(machine), what="the namespace itself has ended")
+    return number
+
+
+def stays_bobs(machine: Machine) -> None:
+    """His logins find the files, and when all is over nothing is left."""
+    assert machine.run("su", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
+    machine.sh("pkill -u bob; true")
+    eventually(lambda: observe.state(machine, "bob") is None, what="bob's instance is gone")
+    eventually(lambda: not [path for path in observe.on_disk(machine) if "-1002-" in path], what="all of it")
+
+
+def test_mounts_with_endless_paths(machine: Machine) -> None:
+    """Half a gigabyte of mountinfo, made in no time: nobody is kept waiting, and no memory is filled."""
+    with attack(machine, "svc", program("tables.py", "mounts", "100", "2500"), "ready"):
+        for _ in range(2):
+            assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+            assert machine.run("su", "bob", "-c", "echo in").stdout == "in\n"
+            eventually(lambda: observe.gone(machine, "alice"), 120, "alice's instance is gone")
+            machine.run("systemctl", "restart", "polytmpd")
+        with machine.session("alice"):
+            machine.run("polytmpctl", "ps", "alice")
+            assert peak(machine) < 200 * 1024
+
+
+def test_a_trap_where_a_barrier_might_lie(machine: Machine) -> None:
+    """Who goes after the path of a mount to see whose it is waits for a file system that never answers."""
+    machine.sh("grep -q ^user_allow_other /etc/fuse.conf || echo user_allow_other >>/etc/fuse.conf")
+    machine.sh(
+        "install -d -o svc /srv/trap /srv/trap/polytmp-4242 /srv/trap/polytmp-4242/tmp /srv/elsewhere"
+    )
+    bait = "mount --bind /srv/trap/polytmp-4242/tmp /srv/elsewhere && echo ready && exec sleep 300"
+    with (
+        attack(machine, "svc", f"unshare -Urm sh -c '{bait}'", "ready"),
+        attack(machine, "svc", program("fuse.py", "trap", "/srv/trap"), "mounted"),
+    ):
+        for _ in range(2):
+            assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+            eventually(lambda: observe.gone(machine, "alice"), what="alice's instance is gone")
+            machine.run("systemctl", "restart", "polytmpd")
+        assert machine.run("su", "bob", "-c", "echo in").stdout == "in\n"
+    machine.sh("umount -l /srv/trap; rm -r /srv/elsewhere", check=False)
+
+
+def test_descriptors_without_end(machine: Machine) -> None:
+    """20 million of them: it is not waited until all were looked at, for one that may be bob's namespace."""
+    with machine.session("alice") as alice:
+        leave_behind(machine, alice, "sh -c 'touch /tmp/started; exec sleep 3001'")
+        with attack(machine, "svc", program("tables.py", "descriptors", "40"), "ready"):
+            assert machine.run("su", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
+        stays_bobs(machine)
+
+
+def test_a_number_that_is_used_again(machine: Machine) -> None:
+    """A namespace that bob made from his own has got the number of that: he is not put into it."""
+    wait = "touch /tmp/started; until test -e /tmp/go; do sleep 0.1; done"
+    with machine.session("alice") as alice:
+        again = program("tables.py", "number", "$(cat /tmp/go)")
+        number = leave_behind(machine, alice, f"bash -c '{wait}; exec {again}'")
+        (place,) = (path for path in observe.on_disk(machine) if "-1002-" in path)
+        machine.write(f"{place}/tmp/go", str(number))
+        eventually(lambda: f"mnt:[{number}]" in observe.namespaces(machine), what="the number is used again")
+        stays_bobs(machine)
