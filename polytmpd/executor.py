@@ -69,6 +69,8 @@ class Executor:
         self._ended = ended
         self._held: dict[int, int] = {}
         self._watches: dict[int, int] = {}
+        self._unwatched: set[int] = set()
+        """Users of whose living namespace no sentinel is watched: that none is left says nothing."""
         self._locks: dict[int, asyncio.Lock] = {}
         # Threads of their own: users decide how long a deletion takes, and how much there is to be read of
         # mounts; no login may wait for one of these.
@@ -161,6 +163,7 @@ class Executor:
                     instance.user,
                     error,
                 )
+                self._unwatched.add(uid)
             if fd is None:
                 os.close(found)
         self._watches.update(dict.fromkeys(watches, uid))
@@ -237,8 +240,12 @@ class Executor:
             return self._hold(*await asyncio.to_thread(instances.rebuild, instance, self._watch_sentinel))
 
     def has_ended(self, uid: int) -> bool:
-        """Whether no sentinel of the user's instance is left, and nobody is being waited for."""
-        return not self._watches_of(uid) and uid not in {*self._confirming, *self._unconfirmed}
+        """Whether no sentinel of the user's instance is left, and nobody is being waited for.
+
+        Never where none could be watched: whoever lives there lives on unnoticed.
+        """
+        waited_for = {*self._confirming, *self._unconfirmed, *self._unwatched}
+        return not self._watches_of(uid) and uid not in waited_for
 
     async def share_again(self, path: str) -> None:
         """Give the host's socket directories in path, where they were made again, to the living instances.
@@ -301,6 +308,7 @@ class Executor:
         async with self._lock(instance.uid):
             for watch in self._watches_of(instance.uid):
                 del self._watches[watch]
+            self._unwatched.discard(instance.uid)
             known = instance.uid in self._instances  # else it was set aside before, and could not be deleted
             aside = await asyncio.to_thread(instances.set_aside, instance) if known else []
             self._forget(instance.uid)
@@ -313,7 +321,7 @@ class Executor:
         Returns whether there was anything. Raises OSError.
         """
         async with self._lock(uid):
-            if self._watches_of(uid):
+            if self._watches_of(uid) or uid in self._unwatched:
                 raise OSError(errno.EBUSY, "the user has just logged in")
             aside = await asyncio.to_thread(instances.set_persistent_aside, uid, directories)
         return await self._delete(uid, aside)
@@ -403,6 +411,7 @@ class Executor:
         self._held[instance.uid] = fd
         if watch is not None:
             self._watches[watch] = instance.uid
+            self._unwatched.discard(instance.uid)  # see _confirm_end() for who lives in a former one
         # Not the ones that the instance had: a former namespace over the same files may have ended
         # meanwhile.
         instance = replace(instance, watches=frozenset(self._watches_of(instance.uid)))
