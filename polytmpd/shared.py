@@ -6,40 +6,54 @@ Not here: the bind mounts (kernel/mountns).
 Hard facts
 - systemd's tmpfiles.d/x11.conf makes them at boot, root's and 1777; X servers and compositors refuse a
   directory that is not root's, not sticky, or a symbolic link. We hold them to the same.
+- Nobody but root can have put a directory of root's into a sticky directory.
 """
 
+import contextlib
 import errno
 import os
 import stat
 from typing import Final
 
 _MODE: Final = 0o1777
+_UNFINISHED: Final = 0o700
 _OPEN: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def ensure(base_fd: int, name: str) -> None:
-    """Make the host's directory where it is missing.
+    """Make the host's directory where it is missing, and finish one that was not made to its end.
 
     Raises OSError where what is there must not be shared.
     """
-    try:
-        os.mkdir(name, 0o700, dir_fd=base_fd)
-    except FileExistsError:
-        pass
-    else:
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=base_fd)
-        try:
-            os.fchown(fd, 0, 0)
-            os.fchmod(fd, _MODE)
-        finally:
-            os.close(fd)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, _UNFINISHED, dir_fd=base_fd)
     fd = os.open(name, _OPEN, dir_fd=base_fd)
     try:
         found = os.fstat(fd)
     finally:
         os.close(fd)
-    if reason := _objection(found):
+    if _may_be_unfinished(found):
+        _finish(base_fd, name)
+    elif reason := _objection(found):
         raise OSError(errno.EPERM, f"{reason}; remove it and run systemd-tmpfiles --create", name)
+
+
+def _finish(base_fd: int, name: str) -> None:
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=base_fd)
+    try:
+        with os.scandir(fd) as entries:
+            is_empty = next(entries, None) is None  # what root has filled, he closed on purpose
+        if is_empty and _may_be_unfinished(os.fstat(fd)):
+            os.fchown(fd, 0, 0)
+            os.fchmod(fd, _MODE)
+    finally:
+        os.close(fd)
+
+
+def _may_be_unfinished(found: os.stat_result) -> bool:
+    """Whether it is as mkdir() leaves it: its maker may have been killed before it gave the mode."""
+    mode = stat.S_IMODE(found.st_mode) & ~stat.S_ISGID  # which comes from the directory that it is in
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == 0 and mode == _UNFINISHED
 
 
 def _objection(found: os.stat_result) -> str | None:
