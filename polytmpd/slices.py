@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether a user's slice has processes, by inotify on cgroup.events; no polling (cgroups(7), "populated").
+"""Whether a user's slice has processes, by inotify on cgroup.events (cgroups(7), "populated").
 
+No polling, but for what the kernel does not let us watch or read: that counts as populated until it does.
 Not here: where the slice's cgroup is (bus/systemd1), and what follows.
 
 Hard facts
@@ -11,17 +12,23 @@ Hard facts
 """
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from polytmpd.journal import fields
 from polytmpd.kernel.inotify import IN_DELETE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify
 
 log = logging.getLogger(__name__)
 
 CGROUP_ROOTS: Final = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 """cgroup v2 alone, or beside v1 ("hybrid", see file-hierarchy in systemd's documentation of cgroups)."""
+
+_LOOK_AGAIN: Final = 10.0
+"""Seconds after which a slice that could not be watched, or read, is tried again."""
+_GONE: Final = (errno.ENOENT, errno.ENODEV)  # so is the cgroup
 
 
 def parse_populated(text: str) -> bool:
@@ -40,6 +47,7 @@ class Slices:
         self._populated = populated
         self._inotify = Inotify()
         self._files: dict[int, tuple[int, Path]] = {}
+        self._guessed: dict[int, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._inotify.fd, self._on_readable)
 
@@ -47,19 +55,25 @@ class Slices:
         """Watch the cgroup from now on, and report what it says now. An empty one is not populated."""
         path = self._events_file(control_group) if control_group else None
         if path is None:
-            self._populated(uid, False)
+            self._tell(uid, False)
             return
         try:
             self._inotify.add_watch(str(path.parent.parent), IN_DELETE | IN_ONLYDIR)
             watch = self._inotify.add_watch(str(path), IN_MODIFY)
         except FileNotFoundError:
-            self._populated(uid, False)
+            self._tell(uid, False)
+            return
+        except OSError as error:
+            self._files = {w: entry for w, entry in self._files.items() if entry[0] != uid}
+            self._guess(uid, error, lambda: self.watch(uid, control_group))
             return
         self._files = {w: entry for w, entry in self._files.items() if entry[0] != uid or w == watch}
         self._files[watch] = (uid, path)
         self._report(uid, path)
 
     def close(self) -> None:
+        for timer in self._guessed.values():
+            timer.cancel()
         self._loop.remove_reader(self._inotify.fd)
         self._inotify.close()
 
@@ -73,9 +87,32 @@ class Slices:
     def _report(self, uid: int, path: Path) -> None:
         try:
             populated = parse_populated(path.read_text())
-        except OSError:  # ENOENT, ENODEV: the cgroup is gone
+        except OSError as error:
+            if error.errno not in _GONE:  # EMFILE, say
+                self._guess(uid, error, lambda: self._report(uid, path))
+                return
             populated = False
+        self._tell(uid, populated)
+
+    def _tell(self, uid: int, populated: bool) -> None:
+        if (timer := self._guessed.pop(uid, None)) is not None:
+            timer.cancel()
+            log.info("Whether UID %d has processes is known again", uid, extra=fields(uid=uid))
         self._populated(uid, populated)
+
+    def _guess(self, uid: int, error: OSError, again: Callable[[], None]) -> None:
+        """Go on as if the slice had processes: nothing is let go while it may have some."""
+        if (timer := self._guessed.get(uid)) is not None:
+            timer.cancel()
+        else:
+            log.warning(
+                "Whether UID %d has processes cannot be told, going on as if it had some: %s",
+                uid,
+                error,
+                extra=fields(uid=uid),
+            )
+        self._guessed[uid] = self._loop.call_later(_LOOK_AGAIN, again)
+        self._populated(uid, True)
 
     def _on_readable(self) -> None:
         for event in self._inotify.read():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Slices: inotify on cgroup.events, here on plain files in the place of the cgroup file system."""
 
+import errno
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -126,3 +128,96 @@ async def test_after_lost_events_all_are_looked_at(
     monkeypatch.setattr(watched._inotify, "read", lambda: [Event(-1, IN_Q_OVERFLOW, "")])
     watched._on_readable()
     assert heard == [(1000, True), (1001, True)]
+
+
+# What the kernel refuses
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "_LOOK_AGAIN", 0.01)
+
+
+@pytest.fixture
+def no_watches(watched: Slices, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """fs.inotify.max_user_watches is reached, until something is put in there."""
+    free: list[str] = []
+    add_watch = watched._inotify.add_watch
+
+    def limited(path: str, mask: int) -> int:
+        if not free:
+            raise OSError(errno.ENOSPC, "the kernel's limit fs.inotify.max_user_watches is reached")
+        return add_watch(path, mask)
+
+    monkeypatch.setattr(watched._inotify, "add_watch", limited)
+    return free
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("populated", [0, 1])
+async def test_a_slice_that_cannot_be_watched_is_tried_again(
+    cgroups: Path,
+    watched: Slices,
+    heard: Heard,
+    no_watches: list[str],
+    caplog: pytest.LogCaptureFixture,
+    populated: int,
+) -> None:
+    file = cgroup(cgroups, "user-1000.slice", populated)
+    watched.watch(1000, "/user-1000.slice")
+    await eventually(lambda: len(heard) > 3)
+    assert set(heard) == {(1000, True)}, "whoever may be there is not to lose anything"
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "fs.inotify.max_user_watches" in record.getMessage()
+    no_watches.append("one")
+    heard.clear()
+    await eventually(lambda: heard)
+    assert heard == [(1000, bool(populated))]
+    file.write_text("populated 1\n")
+    await eventually(lambda: heard[-1] == (1000, True))
+    file.write_text("populated 0\n")
+    await eventually(lambda: heard[-1] == (1000, False))
+
+
+@pytest.mark.usefixtures("soon", "no_watches")
+async def test_one_that_cannot_be_watched_goes_away(cgroups: Path, watched: Slices, heard: Heard) -> None:
+    file = cgroup(cgroups, "user-1000.slice", 1)
+    watched.watch(1000, "/user-1000.slice")
+    assert heard == [(1000, True)]
+    shutil.rmtree(file.parent)
+    await eventually(lambda: heard[-1] == (1000, False))
+    assert not watched._guessed, "nothing is left to look at"
+
+
+async def test_one_that_moved_where_it_cannot_be_watched(
+    cgroups: Path, watched: Slices, heard: Heard, no_watches: list[str]
+) -> None:
+    """What becomes of the former one says nothing of it."""
+    no_watches.append("one")
+    old = cgroup(cgroups, "old.slice", 1)
+    cgroup(cgroups, "new.slice", 1)
+    watched.watch(1000, "/old.slice")
+    no_watches.clear()
+    watched.watch(1000, "/new.slice")
+    old.write_text("populated 0\n")
+    watched._on_readable()
+    assert heard[-1] == (1000, True)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_one_that_cannot_be_read(
+    cgroups: Path, watched: Slices, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = cgroup(cgroups, "user-1000.slice", 1)
+    watched.watch(1000, "/user-1000.slice")
+    with monkeypatch.context() as context:
+
+        def fail(path: Path) -> str:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+        context.setattr(Path, "read_text", fail)
+        file.open("a").close()
+        file.write_text("populated 0\n")
+        watched._on_readable()
+        assert set(heard) == {(1000, True)}
+    await eventually(lambda: heard[-1] == (1000, False))
