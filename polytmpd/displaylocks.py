@@ -276,6 +276,8 @@ class DisplayLocks:
         self._stopping = threading.Event()
         self._worker: asyncio.Task[None] | None = None
         self._sweeps: set[asyncio.Task[None]] = set()
+        self._complained: set[str] = set()  # the thread's, too
+        self._shared = 0  # what _armed was when the instances were last given the directory
         # the thread's own from here on
         self._inotify: Inotify | None = None
         self._identity: tuple[int, int] | None = None
@@ -286,7 +288,6 @@ class DisplayLocks:
         self._counts: Counter[int] = Counter()
         self._dirty: dict[int, None] = {}
         self._check_due = 0.0
-        self._complained: set[str] = set()
 
     async def start(self, directories: Sequence[Directory], instances: Iterable[Instance]) -> None:
         """Look at everything anew.
@@ -342,9 +343,15 @@ class DisplayLocks:
             try:
                 work()
             except Exception as error:
-                log.error("Display locks are not shown everywhere: %r", error, exc_info=error)
+                self._complain_of(error)
 
-        return self._thread.submit(run)
+        try:
+            return self._thread.submit(run)
+        except RuntimeError as error:  # can't start new thread: run() is in the queue, for when one can be
+            self._complain_of(error)
+            later: Future[None] = Future()
+            later.set_result(None)
+            return later
 
     async def _do(self, work: Callable[[], None]) -> None:
         await asyncio.wrap_future(self._submit(work))
@@ -362,13 +369,19 @@ class DisplayLocks:
                 async with asyncio.timeout_at(self._next_due()):
                     await self._wake.wait()
             self._wake.clear()
-            begun, armed = loop.time(), self._armed
+            begun = loop.time()
             await self._do(self._pass)
-            if self._armed != armed:
+            armed = self._armed
+            if armed != self._shared:
                 try:
                     await self._share_again(self._places[_ON_HOST].base)
-                except OSError as error:
-                    log.warning("Instances may have a former %s: %s", SOCKETS, error)
+                except Exception as error:  # nobody else would go on showing displays
+                    self._complain(
+                        "share", "Instances may have a former %s: %r, trying again", SOCKETS, error
+                    )
+                else:
+                    self._shared = armed
+                    self._complained.discard("share")
             await asyncio.sleep(max(_REST, (loop.time() - begun) * _REST_FACTOR))
             if self._dirty:
                 self._wake.set()
@@ -600,6 +613,13 @@ class DisplayLocks:
             return
         except OSError as error:
             log.warning("The lock of display %d stays in %s/%s: %s", display, place.base, place.inner, error)
+
+    def _complain_of(self, error: Exception) -> None:
+        """Once for each kind: a pass may meet it again and again."""
+        about = f"internal {type(error).__name__}"
+        if about not in self._complained:
+            self._complained.add(about)
+            log.error("Display locks are not shown everywhere: %r", error, exc_info=error)
 
     def _complain(self, about: str, message: str, *args: object, uid: int | None = None) -> None:
         """A warning, once."""

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -229,11 +230,14 @@ class Room:
     def __init__(self, base: Path) -> None:
         self.base = base
         self.shared_again = 0
+        self.failures: list[Exception] = []
         self.room = DisplayLocks(self._share_again)
         self.directory = Directory(str(base), Lifetime.INSTANCE, (SOCKETS,))
 
     async def _share_again(self, base: str) -> None:
         assert base == str(self.base)
+        if self.failures:
+            raise self.failures.pop()
         self.shared_again += 1
 
     def instance(self, uid: int, name: str = "") -> Instance:
@@ -483,6 +487,61 @@ async def test_a_place_that_cannot_be_written_does_not_keep_others_from_it(
     await host.shows(["host", ALICE])
     await host.shows(["host", ALICE], 8)
     assert len([record for record in caplog.records if "full" in record.message]) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't start new thread"), OSError(errno.EMFILE, "none left")]
+)
+async def test_what_cannot_be_shared_again_is_tried_again(
+    host: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    monkeypatch.setattr(displaylocks, "CHECK_INTERVAL", 0.05)
+    host.failures = [error, error]
+    await host.start(ALICE, BOB)
+    serve(host, ALICE)
+    await host.shows(["host", ALICE, BOB])
+    await eventually(lambda: host.shared_again)
+    assert [record.args for record in caplog.records] == [(SOCKETS, error)], "said once"
+    await asyncio.sleep(0.3)
+    assert host.shared_again == 1
+
+
+async def test_a_mistake_of_ours_is_told_once_and_stops_nothing(
+    host: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = displaylocks.socket_owner
+
+    def fail(sockets: int, display: int) -> int | None:
+        if display == 8:
+            raise ValueError("8")
+        return real(sockets, display)
+
+    monkeypatch.setattr(displaylocks, "socket_owner", fail)
+    await host.start(ALICE, BOB)
+    for display in (8, 7):
+        path = serve(host, ALICE, display)
+    await host.shows(["host", ALICE, BOB])
+    path.unlink()
+    (host.base / SOCKETS / "X8").unlink()
+    await host.shows([ALICE])
+    await eventually(lambda: not host.room._dirty)
+    (record,) = [record for record in caplog.records if "not shown everywhere" in record.message]
+    assert record.exc_info
+
+
+async def test_a_login_does_not_fail_where_no_thread_can_be_started(
+    host: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+
+        def fail(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        context.setattr(threading.Thread, "start", fail)
+        await host.room.instance_came(host.instance(ALICE))
+    await host.room.instance_came(host.instance(BOB))
+    serve(host, ALICE)
+    await host.shows(["host", ALICE, BOB])
 
 
 async def test_it_ends_in_the_middle_of_work(host: Room) -> None:
