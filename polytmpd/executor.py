@@ -49,6 +49,10 @@ _STORED: Final = "ns-"
 _DELETIONS_AT_ONCE: Final = 4
 _LOOK_AGAIN: Final = 30.0
 """Seconds after which it is looked again whether a process still has an instance mounted."""
+_REST: Final = 1.0
+"""Seconds between two such looks at first, where one such process follows another; then ever more."""
+_TELL_AGAIN: Final = 60.0
+"""Seconds in which the journal is told of one such process of an instance at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,7 +450,7 @@ class Executor:
                 self._confirm(uid)
 
     def _confirm(self, uid: int) -> None:
-        task = asyncio.get_running_loop().create_task(self._confirm_end(uid))
+        task = asyncio.get_running_loop().create_task(self._confirm_until_told(uid))
         self._confirming[uid] = task
         task.add_done_callback(functools.partial(self._confirmed, uid))
 
@@ -455,6 +459,25 @@ class Executor:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("Whether the instance of UID %d ended cannot be told, it stays: %r", uid, error)
 
+    async def _confirm_until_told(self, uid: int) -> None:
+        """Where it cannot be found out now (no descriptors, no threads), later."""
+        told = False
+        while True:
+            try:
+                await self._confirm_end(uid)
+            except (OSError, RuntimeError) as error:
+                if not told:
+                    log.error(
+                        "Whether the instance of UID %d ended cannot be told now, trying again: %s",
+                        uid,
+                        error,
+                        extra=fields(uid=uid),
+                    )
+                told = True
+                await asyncio.sleep(_LOOK_AGAIN)
+            else:
+                return
+
     async def _confirm_end(self, uid: int) -> None:
         """Report the end, unless somebody took a bind mount of the instance along into a namespace of his
         own.
@@ -462,7 +485,10 @@ class Executor:
         That one has no sentinel: bwrap --bind /tmp /tmp, say, moved to another cgroup so that the slice does
         not know of it.
         """
+        loop = asyncio.get_running_loop()
+        rest, tell_due = _REST, loop.time()
         while True:
+            looked = loop.time()
             instance = self._instances[uid]
             # Without the lock, for which a login would wait.
             pid = await self._in(self._searchers, instances.who_mounts, instance)
@@ -474,10 +500,17 @@ class Executor:
                 if pid is None:
                     self._ended(uid)
                     return
-            log.info("Process %d has the instance of UID %d mounted in its own namespace, waiting", pid, uid)
+            if looked >= tell_due:
+                tell_due = looked + _TELL_AGAIN
+                log.info(
+                    "Process %d has the instance of UID %d mounted in its own namespace, waiting", pid, uid
+                )
             # It may unmount it and live on, root's shell say: look again every now and then.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(pidfd.wait_for_exit(pid), _LOOK_AGAIN)
+            # A user can have one such process follow another without end, and a look reads all of /proc.
+            await asyncio.sleep(looked + rest - loop.time())
+            rest = min(rest * 2, _LOOK_AGAIN)
 
 
 def _stored_name(uid: int) -> str:

@@ -4,6 +4,7 @@
 Not here: what it makes and removes (tests/kernel, tests/e2e).
 """
 
+import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator
@@ -12,15 +13,17 @@ from typing import Any
 
 import pytest
 
-from polytmpd import instances, recovery
+from polytmpd import executor, instances, recovery
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
 from polytmpd.executor import Executor
 from polytmpd.kernel import mountns
 from polytmpd.state import StateDirectory
+from tests.unit.settled import eventually
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 
 UID = 1000
+NOBODY = 2**22  # above the largest PID
 BARRIER = f"polytmp-{'a' * 32}-{UID}-{'b' * 16}"
 TMP = Directory("/tmp", Lifetime.INSTANCE)
 INSTANCE = Instance(UID, "alice", 0, 0, (InstanceDirectory(TMP, BARRIER),), namespace=42)
@@ -38,7 +41,15 @@ class World:
         self.state = StateDirectory(state)
         self.ended: list[int] = []
         self.mounted: dict[str, int] = {}
+        self.looks = 0
+        self.failures: list[Exception] = []
         self.executor = Executor(self.state, "a" * 32, self.ended.append)
+
+    def mounted_barriers(self, *_: object) -> dict[str, int]:
+        self.looks += 1
+        if self.failures:
+            raise self.failures.pop()
+        return dict(self.mounted)
 
 
 @pytest.fixture
@@ -46,7 +57,7 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     made = World(tmp_path / "instances")
     monkeypatch.setattr(StateDirectory, "lock", lambda _: None)  # which is for the life of the process
     monkeypatch.setattr(recovery, "living", lambda _: [])
-    monkeypatch.setattr(recovery, "mounted_barriers", lambda *_: made.mounted)
+    monkeypatch.setattr(recovery, "mounted_barriers", made.mounted_barriers)
     monkeypatch.setattr(instances, "open_living", namespace)
     monkeypatch.setattr(instances, "require_same_user", lambda _: None)
     yield made
@@ -116,3 +127,71 @@ async def test_what_root_removed_is_not_there_any_more(
     monkeypatch.setattr(instances, "set_aside", lambda _: [])
     await unwatched.remove(INSTANCE)
     assert unwatched.has_ended(UID)
+
+
+# Who has it mounted
+
+
+@pytest.fixture
+def ended(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """At start, nobody is found in the namespace."""
+    monkeypatch.setattr(instances, "open_living", lambda _: None)
+    world.state.save(INSTANCE)
+    world.mounted = {BARRIER: NOBODY}
+    assert world.executor.restore([TMP]).draining
+    world.looks = 0
+    return world
+
+
+async def test_processes_that_follow_one_another(
+    ended: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(executor, "_REST", 0.02)
+    monkeypatch.setattr(executor, "_LOOK_AGAIN", 0.2)
+    caplog.set_level("INFO")
+    ended.executor.start()  # the process is gone whenever it is looked for
+    await asyncio.sleep(0.5)
+    assert 3 <= ended.looks <= 6, "after 0, 0.02, 0.06, 0.14, 0.3, 0.5 seconds, and not without a pause"
+    assert ended.ended == []
+    assert len([record for record in caplog.records if "waiting" in record.message]) == 1
+    ended.mounted = {}
+    await eventually(lambda: ended.ended == [UID])
+
+
+async def test_one_that_stays_is_waited_for(ended: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "_REST", 0.001)
+    process = await asyncio.create_subprocess_exec("sleep", "inf")
+    try:
+        ended.mounted = {BARRIER: process.pid}
+        ended.executor.start()
+        await eventually(lambda: ended.looks)
+        await asyncio.sleep(0.1)
+        assert ended.looks == 1
+        ended.mounted = {}
+    finally:
+        process.kill()
+        await process.wait()
+    await eventually(lambda: ended.ended == [UID])
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "none left"), RuntimeError("can't start new thread")]
+)
+async def test_what_cannot_be_found_out_now_is_later(
+    ended: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    monkeypatch.setattr(executor, "_REST", 0.01)
+    monkeypatch.setattr(executor, "_LOOK_AGAIN", 0.01)
+    failures: list[Exception] = [error, error]
+
+    def pidfd_open(pid: int) -> int:
+        raise failures.pop() if failures else ProcessLookupError
+
+    ended.failures = [error, error]
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    ended.executor.start()
+    await eventually(lambda: not failures)
+    assert not ended.executor.has_ended(UID)
+    ended.mounted = {}
+    await eventually(lambda: ended.ended == [UID])
+    assert len([record for record in caplog.records if str(error) in record.message]) == 1
