@@ -109,7 +109,7 @@ class Executor:
             fd = namespaces.get(uid)
             instance = recorded.get(uid)
             if fd is not None and (instance is None or _inode(fd) != instance.namespace):
-                held = recovery.reconstruct(uid, _inode(fd), mountns.mounts_in(fd), directories)
+                held = _recognised(uid, fd, directories)
                 if held is not None:
                     instance = held
                 else:
@@ -515,6 +515,16 @@ class Executor:
 
 def _stored_name(uid: int) -> str:
     return f"{_STORED}{uid}"
+
+
+def _recognised(uid: int, fd: int, directories: Sequence[Directory]) -> Instance | None:
+    """The instance that a stored namespace is, by its mounts. None where no /proc is there to tell them."""
+    try:
+        mounts = mountns.mounts_in(fd)
+    except OSError as error:
+        log.warning("What the FD store's namespace of UID %d has mounted cannot be read: %s", uid, error)
+        return None
+    return recovery.reconstruct(uid, _inode(fd), mounts, directories)
 
 
 def _inode(fd: int) -> int:

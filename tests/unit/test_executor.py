@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from polytmpd import executor, instances, recovery
+from polytmpd import executor, instances, recovery, sdnotify
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
 from polytmpd.executor import Executor
 from polytmpd.kernel import mountns
+from polytmpd.kernel.mountinfo import Mount, parse_line
+from polytmpd.recovery import Living
 from polytmpd.state import StateDirectory
 from tests.unit.settled import eventually
 
@@ -62,6 +64,35 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     monkeypatch.setattr(instances, "require_same_user", lambda _: None)
     yield made
     await made.executor.close()
+
+
+# The FD store
+
+
+@pytest.mark.parametrize("lives", [False, True])
+async def test_a_stored_namespace_that_cannot_be_looked_into(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lives: bool
+) -> None:
+    """No /proc is mounted there, and the state file is lost: none of ours, and no reason not to start."""
+
+    def mounts_in(_: int) -> list[Mount]:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/thread-self/mountinfo")
+
+    table = (parse_line(f"36 35 0:30 /{BARRIER}/tmp /tmp rw - tmpfs tmpfs rw".encode()),)
+    stored = namespace()
+    monkeypatch.setattr(sdnotify, "take_stored", lambda: [(f"ns-{UID}", stored)])
+    monkeypatch.setattr(mountns, "namespace_inode", lambda _: 43)
+    monkeypatch.setattr(mountns, "mounts_in", mounts_in)
+    monkeypatch.setattr(mountns, "renew_sentinel", lambda *_: 1)
+    if lives:
+        monkeypatch.setattr(recovery, "living", lambda _: [Living(UID, 42, table)])
+    restored = world.executor.restore([TMP])
+    world.executor.start()
+    assert [entry.namespace for entry in restored.draining] == ([42] if lives else [])
+    assert restored.held == restored.ended == []
+    assert "letting it go" in caplog.text
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(stored)
 
 
 # No watch
