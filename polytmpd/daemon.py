@@ -48,6 +48,8 @@ NAME_LOOKUP_TIMEOUT: Final = 10.0
 _COUNTS_AT_ONCE: Final = 2
 _LOOK_TIMEOUT: Final = 1.0
 """Seconds that a login waits at most for the service manager to tell of the user's slice."""
+_LIST_AGAIN: Final = 30.0
+"""Seconds after which logind is asked again, where it did not answer."""
 _NAMED_AT_MOST: Final = 5
 """Processes that an error names."""
 
@@ -95,6 +97,8 @@ class Daemon:
         self._counters = ThreadPoolExecutor(_COUNTS_AT_ONCE, "questions")
         self._leftovers: list[tuple[str, str]] = []
         self._listing: set[str] | None = None
+        self._asking_logind = asyncio.Lock()
+        self._lists_later = False
         self._heard_of_sessions = False
         self._stopping = False
         self._announcer: Announcer | None = None
@@ -427,20 +431,44 @@ class Daemon:
         self._feed(uid, Event.CLAIMED if claimed else Event.UNCLAIMED)
 
     async def _list_logind(self) -> None:
-        """Compare with what logind says now: at start, and when it came back.
+        """Compare with what logind says now: at start, and when it came back."""
+        async with self._asking_logind:
+            answered = await self._compare_with_logind()
+        if not answered:
+            self._list_later()
+
+    def _list_later(self) -> None:
+        """Ask until it answers: one that is only slow never leaves the bus, to be heard coming back."""
+        if not self._lists_later:
+            self._lists_later = True
+            self._start(self._list_until_answered())
+
+    async def _list_until_answered(self) -> None:
+        answered = False
+        try:
+            while not answered:
+                await asyncio.sleep(_LIST_AGAIN)
+                async with self._asking_logind:
+                    answered = await self._compare_with_logind()
+        finally:
+            self._lists_later = False
+
+    async def _compare_with_logind(self) -> bool:
+        """Whether it answered.
 
         What comes while it answers is newer than the answer: a record, or a session, that was not there
         before is left alone, and a session that went meanwhile does not come back.
         """
         if self._logind is None:
-            return
+            return True
         before = {uid: record.claims.sessions for uid, record in self._records.items()}
         removed = self._listing = set()
         try:
             users, sessions = await self._logind.users(), await self._logind.sessions()
         except BusError as error:
-            log.warning("systemd-logind does not answer, going on without: %s", error)
-            return
+            level = logging.DEBUG if self._lists_later else logging.WARNING
+            log.log(level, "systemd-logind does not answer, going on without and asking again: %s", error)
+            return False
         finally:
             self._listing = None
         self._heard_of_sessions = True
@@ -457,12 +485,14 @@ class Daemon:
                 self.user_removed(uid)
         for uid in list(self._records):
             self._settle(uid)
+        return True
 
     async def _look_at_session(self, session_id: str) -> None:
         try:
             gone = self._logind is not None and not await self._logind.is_open(session_id)
-        except BusError as error:  # when logind comes back, all of them are listed
+        except BusError as error:
             log.debug("systemd-logind does not tell of session %s: %s", session_id, error)
+            self._list_later()
             return
         if gone:
             self.session_removed(session_id)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from polytmpd import daemon
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.logind import Session, User
 from polytmpd.config import Config, Problem
@@ -762,6 +763,43 @@ async def test_before_logind_tells_who_is_logged_in_nothing_drains(world: World)
     await eventually(lambda: world.state() is State.DRAINING)
     assert 1000 in world.executor.held
     await world.daemon.stop()
+
+
+async def test_a_logind_that_does_not_answer_at_start_is_asked_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was slow, and never left the bus: nothing tells when it answers again."""
+    monkeypatch.setattr(daemon, "_LIST_AGAIN", 0.01)
+    world = World()
+    world.logind.away = True
+    world.executor.restored = Restored([instance(1000, "alice", 7)], [], [])
+    await world.daemon.restore()
+    await world.daemon.start()
+    world.daemon.logind_changed()
+    await asyncio.sleep(0.1)
+    assert world.state() is State.ACTIVE
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len([record for record in warnings if "does not answer" in record.message]) == 1
+    world.logind.away = False
+    await eventually(lambda: world.state() is State.DRAINING)
+    assert world.executor.log[-1] == "let_go 1000"
+    world.logind.listed_sessions = [Session("1", BOB)]
+    await asyncio.sleep(0.05)
+    assert world.state(1001) is None, "it is asked no more"
+    await world.daemon.stop()
+
+
+async def test_a_logind_that_does_not_tell_of_a_session_is_asked_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "_LIST_AGAIN", 0.01)
+    await world.active()
+    world.logind.away = True
+    world.daemon.scope_changed("1")
+    await world.settle()
+    assert world.state() is State.ACTIVE
+    world.logind.away = False
+    await eventually(lambda: world.state() is State.DRAINING)
 
 
 async def test_sessions_that_ended_while_logind_was_away_are_released(world: World) -> None:
