@@ -153,14 +153,8 @@ class Executor:
         """
         uid = instance.uid
         if not watches:
-            found = fd if fd is not None else instances.open_living(instance)
-            if found is None:
-                self._instances[uid] = instance
-                self._unconfirmed.append(uid)
-                restored.draining.append(instance)
-                return
             try:
-                watches = frozenset({self._renew_sentinel(instance, found)})
+                watch = self._renew_sentinel(instance, fd)
             except OSError as error:
                 log.error(
                     "The end of %s's instance cannot be noticed any more, it stays until the next boot: %s",
@@ -168,8 +162,13 @@ class Executor:
                     error,
                 )
                 self._unwatched.add(uid)
-            if fd is None:
-                os.close(found)
+            else:
+                if watch is None:
+                    self._instances[uid] = instance
+                    self._unconfirmed.append(uid)
+                    restored.draining.append(instance)
+                    return
+                watches = frozenset({watch})
         self._watches.update(dict.fromkeys(watches, uid))
         instance = replace(instance, watches=watches)
         self._instances[uid] = instance
@@ -180,9 +179,20 @@ class Executor:
         else:
             restored.draining.append(instance)
 
-    def _renew_sentinel(self, instance: Instance, fd: int) -> int:
+    def _renew_sentinel(self, instance: Instance, fd: int | None) -> int | None:
+        """A watch on a new sentinel; None where nobody is in the namespace any more. Raises OSError.
+
+        fd: of the namespace, where it is stored.
+        """
+        found = fd if fd is not None else instances.open_living(instance)
+        if found is None:
+            return None
         first = instance.directories[0].directory
-        return mountns.renew_sentinel(fd, first.path, first.shared, self._watch_sentinel)
+        try:
+            return mountns.renew_sentinel(found, first.path, first.shared, self._watch_sentinel)
+        finally:
+            if fd is None:
+                os.close(found)
 
     def _drop(self, uid: int, fd: int) -> None:
         sdnotify.remove(_stored_name(uid))

@@ -772,7 +772,7 @@ async def test_a_logind_that_does_not_answer_at_start_is_asked_again(
     monkeypatch.setattr(daemon, "_LIST_AGAIN", 0.01)
     world = World()
     world.logind.away = True
-    world.executor.restored = Restored([instance(1000, "alice", 7)], [], [])
+    world.executor.restored = Restored([instance(1000, "alice", 7)], [])
     await world.daemon.restore()
     await world.daemon.start()
     world.daemon.logind_changed()
