@@ -287,6 +287,8 @@ class DisplayLocks:
         self._displays: dict[int, _Display] = {}
         self._counts: Counter[int] = Counter()
         self._dirty: dict[int, None] = {}
+        self._listing: os._ScandirIterator[str] | None = None
+        self._lost = False  # events, while it is listed: it is listed once more then
         self._check_due = 0.0
 
     async def start(self, directories: Sequence[Directory], instances: Iterable[Instance]) -> None:
@@ -383,7 +385,7 @@ class DisplayLocks:
                     self._shared = armed
                     self._complained.discard("share")
             await asyncio.sleep(max(_REST, (loop.time() - begun) * _REST_FACTOR))
-            if self._dirty:
+            if self._dirty or self._listing is not None:
                 self._wake.set()
             if self._inotify is not None:
                 loop.add_reader(self._inotify.fd, self._on_readable, self._inotify.fd)
@@ -416,6 +418,7 @@ class DisplayLocks:
         self._places = {_ON_HOST: _Place(os.path.realpath(base)), **places}
 
     def _end(self) -> None:
+        self._end_listing()
         if self._inotify is not None:
             self._inotify.close()
             self._inotify = None
@@ -460,10 +463,12 @@ class DisplayLocks:
             self._check_due = now + CHECK_INTERVAL
             self._look_at_directory()
         if self._identity is None:
+            self._end_listing()
             self._dirty.clear()  # there is nothing to look at, and all is looked at when there is
-        if not self._dirty:
+        if self._listing is None and not self._dirty:
             return
         try:
+            self._list(now + (end - now) / 2)
             with self._opened_sockets() as sockets:
                 while self._dirty and time.monotonic() < end and not self._stopping.is_set():
                     display = next(iter(self._dirty))
@@ -481,7 +486,7 @@ class DisplayLocks:
     def _read_events(self) -> None:
         for event in self._inotify.read() if self._inotify is not None else ():
             if event.mask & IN_Q_OVERFLOW:
-                self._identity = None  # as if it were another directory: everything is looked at
+                self._identity = None  # as if it were another directory: all sockets are looked at
                 self._check_due = 0.0
             elif event.watch == self._watch and event.mask & _SELF:
                 # not at once: who moves it away is about to make the new one
@@ -500,34 +505,56 @@ class DisplayLocks:
                 found = os.fstat(sockets)
                 if (found.st_dev, found.st_ino) == self._identity:
                     return
-                self._arm(sockets)
+                is_new = self._arm(sockets)
+                self._begin_listing(sockets, is_new=is_new)
                 self._identity = (found.st_dev, found.st_ino)
-                displays = list(self._list(sockets))
         except OSError as error:
             self._identity = None
             self._complain(SOCKETS, "X displays are not shown across users: %s", error)
             return
         self._complained.discard(SOCKETS)
-        self._dirty = dict.fromkeys((*self._displays, *displays))
+        self._dirty.update(dict.fromkeys(self._displays))
 
-    def _list(self, sockets: int) -> Iterator[int]:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        with _opened(".", flags, sockets) as fd, os.scandir(fd) as entries:
-            for entry in entries:
-                if self._stopping.is_set():
-                    return
-                if (display := display_of(entry.name)) is not None:
-                    yield display
+    def _begin_listing(self, sockets: int, *, is_new: bool) -> None:
+        """One that is under way goes on to its end: who has events lost without end would have it begin
+        without end.
+        """
+        if self._listing is not None and not is_new:
+            self._lost = True
+            return
+        self._end_listing()
+        with _opened(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, sockets) as fd:
+            self._listing = os.scandir(fd)
 
-    def _arm(self, sockets: int) -> None:
+    def _list(self, until: float) -> None:
+        """Go on with the listing, as long as the directory may be. Raises OSError."""
+        for entry in self._listing or ():
+            if (display := display_of(entry.name)) is not None:
+                self._dirty[display] = None
+            if time.monotonic() >= until or self._stopping.is_set():
+                return
+        if self._lost:
+            self._identity, self._check_due = None, 0.0
+        self._end_listing()
+
+    def _end_listing(self) -> None:
+        if self._listing is not None:
+            self._listing.close()
+        self._listing, self._lost = None, False
+
+    def _arm(self, sockets: int) -> bool:
+        """Watch the directory; whether it is another one than was watched, which no instance has yet."""
         if self._inotify is None:
             self._inotify = Inotify()
         former, self._watch = self._watch, -1
         self._watch = self._inotify.add_watch(f"/proc/self/fd/{sockets}", _EVENTS)
+        if self._watch == former:
+            return False
         self._armed += 1
-        if former not in {-1, self._watch}:
+        if former != -1:
             with contextlib.suppress(OSError):  # the kernel removed it already
                 self._inotify.remove_watch(former)
+        return True
 
     def _look(self, sockets: int, display: int) -> None:
         """Compare one display with what is known of it."""

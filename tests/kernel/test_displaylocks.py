@@ -29,6 +29,7 @@ from polytmpd.displaylocks import (
     read_lock,
     withdraw,
 )
+from polytmpd.kernel.inotify import IN_Q_OVERFLOW, Event, Inotify
 from tests.unit.settled import eventually
 
 pytestmark = pytest.mark.kernel
@@ -418,6 +419,36 @@ async def test_events_that_were_lost_are_made_up_for(host: Room, monkeypatch: py
         first.unlink()
         second.unlink()
     await host.shows(["host", ALICE, BOB])
+    assert host.shared_again == 1, "it is the same directory as before"
+
+
+async def test_a_large_directory_is_listed_little_by_little(
+    host: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logins come in between; and whoever has events lost meanwhile does not have it begin anew."""
+    monkeypatch.setattr(displaylocks, "_PASS", 0.0005)
+    monkeypatch.setattr(displaylocks, "_REST", 0.001)
+    for number in range(20000):
+        (host.base / SOCKETS / f"junk{number}").touch()
+    tmp = host.tmp(ALICE)
+    tmp.mkdir(parents=True)
+    serve(host, ALICE)
+    passes = 0
+    real = host.room._pass
+
+    def counted() -> None:
+        nonlocal passes
+        passes += 1
+        real()
+
+    monkeypatch.setattr(host.room, "_pass", counted)
+    monkeypatch.setattr(Inotify, "read", lambda _: [Event(-1, IN_Q_OVERFLOW, "")])
+    await host.start(ALICE, BOB)
+    await host.shows(["host", ALICE, BOB])
+    serve(host, ALICE, 8)  # of which nothing is heard
+    await host.shows(["host", ALICE, BOB], 8)
+    assert passes > 10
+    assert host.shared_again == 1
 
 
 @pytest.mark.parametrize("bound", [True, False], ids=["bound", "unbound"])
