@@ -7,7 +7,6 @@ Runs in a machine under test, with its Python alone; says "ready" and stays unti
 tables.py mounts DEPTH COUNT      COUNT mounts in a namespace of his own, in a directory DEPTH names deep;
                                   the names are spaces, of which the kernel makes four characters each
 tables.py descriptors PROCESSES   as many processes with as many open files as the limit allows
-tables.py number INODE            goes through mount namespaces until one has that inode number
 """
 
 import contextlib
@@ -16,7 +15,6 @@ import os
 import resource
 import signal
 import sys
-import time
 
 CLONE_NEWNS, CLONE_NEWUSER, MS_BIND = 0x20000, 0x10000000, 0x1000
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -68,17 +66,6 @@ def descriptors(processes: int) -> None:
     signal.pause()
 
 
-def number(inode: int) -> None:
-    while os.stat("/proc/self/ns/mnt").st_ino != inode:
-        if os.fork() == 0:  # who goes on; the other keeps the number that was not wanted, for a while
-            check(LIBC.unshare(CLONE_NEWNS))
-        else:
-            time.sleep(5)
-            os._exit(0)
-    say_ready()
-    signal.pause()
-
-
 def main() -> None:
     kind, *arguments = sys.argv[1:]
     match kind, [int(argument) for argument in arguments]:
@@ -86,8 +73,6 @@ def main() -> None:
             mounts(depth, count)
         case "descriptors", [processes]:
             descriptors(processes)
-        case "number", [inode]:
-            number(inode)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attacks on what the daemon reads to find out who still has an instance: tables of mounts, descriptors,
-numbers of namespaces. A user decides how long they are, and what they say.
+"""Attacks on what the daemon reads to find out who still has an instance: tables of mounts, and
+descriptors. A user decides how long they are, and what they say.
 
 Not here: attacks on files (test_attacks), on the bus (test_attacks_bus).
 """
@@ -103,16 +103,4 @@ def test_descriptors_without_end(machine: Machine) -> None:
         leave_behind(machine, alice, "sh -c 'touch /tmp/started; exec sleep 3001'")
         with attack(machine, "svc", program("tables.py", "descriptors", "40"), "ready"):
             assert machine.run("su", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
-        stays_bobs(machine)
-
-
-def test_a_number_that_is_used_again(machine: Machine) -> None:
-    """A namespace that bob made from his own has got the number of that: he is not put into it."""
-    wait = "touch /tmp/started; until test -e /tmp/go; do sleep 0.1; done"
-    with machine.session("alice") as alice:
-        again = program("tables.py", "number", "$(cat /tmp/go)")
-        number = leave_behind(machine, alice, f"bash -c '{wait}; exec {again}'")
-        (place,) = (path for path in observe.on_disk(machine) if "-1002-" in path)
-        machine.write(f"{place}/tmp/go", str(number))
-        eventually(lambda: f"mnt:[{number}]" in observe.namespaces(machine), what="the number is used again")
         stays_bobs(machine)

@@ -69,7 +69,7 @@ class Host:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self._cursor = machine.journal("-n", "0", "--show-cursor").partition("-- cursor: ")[2].strip()
+        self._begin = machine.now()
 
     @property
     def root(self) -> Path:
@@ -141,8 +141,8 @@ class Host:
 
     def journal_of(self, *words: str) -> bool:
         """Whether a line of polytmpd's journal has all the words; of those since this object was made."""
-        after = f"--after-cursor={self._cursor}"
-        lines = self.machine.journal("-u", "polytmpd", "--output=cat", after).splitlines()
+        since = f"--since={self._begin}"
+        lines = self.machine.journal("-u", "polytmpd", "--output=cat", since).splitlines()
         return any(all(word in line for word in words) for line in lines)
 
     # Waiting
