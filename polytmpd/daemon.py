@@ -13,11 +13,12 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from polytmpd import devices
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.logind import Logind, Session, User
+from polytmpd.bus.service import QUESTIONS_AT_ONCE
 from polytmpd.bus.systemd1 import Systemd
 from polytmpd.config import Config, Problem
 from polytmpd.core.lifecycle import Action, Event, Standing, advance, visible_state
@@ -42,16 +43,16 @@ from polytmpd.storage import usage as count_usage
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 NAME_LOOKUP_TIMEOUT: Final = 10.0
 """Seconds that NSS may take for a user whom logind does not know (a cron job of a directory service's user).
 """
-_COUNTS_AT_ONCE: Final = 2
+_STOPPING: Final = "polytmpd is being stopped"
 _LOOK_TIMEOUT: Final = 1.0
 """Seconds that a login waits at most for the service manager to tell of the user's slice."""
 _LIST_AGAIN: Final = 30.0
 """Seconds after which logind is asked again, where it did not answer."""
-_NAMED_AT_MOST: Final = 5
-"""Processes that an error names."""
 
 
 class Announcer(Protocol):
@@ -94,13 +95,14 @@ class Daemon:
         self._records: dict[int, _Record] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # Not the loop's own threads: logins need those, and a user decides how long an answer takes to find.
-        self._counters = ThreadPoolExecutor(_COUNTS_AT_ONCE, "questions")
+        # As many as may be at work: who has his turn needs not wait again, for somebody else's answer.
+        self._counters = ThreadPoolExecutor(QUESTIONS_AT_ONCE, "questions")
         self._leftovers: list[tuple[str, str]] = []
         self._listing: set[str] | None = None
         self._asking_logind = asyncio.Lock()
         self._lists_later = False
         self._heard_of_sessions = False
-        self._stopping = False
+        self._stopping = threading.Event()
         self._announcer: Announcer | None = None
         self._logind: Logind | None = None
         self._systemd: Systemd | None = None
@@ -159,7 +161,7 @@ class Daemon:
 
     async def stop(self) -> None:
         """Let unfinished work end as far as it does so by itself, and begin nothing new; instances stay."""
-        self._stopping = True
+        self._stopping.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -271,7 +273,7 @@ class Daemon:
         record = self._records.get(uid)
         is_shown = record is not None and record.shown
         if record is not None and is_shown and record.standing.state is not State.FAILED:
-            await self._refuse_removal(uid, record)
+            raise BusyError(f"the instance of {record.user} is {self._state_of(record)}")
         if not is_shown and not persistent:
             self._shown(uid)
         if persistent:
@@ -301,42 +303,34 @@ class Daemon:
     def removed_entries(self, uid: int) -> int:
         return self._executor.removed_entries(uid)
 
-    async def _refuse_removal(self, uid: int, record: _Record) -> None:
-        living = await self.processes(uid)
-        names = ", ".join(
-            f"{command.split(' ')[0].rstrip(':').rpartition('/')[2]} ({pid})"
-            for pid, command in living[:_NAMED_AT_MOST]
-        )
-        more = f" and {len(living) - _NAMED_AT_MOST} more" if len(living) > _NAMED_AT_MOST else ""
-        raise BusyError(
-            f"the instance of {record.user} is {self._state_of(record)}"
-            + (f", processes live in it: {names}{more}" if living else "")
-        )
-
     async def processes(self, uid: int) -> list[tuple[int, str]]:
         record = self._shown(uid)
         namespace = record.instance.namespace if record.instance else 0
         group = record.control_group
 
-        def look() -> list[processes.Process]:
-            found = {process.pid: process for process in processes.living_in(namespace)} if namespace else {}
+        def look(cancelled: Callable[[], bool]) -> list[processes.Process]:
+            living = processes.living_in(namespace, cancelled) if namespace else []
+            found = {process.pid: process for process in living}
             for root in CGROUP_ROOTS if group else ():
-                found.update((process.pid, process) for process in processes.in_cgroup(root + group))
+                members = processes.in_cgroup(root + group, cancelled)
+                found.update((process.pid, process) for process in members)
             return [found[pid] for pid in sorted(found)]
 
-        found = await asyncio.get_running_loop().run_in_executor(self._counters, look)
-        return [(process.pid, process.command) for process in found]
+        return [(process.pid, process.command) for process in await self._find_out(look)]
 
     async def holders(self, uid: int) -> list[tuple[int, str, str, str]]:
         record = self._shown(uid)
         instance, group = record.instance, record.control_group
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._counters,
-            holders.find,
-            instance.namespace if instance else 0,
-            {entry.barrier for entry in instance.directories} if instance else (),
-            [root + group for root in CGROUP_ROOTS] if group else (),
-        )
+
+        def look(cancelled: Callable[[], bool]) -> list[holders.Holder]:
+            return holders.find(
+                instance.namespace if instance else 0,
+                {entry.barrier for entry in instance.directories} if instance else (),
+                [root + group for root in CGROUP_ROOTS] if group else (),
+                cancelled,
+            )
+
+        found = await self._find_out(look)
         return [(entry.pid, entry.command, entry.control_group, entry.how.value) for entry in found]
 
     async def usage(self, uid: int) -> list[tuple[str, int, int]]:
@@ -348,9 +342,8 @@ class Daemon:
         )
         if not directories:
             self._shown(uid)
-        cancelled = threading.Event()
 
-        def count() -> list[tuple[str, int, int]]:
+        def count(cancelled: Callable[[], bool]) -> list[tuple[str, int, int]]:
             result = []
             for entry in directories:
                 try:
@@ -361,18 +354,16 @@ class Daemon:
                 except FileNotFoundError:  # set aside, and being deleted
                     continue
                 try:
-                    used = count_usage(fd, cancelled.is_set)
+                    used = count_usage(fd, cancelled)
                 finally:
                     os.close(fd)
                 result.append((entry.directory.path, used.bytes, used.inodes))
             return result
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._counters, count)
+            return await self._find_out(count)
         except OSError as error:
             raise PolytmpError(f"cannot be counted: {error}") from error
-        finally:
-            cancelled.set()
 
     def views(self) -> list[View]:
         return [self._view_of(uid, record) for uid, record in sorted(self._records.items()) if record.shown]
@@ -713,6 +704,28 @@ class Daemon:
             "in its service"
         )
 
+    async def _find_out(self, look: Callable[[Callable[[], bool]], T]) -> T:
+        """What look(cancelled) returns, in a thread; cancelled() says that nobody waits for it any more.
+
+        Ends when the thread does, a cancelled one as well: so there are never more at work than may be.
+        """
+        wanted = True
+
+        def cancelled() -> bool:
+            return not wanted or self._stopping.is_set()
+
+        if self._stopping.is_set():
+            raise PolytmpError(_STOPPING)
+        work = asyncio.get_running_loop().run_in_executor(self._counters, look, cancelled)
+        try:
+            found = await asyncio.shield(work)
+        finally:
+            wanted = False
+            await asyncio.wait((work,))
+        if self._stopping.is_set():  # it may have ended half-way
+            raise PolytmpError(_STOPPING)
+        return found
+
     async def _name_of(self, uid: int) -> str:
         try:
             entry = await asyncio.wait_for(asyncio.to_thread(pwd.getpwuid, uid), NAME_LOOKUP_TIMEOUT)
@@ -728,7 +741,7 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._done)
-        if self._stopping:
+        if self._stopping.is_set():
             task.cancel()
         return task
 

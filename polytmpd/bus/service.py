@@ -5,7 +5,7 @@ Not here: decisions about instances (the daemon behind Backend), the mechanics o
 """
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
 from polytmpd import __version__
@@ -21,15 +21,26 @@ from polytmpd.bus.contract import (
 )
 from polytmpd.bus.polkit import Polkit, PolkitAction
 from polytmpd.bus.server import Call, Interface, Method, Property, Server, Signal
+from polytmpd.bus.turns import Turns
 from polytmpd.core.model import View
-from polytmpd.errors import AccessDeniedError, InvalidArgsError, NoSuchInstanceError, PolytmpError
+from polytmpd.errors import (
+    AccessDeniedError,
+    BusyError,
+    InvalidArgsError,
+    NoSuchInstanceError,
+    PolytmpError,
+)
 
 T = TypeVar("T")
 
-USAGE_TIMEOUT: Final = 20.0
-"""Seconds that counting may take; below the 25 that callers wait by default."""
+ANSWER_TIMEOUT: Final = 20.0
+"""Seconds that an answer may take to find; below the 25 that callers wait by default."""
 _COUNTS_AT_ONCE: Final = 2
-_COUNTS_WAITING: Final = 16
+_LISTS_AT_ONCE: Final = 2
+QUESTIONS_AT_ONCE: Final = 2 * (_COUNTS_AT_ONCE + _LISTS_AT_ONCE)
+"""Answers of the backend's that are being found at once, root's and others': no more than that."""
+_NAMED_AT_MOST: Final = 5
+"""Processes that an error names."""
 
 _USER: Final = (("uid", "u"),)
 
@@ -51,14 +62,16 @@ class Backend(Protocol):
         """How far the removal that runs for the user is; 0 where none does."""
         ...
 
-    async def processes(self, uid: int) -> list[tuple[int, str]]: ...
+    async def processes(self, uid: int) -> list[tuple[int, str]]:
+        """(pid, command). This, holders() and usage(): cancelled, the search ends."""
+        ...
 
     async def holders(self, uid: int) -> list[tuple[int, str, str, str]]:
         """(pid, command, cgroup, how) of each process that keeps the instance."""
         ...
 
     async def usage(self, uid: int) -> list[tuple[str, int, int]]:
-        """Also where there is no instance, of what was kept. Cancelled, the counting ends."""
+        """Also where there is no instance, of what was kept."""
         ...
 
     def views(self) -> list[View]: ...
@@ -79,8 +92,8 @@ class Service:
         self._connection = connection
         self._backend = backend
         self._polkit = Polkit(connection)
-        self._counting = asyncio.Semaphore(_COUNTS_AT_ONCE)
-        self._counts = 0
+        self._counts = Turns(_COUNTS_AT_ONCE)
+        self._lists = Turns(_LISTS_AT_ONCE)
         self._server = Server(connection, PATH, self._may_list, self._require_read)
         self._server.add(PATH, self._manager())
 
@@ -126,10 +139,11 @@ class Service:
             call, self._polkit.require(call.sender, action, what, details, interactive=call.interactive)
         )
 
-    async def _require_owner(self, call: Call, uid: int, what: str) -> None:
+    async def _require_owner(self, call: Call, uid: int, what: str) -> Credentials:
         caller = await self._caller(call)
         if caller.uid not in {0, uid}:
             await self._require(call, PolkitAction.INSPECT, f"{what} of {self._name(uid)}", uid)
+        return caller
 
     async def _require_read(self, call: Call) -> None:
         uid = uid_of_path(call.path)
@@ -165,6 +179,30 @@ class Service:
                 task.cancel()
                 await asyncio.wait((task,))
         raise PolytmpError("the caller is gone")
+
+    async def _ask(
+        self,
+        call: Call,
+        caller: Credentials,
+        turns: Turns,
+        question: Callable[[], Awaitable[T]],
+        advice: str = "",
+    ) -> T:
+        """What question() gives, whose answer takes as long to find as some user likes: few at once, not for
+        long, for nobody who has left.
+        """
+
+        async def answer() -> T:
+            async with turns.turn(caller.uid):
+                return await question()
+
+        with turns.asked(caller.uid):  # refused before the bus has to watch for the caller
+            try:
+                async with asyncio.timeout(ANSWER_TIMEOUT):
+                    return await self._while_there(call, answer())
+            except TimeoutError:
+                text = f"the answer was not found within {ANSWER_TIMEOUT:.0f} s"
+                raise PolytmpError(f"{text}; {advice}" if advice else text) from None
 
     # The manager
 
@@ -220,16 +258,31 @@ class Service:
             raise InvalidArgsError(
                 f"flags {flags:#x} are unknown; {REMOVE_PERSISTENT} stands for what persists"
             )
-        own = (await self._caller(call)).uid == uid
-        action = PolkitAction.REMOVE_OWN if own else PolkitAction.REMOVE
+        caller = await self._caller(call)
+        action = PolkitAction.REMOVE_OWN if caller.uid == uid else PolkitAction.REMOVE
         await self._require(call, action, f"removing the instance of {self._name(uid)}", uid)
-        await self._backend.remove(uid, persistent=bool(flags & REMOVE_PERSISTENT))
+        try:
+            await self._backend.remove(uid, persistent=bool(flags & REMOVE_PERSISTENT))
+        except BusyError as error:
+            raise BusyError(f"{error}{await self._who_lives_there(call, caller, uid)}") from None
         return []
+
+    async def _who_lives_there(self, call: Call, caller: Credentials, uid: int) -> str:
+        """For the end of an error's text; empty where nobody does, or it cannot be told now."""
+        try:
+            living = await self._ask(call, caller, self._lists, lambda: self._backend.processes(uid))
+        except PolytmpError:
+            return ""
+        names = ", ".join(
+            f"{command.split(' ')[0].rstrip(':').rpartition('/')[2]} ({pid})"
+            for pid, command in living[:_NAMED_AT_MOST]
+        )
+        more = f" and {len(living) - _NAMED_AT_MOST} more" if len(living) > _NAMED_AT_MOST else ""
+        return f", processes live in it: {names}{more}" if living else ""
 
     async def _get_user_usage(self, call: Call) -> Sequence[Any]:
         uid = call.arguments[0]
-        await self._require_owner(call, uid, "the disk usage")
-        return [await self._count(call, uid)]
+        return [await self._count(call, await self._require_owner(call, uid, "the disk usage"), uid)]
 
     async def _get_removal_progress(self, call: Call) -> Sequence[Any]:
         uid = call.arguments[0]
@@ -280,41 +333,24 @@ class Service:
 
     async def _list_processes(self, call: Call) -> Sequence[Any]:
         uid = self._uid(call)
-        await self._require_owner(call, uid, "the process list")
-        return [[[pid, command] for pid, command in await self._backend.processes(uid)]]
+        caller = await self._require_owner(call, uid, "the process list")
+        found = await self._ask(call, caller, self._lists, lambda: self._backend.processes(uid))
+        return [[[pid, command] for pid, command in found]]
 
     async def _list_holders(self, call: Call) -> Sequence[Any]:
         uid = self._uid(call)
-        await self._require_owner(call, uid, "the process list")
-        return [[list(entry) for entry in await self._backend.holders(uid)]]
+        caller = await self._require_owner(call, uid, "the process list")
+        found = await self._ask(call, caller, self._lists, lambda: self._backend.holders(uid))
+        return [[list(entry) for entry in found]]
 
     async def _get_usage(self, call: Call) -> Sequence[Any]:
         uid = self._uid(call)
-        await self._require_owner(call, uid, "the disk usage")
-        return [await self._count(call, uid)]
+        return [await self._count(call, await self._require_owner(call, uid, "the disk usage"), uid)]
 
-    async def _count(self, call: Call, uid: int) -> list[list[Any]]:
-        """Counting reads a whole tree, as large as its user likes: few at once, not for long, for nobody who
-        has left.
-        """
-        if self._counts >= _COUNTS_WAITING:
-            raise PolytmpError("too many callers wait for a count already; try again later")
-
-        async def count() -> list[tuple[str, int, int]]:
-            async with self._counting:
-                return await self._backend.usage(uid)
-
-        self._counts += 1
-        try:
-            async with asyncio.timeout(USAGE_TIMEOUT):
-                return [list(entry) for entry in await self._while_there(call, count())]
-        except TimeoutError:
-            raise PolytmpError(
-                f"the files were not counted within {USAGE_TIMEOUT:.0f} s; du -x on the host's path takes "
-                "the time it takes"
-            ) from None
-        finally:
-            self._counts -= 1
+    async def _count(self, call: Call, caller: Credentials, uid: int) -> list[list[Any]]:
+        advice = "du -x on the host's path takes the time it takes"
+        found = await self._ask(call, caller, self._counts, lambda: self._backend.usage(uid), advice)
+        return [list(entry) for entry in found]
 
     def _uid(self, call: Call) -> int:
         uid = uid_of_path(call.path)

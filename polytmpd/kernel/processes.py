@@ -16,6 +16,7 @@ Hard facts
 
 import contextlib
 import errno
+import itertools
 import os
 import subprocess
 import time
@@ -62,9 +63,13 @@ def _inode(path: str) -> int | None:
         return None
 
 
-def in_namespace(pid: int, inode: int) -> bool:
-    """Whether the process, or any thread of it, lives in the mount namespace with that inode now."""
-    return any(_inode(path) == inode for path in namespace_paths(pid))
+def in_namespace(pid: int, inode: int, cancelled: Callable[[], bool] = lambda: False) -> bool:
+    """Whether the process, or any thread of it, lives in the mount namespace with that inode now.
+
+    Cancelled, it says that it does not. Blocking: a process may have as many threads as there are pids.
+    """
+    wanted = itertools.takewhile(lambda _: not cancelled(), namespace_paths(pid))
+    return any(_inode(path) == inode for path in wanted)
 
 
 def open_namespace(inode: int) -> int | None:
@@ -130,12 +135,12 @@ def in_each_namespace(look: Callable[[str], T]) -> Iterator[tuple[int, int, T]]:
                 yield inode, pid, found
 
 
-def commands(pids: Sequence[int]) -> list[str]:
+def commands(pids: Sequence[int], cancelled: Callable[[], bool] = lambda: False) -> list[str]:
     """The command line of each on one line, unprintable characters replaced; [comm] for those without one,
-    and for all that are left when somebody's cannot be read in time.
+    and for all that are left when somebody's cannot be read in time. Cancelled, any text.
     """
     deadline = time.monotonic() + _COMMANDS_TIMEOUT
-    return [_command(pid, deadline - time.monotonic()) for pid in pids]
+    return ["?" if cancelled() else _command(pid, deadline - time.monotonic()) for pid in pids]
 
 
 def _command(pid: int, timeout: float) -> str:
@@ -165,24 +170,29 @@ def _command_line(pid: int, timeout: float) -> bytes:
     return b""
 
 
-def _processes(pids: Iterable[int]) -> list[Process]:
+def _processes(pids: Iterable[int], cancelled: Callable[[], bool]) -> list[Process]:
     ordered = sorted(pids)
-    return [Process(pid, text) for pid, text in zip(ordered, commands(ordered), strict=True)]
+    return [Process(pid, text) for pid, text in zip(ordered, commands(ordered, cancelled), strict=True)]
 
 
-def living_in(inode: int) -> list[Process]:
-    """The processes with at least one thread in that mount namespace. Blocking: reads all of /proc."""
-    return _processes(pid for pid in pids() if in_namespace(pid, inode))
+def living_in(inode: int, cancelled: Callable[[], bool] = lambda: False) -> list[Process]:
+    """The processes with at least one thread in that mount namespace; cancelled, some of them.
+
+    Blocking: reads all of /proc.
+    """
+    return _processes((pid for pid in pids() if in_namespace(pid, inode, cancelled)), cancelled)
 
 
-def in_cgroup(directory: str) -> list[Process]:
-    """The processes in a cgroup and below it (its path in /sys/fs/cgroup).
+def in_cgroup(directory: str, cancelled: Callable[[], bool] = lambda: False) -> list[Process]:
+    """The processes in a cgroup and below it (its path in /sys/fs/cgroup); cancelled, some of them.
 
     Empty where there is no such cgroup.
     """
     found: set[int] = set()
     for path, _, files in os.walk(directory):
+        if cancelled():
+            break
         if "cgroup.procs" in files:
             with contextlib.suppress(OSError):
                 found.update(map(int, Path(path, "cgroup.procs").read_text().split()))
-    return _processes(found - {0})
+    return _processes(found - {0}, cancelled)

@@ -10,6 +10,7 @@ rawbus.py fds COUNT                     calls, answers and signals with 16 descr
 rawbus.py signatures COUNT              calls with a variant of a signature never seen before
 rawbus.py forge UID                     logind's signals, broadcast and to polytmpd alone
 rawbus.py ask CONNECTIONS UID MEMBER    64 calls of an instance's method on each, then waits for answers
+rawbus.py leave CONNECTIONS UID MEMBER  the same, and leaves without waiting
 rawbus.py owner                         the unique name of polytmpd
 """
 
@@ -230,7 +231,7 @@ def forge(uid: int) -> None:
     bus.sync()
 
 
-def ask(connections: int, uid: int, member: str) -> None:
+def ask(connections: int, uid: int, member: str, *, leave: bool = False) -> None:
     buses = [Bus() for _ in range(connections)]
     for bus in buses:
         for _ in range(64):
@@ -239,7 +240,7 @@ def ask(connections: int, uid: int, member: str) -> None:
             )
             bus.socket.sendall(data)
     print("sent", flush=True)
-    while True:
+    while not leave:
         for bus in buses:
             bus.socket.recv(1 << 16)
 
@@ -258,6 +259,8 @@ def main() -> None:
             forge(int(uid))
         case ["ask", connections, uid, member]:
             ask(int(connections), int(uid), member)
+        case ["leave", connections, uid, member]:
+            ask(int(connections), int(uid), member, leave=True)
         case ["owner"]:
             print(Bus().owner())
         case _:

@@ -16,6 +16,7 @@ from polytmpd.bus import service as service_module
 from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE, instance_path
 from polytmpd.bus.library import Message, MessageType
 from polytmpd.bus.service import Service
+from polytmpd.errors import BusyError, PolytmpError
 from tests.bus.world import PROPERTIES, STRANGER, Backend, Client, as_stranger, view
 from tests.unit.settled import eventually
 
@@ -216,13 +217,26 @@ async def test_the_question_is_withdrawn_when_the_caller_leaves(
     assert backend.reloads == 0
 
 
+async def test_a_removal_is_refused_with_the_names_of_who_lives_there(
+    service: Service, backend: Backend, client: Client
+) -> None:
+    backend.refusal = BusyError("the instance of bob is active")
+    name, text = await client.error("RemoveInstance", "u", [1002])
+    assert (name, text) == (
+        "org.polytmp1.Error.Busy",
+        "the instance of bob is active, processes live in it: sleep (17), [x] (18)",
+    )
+    backend.error = PolytmpError("too many questions")
+    assert (await client.error("RemoveInstance", "u", [1002]))[1] == "the instance of bob is active"
+
+
 async def test_flags_that_nobody_knows(shown: str, client: Client, backend: Backend) -> None:
     name, text = await client.error("RemoveInstanceWithFlags", "ut", [1002, 6])
     assert (name, "0x6" in text) == ("org.freedesktop.DBus.Error.InvalidArgs", True)
     assert backend.removed == []
 
 
-# Counting
+# Counting, and searching
 
 
 class Counting:
@@ -234,8 +248,14 @@ class Counting:
         self.most = 0
         self.cancelled = 0
         backend.usage = self.usage  # type: ignore[method-assign]  # what a monkeypatch does
+        backend.processes = self._wait  # type: ignore[method-assign, assignment]  # as above
+        backend.holders = self._wait  # type: ignore[method-assign, assignment]  # as above
 
     async def usage(self, uid: int) -> list[tuple[str, int, int]]:
+        await self._wait(uid)
+        return [("/tmp", 1, 2)]
+
+    async def _wait(self, _: int) -> list[Any]:
         self.running += 1
         self.most = max(self.most, self.running)
         try:
@@ -245,17 +265,21 @@ class Counting:
             raise
         finally:
             self.running -= 1
-        return [("/tmp", 1, 2)]
+        return []
 
 
+QUESTIONS = ["GetUsage", "ListProcesses", "ListHolders"]
+
+
+@pytest.mark.parametrize("member", QUESTIONS)
 async def test_counting_ends_when_the_caller_leaves(
-    service: Service, backend: Backend, new_client: Callable[[], Any]
+    service: Service, backend: Backend, new_client: Callable[[], Any], member: str
 ) -> None:
     counting = Counting(backend)
     backend.shown[1002] = view(1002)
     service.instance_new(1002)
     leaving = await new_client()
-    asked = asyncio.ensure_future(leaving.call("GetUsage", path=instance_path(1002), interface=INSTANCE))
+    asked = asyncio.ensure_future(leaving.call(member, path=instance_path(1002), interface=INSTANCE))
     await eventually(lambda: counting.running == 1)
     leaving.bus.disconnect()
     await eventually(lambda: counting.cancelled == 1)
@@ -263,9 +287,13 @@ async def test_counting_ends_when_the_caller_leaves(
     await asyncio.wait((asked,))
 
 
-async def test_few_counts_at_once(service: Service, backend: Backend, client: Client) -> None:
+@pytest.mark.parametrize("member", QUESTIONS)
+async def test_few_counts_at_once(service: Service, backend: Backend, client: Client, member: str) -> None:
     counting = Counting(backend)
-    calls = [asyncio.ensure_future(client.call("GetUserUsage", "u", [1002])) for _ in range(20)]
+    backend.shown[1002] = view(1002)
+    service.instance_new(1002)
+    path = instance_path(1002)
+    calls = [asyncio.ensure_future(client.call(member, path=path, interface=INSTANCE)) for _ in range(20)]
     await eventually(lambda: sum(call.done() for call in calls) == 4)
     assert {call.result().error_name for call in calls if call.done()} == {"org.polytmp1.Error.Failed"}
     assert counting.running == 2
@@ -275,11 +303,33 @@ async def test_few_counts_at_once(service: Service, backend: Backend, client: Cl
     assert await client.result("GetUserUsage", "u", [1002]) == [["/tmp", 1, 2]]
 
 
-async def test_counting_has_an_end(
-    service: Service, backend: Backend, client: Client, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("member", QUESTIONS)
+async def test_root_does_not_wait_for_others(
+    service: Service, backend: Backend, stranger: Stranger, client: Client, member: str
 ) -> None:
-    monkeypatch.setattr(service_module, "USAGE_TIMEOUT", 0.2)
     counting = Counting(backend)
-    name, text = await client.error("GetUserUsage", "u", [1002])
-    assert (name, "not counted within" in text) == ("org.polytmp1.Error.Failed", True)
+    backend.shown[STRANGER] = view(STRANGER)
+    service.instance_new(STRANGER)
+    for _ in range(3):
+        await stranger.start(instance_path(STRANGER), f"{INSTANCE}.{member}")
+    turns = service._counts if member == "GetUsage" else service._lists
+    await eventually(lambda: turns._asked.get(STRANGER) == 3)
+    asked = asyncio.ensure_future(client.call(member, path=instance_path(STRANGER), interface=INSTANCE))
+    await eventually(lambda: counting.running == 2)
+    counting.gate.set()
+    await asyncio.wait_for(asked, 10)
+    await eventually(lambda: not counting.running)
+    assert counting.most == 2, "root's, and one of the stranger's"
+
+
+@pytest.mark.parametrize("member", QUESTIONS)
+async def test_counting_has_an_end(
+    service: Service, backend: Backend, client: Client, monkeypatch: pytest.MonkeyPatch, member: str
+) -> None:
+    monkeypatch.setattr(service_module, "ANSWER_TIMEOUT", 0.2)
+    counting = Counting(backend)
+    backend.shown[1002] = view(1002)
+    service.instance_new(1002)
+    name, text = await client.error(member, path=instance_path(1002), interface=INSTANCE)
+    assert (name, "not found within" in text) == ("org.polytmp1.Error.Failed", True)
     assert counting.cancelled == 1

@@ -44,6 +44,7 @@ class Backend:
         self.acquired: list[tuple[int, int]] = []
         self.acquire_with: Callable[[], Any] | None = None
         self.error: Exception | None = None
+        self.refusal: Exception | None = None
         self.gate: asyncio.Event | None = None
         self.reloads = 0
         self.removed: list[tuple[int, bool]] = []
@@ -67,6 +68,8 @@ class Backend:
         self.reloads += 1
 
     async def remove(self, uid: int, *, persistent: bool = False) -> None:
+        if self.refusal is not None:
+            raise self.refusal
         await self._may_fail()
         self.removed.append((uid, persistent))
 

@@ -5,7 +5,8 @@ Not here: attacks on files and mounts (test_attacks), the bus by itself (tests/b
 """
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,13 @@ def memory(machine: Machine) -> int:
 
 def restarts(machine: Machine) -> int:
     return int(machine.run("systemctl", "show", "-P", "NRestarts", "polytmpd").stdout)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
 
 
 def as_user(machine: Machine, user: str, command: str, timeout: float = 60) -> None:
@@ -131,6 +139,24 @@ def test_questions_about_a_process_that_cannot_be_read(machine: Machine) -> None
         alice.run(f"setsid {program('rawbus.py', 'ask', '1', '1001', 'ListProcesses')} >/tmp/ask 2>&1 &")
         eventually(lambda: "sent" in alice.run("cat /tmp/ask"), what="the questions are sent")
         assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
+        machine.run("loginctl", "terminate-user", "alice")
+        alice.kill()
+
+
+def test_questions_about_many_descriptors_whose_caller_leaves(machine: Machine) -> None:
+    """1.2 million of another user's, of which each answer looks at all: root gets his all the same."""
+    with (
+        machine.session("alice") as alice,
+        attack(machine, "svc", program("descriptors.py", "1200000"), "there"),
+    ):
+        alice.run("setsid sleep 300 >/dev/null 2>&1 &")
+        for _ in range(5):
+            alice.run(program("rawbus.py", "leave", "2", "1001", "ListHolders"))
+        assert "sleep" in machine.run("polytmpctl", "ps", "alice", timeout=20).stdout
+        alice.run(f"setsid {program('rawbus.py', 'ask', '4', '1001', 'ListHolders')} >/tmp/ask 2>&1 &")
+        eventually(lambda: "sent" in alice.run("cat /tmp/ask"), what="the questions are sent")
+        assert "sleep" in machine.run("polytmpctl", "ps", "alice", timeout=20).stdout
+        assert seconds(lambda: machine.run("systemctl", "restart", "polytmpd", timeout=40)) < 5
         machine.run("loginctl", "terminate-user", "alice")
         alice.kill()
 

@@ -3,8 +3,9 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -924,6 +925,64 @@ async def test_processes(world: World) -> None:
         world.daemon.uid_of_process(os.getpid())
     with pytest.raises(NoSuchInstanceError):
         await world.daemon.processes(1001)
+
+
+@dataclass
+class Search:
+    """A search of /proc that lasts until it is told that nobody waits for it."""
+
+    began: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, *arguments: Any) -> list[Any]:
+        cancelled = arguments[-1]
+        self.began.set()
+        while not cancelled():
+            assert not self.ended.wait(0.001)
+        self.ended.set()
+        return []
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch) -> Search:
+    made = Search()
+    monkeypatch.setattr("polytmpd.kernel.processes.living_in", made)
+    monkeypatch.setattr("polytmpd.kernel.holders.find", made)
+    return made
+
+
+QUESTIONS: list[Callable[[Daemon], Coroutine[Any, Any, Any]]] = [
+    lambda daemon: daemon.processes(1000),
+    lambda daemon: daemon.holders(1000),
+]
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=["processes", "holders"])
+async def test_a_search_ends_when_nobody_waits_for_it(
+    world: World, search: Search, question: Callable[[Daemon], Coroutine[Any, Any, Any]]
+) -> None:
+    await world.active()
+    asked = asyncio.ensure_future(question(world.daemon))
+    await eventually(search.began.is_set)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asked, 5)
+    assert search.ended.is_set(), "whose turn it is next does not find the thread at work"
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=["processes", "holders"])
+async def test_a_search_ends_when_the_daemon_stops(
+    world: World, search: Search, question: Callable[[Daemon], Coroutine[Any, Any, Any]]
+) -> None:
+    await world.active()
+    asked = asyncio.ensure_future(question(world.daemon))
+    await eventually(search.began.is_set)
+    await world.daemon.stop()
+    with pytest.raises(PolytmpError, match="stopped"):  # half an answer is none
+        await asyncio.wait_for(asked, 5)
+    assert search.ended.is_set()
+    with pytest.raises(PolytmpError, match="stopped"):
+        await question(world.daemon)
 
 
 async def test_usage_of_what_is_gone(world: World) -> None:

@@ -1,0 +1,30 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Descriptors without end: descriptors.py COUNT. Says "there" when they are open, in as many processes as it
+takes.
+"""
+
+import os
+import resource
+import sys
+import time
+
+
+def main() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    left = int(sys.argv[1])
+    each = min(left, most - 16)
+    fd = os.open("/dev/null", os.O_RDONLY)
+    for number in range(fd + 1, fd + each):
+        os.dup2(fd, number)
+    while (left := left - each) > 0:
+        if not os.fork():
+            break
+    else:
+        print("there", flush=True)
+    time.sleep(300)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The search for holders and for processes ends when nobody waits for it any more."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from polytmpd.kernel import holders, processes
+
+pytestmark = pytest.mark.unit
+
+FEW = 10
+MANY = 200
+NO_NAMESPACE = 1
+
+
+class Patience:
+    """Says that nobody waits any more after it was asked a few times."""
+
+    def __init__(self, times: int = FEW) -> None:
+        self.left = times
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What was looked at in /proc, with many threads and descriptors of one process."""
+    looked: list[str] = []
+    fds = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) for _ in range(MANY)]
+    process = subprocess.Popen(["sleep", "60"], pass_fds=fds)
+    for fd in fds:
+        os.close(fd)
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def look(path: Any, *arguments: Any, **more: Any) -> Any:
+            if str(path).startswith("/proc/"):
+                looked.append(str(path))
+            return real(path, *arguments, **more)
+
+        return look
+
+    def threads(pid: int) -> Iterator[str]:
+        for _ in range(MANY):
+            yield f"/proc/{pid}/ns/mnt"
+
+    for module in (holders, processes):
+        monkeypatch.setattr(module, "namespace_paths", threads)
+        monkeypatch.setattr(module, "pids", lambda: iter([process.pid]))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", counted(os.stat))
+        patch.setattr(os, "readlink", counted(os.readlink))
+        yield looked
+    process.kill()
+    process.wait()
+
+
+def test_holders_of_what_nobody_waits_for(looks: list[str]) -> None:
+    assert holders.find(NO_NAMESPACE, ()) == []
+    assert len([path for path in looks if "/fd/" in path]) >= MANY
+    looks.clear()
+    assert holders.find(NO_NAMESPACE, (), cancelled=Patience()) == []
+    assert len(looks) <= FEW, "threads are counted one by one"
+    looks.clear()
+    assert holders.find(NO_NAMESPACE, (), cancelled=Patience(MANY + FEW)) == []
+    assert len([path for path in looks if "/fd/" in path]) <= FEW, "and so are descriptors"
+
+
+def test_descriptors_without_end_are_left_out(looks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "_DESCRIPTORS_TIMEOUT", 0.0)
+    assert holders.find(NO_NAMESPACE, ()) == []
+    assert not [path for path in looks if "/fd/" in path]
+
+
+def test_processes_with_few_descriptors_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {101: 1 << 20, 102: 3, 103: 7}
+    looked: list[int] = []
+    monkeypatch.setattr(holders, "pids", lambda: iter(counts))
+    monkeypatch.setattr(holders, "namespace_paths", lambda _: iter(()))
+    monkeypatch.setattr(holders, "_descriptors", counts.__getitem__)
+    monkeypatch.setattr(holders, "_has_open", lambda pid, *_: looked.append(pid))
+    assert holders.find(NO_NAMESPACE, ()) == []
+    assert looked == [102, 103, 101]
+
+
+def test_holders_in_a_cgroup_that_nobody_waits_for(looks: list[str], tmp_path: Any) -> None:
+    for number in range(MANY):
+        (tmp_path / str(number)).mkdir()
+    (tmp_path / "cgroup.procs").write_text(f"{os.getppid()}\n")
+    assert [entry.pid for entry in holders.find(0, (), [str(tmp_path)])] == [os.getppid()]
+    assert holders.find(0, (), [str(tmp_path)], lambda: True) == []
+    assert [entry.pid for entry in processes.in_cgroup(str(tmp_path))] == [os.getppid()]
+    assert processes.in_cgroup(str(tmp_path), lambda: True) == []
+
+
+def test_processes_of_what_nobody_waits_for(looks: list[str]) -> None:
+    assert processes.living_in(NO_NAMESPACE) == []
+    assert len(looks) == MANY
+    looks.clear()
+    assert processes.living_in(NO_NAMESPACE, Patience()) == []
+    assert len(looks) <= FEW
+
+
+def test_command_lines_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_command", lambda pid, timeout: pytest.fail("nobody waits for it"))
+    assert processes.commands([os.getpid()], lambda: True) == ["?"]

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who is answered, and who waits, while answers take long."""
+
+import asyncio
+
+import pytest
+
+from polytmpd.bus.turns import ASKED_AT_MOST, Turns
+from polytmpd.errors import PolytmpError
+
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
+
+ROOT, ALICE, BOB, CAROL = 0, 1000, 1001, 1002
+
+
+class Crowd:
+    """Asks, and remembers whose answers are being found."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+        self.answered: list[int] = []
+        self.tasks: list[tuple[int, asyncio.Task[None]]] = []
+
+    async def _ask(self, uid: int) -> None:
+        with self.turns.asked(uid):
+            async with self.turns.turn(uid):
+                self.answered.append(uid)
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.answered.remove(uid)
+
+    async def ask(self, uid: int, times: int = 1) -> None:
+        self.tasks += [(uid, asyncio.ensure_future(self._ask(uid))) for _ in range(times)]
+        await self.settle()
+
+    async def settle(self) -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    async def leave(self, uid: int) -> None:
+        """All of the user's questions are taken back."""
+        for task in (task for owner, task in self.tasks if owner == uid):
+            task.cancel()
+        await self.settle()
+
+    def refused(self) -> list[int]:
+        return [
+            uid
+            for uid, task in self.tasks
+            if task.done() and not task.cancelled() and isinstance(task.exception(), PolytmpError)
+        ]
+
+
+async def test_one_user_has_one_answer_at_a_time_and_others_theirs() -> None:
+    crowd = Crowd(Turns(2))
+    await crowd.ask(ALICE, 5)
+    assert crowd.answered == [ALICE]
+    await crowd.ask(BOB, 2)
+    await crowd.ask(CAROL)
+    assert crowd.answered == [ALICE, BOB]
+    await crowd.leave(BOB)
+    assert crowd.answered == [ALICE, CAROL], "alice's other questions do not come before carol's"
+    await crowd.leave(CAROL)
+    assert crowd.answered == [ALICE]
+    await crowd.leave(ALICE)
+
+
+async def test_root_waits_for_nobody_else() -> None:
+    crowd = Crowd(Turns(2))
+    for uid in (ALICE, BOB, CAROL):
+        await crowd.ask(uid, ASKED_AT_MOST)
+    await crowd.ask(ROOT, 3)
+    assert crowd.answered == [ALICE, BOB, ROOT, ROOT]
+    for uid in (ALICE, BOB, CAROL, ROOT):
+        await crowd.leave(uid)
+    assert crowd.answered == []
+
+
+async def test_too_many_questions_of_one_user_are_refused_and_anothers_are_not() -> None:
+    crowd = Crowd(Turns(2))
+    await crowd.ask(ALICE, ASKED_AT_MOST + 3)
+    await crowd.ask(BOB)
+    assert crowd.refused() == [ALICE] * 3
+    assert crowd.answered == [ALICE, BOB]
+    await crowd.leave(ALICE)
+    await crowd.leave(BOB)
+    await crowd.ask(ALICE)
+    assert crowd.answered == [ALICE]
+    await crowd.leave(ALICE)
+    assert not crowd.turns._asked
+    assert not crowd.turns._own
