@@ -372,9 +372,10 @@ class Daemon:
         record = self._records.get(uid)
         return self._view_of(uid, record) if record and record.shown else None
 
-    def uid_of_process(self, pid: int) -> int:
+    async def uid_of_process(self, pid: int) -> int:
+        found = await self._find_out(lambda _: processes.namespaces(pid))
         for uid, record in self._records.items():
-            if record.instance and processes.in_namespace(pid, record.instance.namespace):
+            if record.instance and record.instance.namespace in found:
                 return uid
         raise NotPolyinstantiatedError(f"process {pid} lives in no instance")
 
@@ -695,7 +696,7 @@ class Daemon:
         known = {record.instance.namespace for record in self._records.values() if record.instance}
         try:
             known.add(mountns.host_namespace_inode())
-            if any(processes.in_namespace(pid, inode) for inode in known):
+            if not known.isdisjoint(processes.namespaces(pid)):
                 return
         except OSError as error:
             raise PolytmpError(f"the caller's mount namespace cannot be told: {error}") from error

@@ -37,7 +37,8 @@ ANSWER_TIMEOUT: Final = 20.0
 """Seconds that an answer may take to find; below the 25 that callers wait by default."""
 _COUNTS_AT_ONCE: Final = 2
 _LISTS_AT_ONCE: Final = 2
-QUESTIONS_AT_ONCE: Final = 2 * (_COUNTS_AT_ONCE + _LISTS_AT_ONCE)
+_LOOK_UPS_AT_ONCE: Final = 1
+QUESTIONS_AT_ONCE: Final = 2 * (_COUNTS_AT_ONCE + _LISTS_AT_ONCE + _LOOK_UPS_AT_ONCE)
 """Answers of the backend's that are being found at once, root's and others': no more than that."""
 _NAMED_AT_MOST: Final = 5
 """Processes that an error names."""
@@ -78,7 +79,7 @@ class Backend(Protocol):
 
     def view(self, uid: int) -> View | None: ...
 
-    def uid_of_process(self, pid: int) -> int: ...
+    async def uid_of_process(self, pid: int) -> int: ...
 
     def resolve(self, uid: int, path: str) -> str: ...
 
@@ -94,6 +95,7 @@ class Service:
         self._polkit = Polkit(connection)
         self._counts = Turns(_COUNTS_AT_ONCE)
         self._lists = Turns(_LISTS_AT_ONCE)
+        self._look_ups = Turns(_LOOK_UPS_AT_ONCE)
         self._server = Server(connection, PATH, self._may_list, self._require_read)
         self._server.add(PATH, self._manager())
 
@@ -239,8 +241,9 @@ class Service:
         return [instance_path(self._view(call.arguments[0]).uid)]
 
     async def _get_instance_by_pid(self, call: Call) -> Sequence[Any]:
-        pid = call.arguments[0] or (await self._caller(call)).pid
-        uid = self._backend.uid_of_process(pid)
+        caller = await self._caller(call)
+        pid = call.arguments[0] or caller.pid
+        uid = await self._ask(call, caller, self._look_ups, lambda: self._backend.uid_of_process(pid))
         await self._require_owner(call, uid, "a process")
         return [instance_path(uid)]
 

@@ -11,6 +11,7 @@ rawbus.py signatures COUNT              calls with a variant of a signature neve
 rawbus.py forge UID                     logind's signals, broadcast and to polytmpd alone
 rawbus.py ask CONNECTIONS UID MEMBER    64 calls of an instance's method on each, then waits for answers
 rawbus.py leave CONNECTIONS UID MEMBER  the same, and leaves without waiting
+rawbus.py pids CONNECTIONS PID          64 calls that ask for the process's instance on each, then waits
 rawbus.py owner                         the unique name of polytmpd
 """
 
@@ -245,6 +246,18 @@ def ask(connections: int, uid: int, member: str, *, leave: bool = False) -> None
             bus.socket.recv(1 << 16)
 
 
+def pids(connections: int, pid: int) -> None:
+    buses = [Bus() for _ in range(connections)]
+    body = struct.pack("<I", pid)
+    for bus in buses:
+        for _ in range(64):
+            bus.socket.sendall(call(next(bus.serials), MANAGER, "GetInstanceByPID", "u", body, flags=0))
+    print("sent", flush=True)
+    while True:
+        for bus in buses:
+            bus.socket.recv(1 << 16)
+
+
 def main() -> None:
     match sys.argv[1:]:
         case ["flood", seconds, *rest]:
@@ -261,6 +274,8 @@ def main() -> None:
             ask(int(connections), int(uid), member)
         case ["leave", connections, uid, member]:
             ask(int(connections), int(uid), member, leave=True)
+        case ["pids", connections, pid]:
+            pids(int(connections), int(pid))
         case ["owner"]:
             print(Bus().owner())
         case _:

@@ -16,7 +16,7 @@ from polytmpd.bus import service as service_module
 from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE, instance_path
 from polytmpd.bus.library import Message, MessageType
 from polytmpd.bus.service import Service
-from polytmpd.errors import BusyError, PolytmpError
+from polytmpd.errors import BusyError, NotPolyinstantiatedError, PolytmpError
 from tests.bus.world import PROPERTIES, STRANGER, Backend, Client, as_stranger, view
 from tests.unit.settled import eventually
 
@@ -234,6 +234,34 @@ async def test_flags_that_nobody_knows(shown: str, client: Client, backend: Back
     name, text = await client.error("RemoveInstanceWithFlags", "ut", [1002, 6])
     assert (name, "0x6" in text) == ("org.freedesktop.DBus.Error.InvalidArgs", True)
     assert backend.removed == []
+
+
+@pytest.mark.parametrize("pid", [0, 1])
+async def test_whose_a_process_is_takes_long(
+    service: Service, backend: Backend, stranger: Stranger, client: Client, pid: int
+) -> None:
+    """One look-up of one user at a time, and root's at once."""
+    asked = 0
+
+    async def uid_of_process(_: int) -> int:
+        nonlocal asked
+        asked += 1
+        await gate.wait()
+        raise NotPolyinstantiatedError("nobody's")
+
+    gate = asyncio.Event()
+    backend.uid_of_process = uid_of_process  # type: ignore[method-assign, assignment]  # a monkeypatch
+    for _ in range(3):
+        await stranger.start(PATH, f"{MANAGER}.GetInstanceByPID", "u", str(pid))
+    await eventually(lambda: service._look_ups._asked.get(STRANGER) == 3)
+    assert asked == 1
+    call = asyncio.ensure_future(client.error("GetInstanceByPID", "u", [pid]))
+    await eventually(lambda: asked == 2)
+    for process in stranger.processes:
+        process.kill()
+    await eventually(lambda: STRANGER not in service._look_ups._asked)
+    gate.set()
+    assert await call == ("org.polytmp1.Error.NotPolyinstantiated", "nobody's")
 
 
 # Counting, and searching

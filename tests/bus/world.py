@@ -94,7 +94,8 @@ class Backend:
     def view(self, uid: int) -> View | None:
         return self.shown.get(uid)
 
-    def uid_of_process(self, pid: int) -> int:
+    async def uid_of_process(self, pid: int) -> int:
+        await self._may_fail()
         if pid == os.getpid() and self.shown:
             return next(iter(self.shown))
         raise NotPolyinstantiatedError(f"process {pid} lives in no instance")

@@ -143,6 +143,31 @@ def test_questions_about_a_process_that_cannot_be_read(machine: Machine) -> None
         alice.kill()
 
 
+def test_many_questions_whose_a_process_of_many_threads_is(machine: Machine) -> None:
+    """8000 threads, asked about by users who have nothing to do with it. Everybody else is answered."""
+    before = restarts(machine)
+    with (
+        machine.session("alice") as alice,
+        machine.session("bob") as bob,
+        attack(machine, "svc", program("threads.py", "8000"), "pid ") as threads,
+    ):
+        pid = threads.output.split()[1]
+        for user in (alice, bob):
+            user.run(f"setsid {program('rawbus.py', 'pids', '4', pid)} >/tmp/ask 2>&1 &")
+        with attack(machine, "svc", program("rawbus.py", "pids", "4", pid)):
+            for user in (alice, bob):
+                eventually(lambda user=user: "sent" in user.run("cat /tmp/ask"), what="all is sent")  # type: ignore[misc]  # mypy knows no default of a lambda
+            for _ in range(10):
+                assert seconds(lambda: machine.run(*CALL.split(), "ListInstances", timeout=30)) < 3
+            shown = machine.run(*CALL.split(), "GetInstanceByPID", "u", str(bob.pid), timeout=30).stdout
+            assert shown == 'o "/org/polytmp1/instance/_1002"\n'
+            assert machine.run("su", "alice", "-c", "echo in", timeout=20).stdout == "in\n"
+        machine.run("loginctl", "terminate-user", "alice", "bob")
+        alice.kill()
+        bob.kill()
+    assert restarts(machine) == before
+
+
 def test_questions_about_many_descriptors_whose_caller_leaves(machine: Machine) -> None:
     """1.2 million of another user's, of which each answer looks at all: root gets his all the same."""
     with (

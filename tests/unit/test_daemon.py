@@ -922,9 +922,49 @@ async def test_processes(world: World) -> None:
     await world.active()
     assert await world.daemon.processes(1000) == [], "nobody lives in the namespace of the fake"
     with pytest.raises(NotPolyinstantiatedError):
-        world.daemon.uid_of_process(os.getpid())
+        await world.daemon.uid_of_process(os.getpid())
     with pytest.raises(NoSuchInstanceError):
         await world.daemon.processes(1001)
+
+
+@pytest.mark.parametrize("namespace", [OWN_NAMESPACE, 0])
+async def test_whose_a_process_is(world: World, namespace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads are looked at once, whatever the number of instances, and not in the event loop."""
+    looked: list[tuple[int, int]] = []
+
+    def stat(path: str) -> int | None:
+        looked.append((threading.get_ident(), len(path)))
+        return OWN_NAMESPACE
+
+    monkeypatch.setattr("polytmpd.kernel.processes._inode", stat)
+    await world.active(ALICE, "1")
+    await world.active(BOB, "2")
+    looked.clear()
+    record = world.daemon._records[BOB.uid]
+    assert record.instance
+    record.instance = replace(record.instance, namespace=namespace)
+    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208  # as the code does
+    if namespace:
+        assert await world.daemon.uid_of_process(os.getpid()) == BOB.uid
+    else:
+        with pytest.raises(NotPolyinstantiatedError):
+            await world.daemon.uid_of_process(os.getpid())
+    assert 1 <= len(looked) <= threads + 1
+    assert threading.get_ident() not in {thread for thread, _ in looked}
+
+
+async def test_a_login_service_with_threads_is_looked_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.active(ALICE, "1")
+    await world.active(BOB, "2")
+    looked: list[str] = []
+    monkeypatch.setattr("polytmpd.kernel.mountns.host_namespace_inode", lambda: 1)
+    monkeypatch.setattr("polytmpd.kernel.processes.namespace_paths", lambda _: iter(["leader", "thread"]))
+    monkeypatch.setattr("polytmpd.kernel.processes._inode", lambda path: looked.append(path))
+    with pytest.raises(NotPolyinstantiatedError):
+        await world.login()
+    assert looked == ["leader", "thread"]
 
 
 @dataclass

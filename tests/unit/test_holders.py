@@ -4,6 +4,7 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,15 @@ def test_processes_of_what_nobody_waits_for(looks: list[str]) -> None:
     looks.clear()
     assert processes.living_in(NO_NAMESPACE, Patience()) == []
     assert len(looks) <= FEW
+
+
+def test_namespaces_of_a_process(looks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_THREADS_AT_MOST", FEW)
+    own = Path("/proc/self/ns/mnt").stat().st_ino
+    looks.clear()
+    assert processes.namespaces(os.getpid()) == {own}
+    assert len(looks) == FEW
+    assert processes.namespaces(1 << 30) == set()
 
 
 def test_command_lines_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
