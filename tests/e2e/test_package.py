@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The package on hosts whose administrator has changed PAM by hand: nothing that it does locks anybody out.
+
+Removal and upgrade with users logged in are in test_faults_restart.py.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import observe
+from tests.bed import Machine, Result
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+PACKAGE = "/root/polytmp.deb"
+COMMON = ("/etc/pam.d/common-session", "/etc/pam.d/common-session-noninteractive")
+BY_HAND = "/etc/pam.d/slurm"
+LINE = "session required pam_polytmp.so\n"
+BLOCK = '# and here are more per-package modules (the "Additional" block)'
+LOCAL = "session optional pam_umask.so umask=027"
+
+
+@pytest.fixture(scope="module")
+def installed(release: str, deb: Path) -> Iterator[Machine]:
+    def prepare(root: Path) -> None:
+        (root / PACKAGE.removeprefix("/")).write_bytes(deb.read_bytes())
+
+    with Machine(release, deb, prepare=prepare) as booted:
+        yield booted
+
+
+@pytest.fixture
+def machine(installed: Machine) -> Iterator[Machine]:
+    """Each test finds the package as it comes, and PAM as Debian has it."""
+    yield installed
+    installed.run("rm", "-f", BY_HAND, f"{BY_HAND}.dpkg-old")
+    installed.run("pam-auth-update", "--force", "--package", "--enable", "polytmp")
+    installed.run("dpkg", "--install", PACKAGE)
+    assert is_private(installed)
+
+
+def is_private(machine: Machine) -> bool:
+    return machine.ssh("alice", observe.NAMESPACE).stdout != machine.sh(observe.NAMESPACE).stdout
+
+
+def remove(machine: Machine) -> Result:
+    return machine.run("dpkg", "--remove", "polytmp", check=False)
+
+
+def named(result: Result) -> list[str]:
+    """The files that a refused removal names."""
+    return [line.split()[1] for line in result.stderr.splitlines() if line.startswith("polytmp:   /")]
+
+
+def assert_all_there(machine: Machine) -> None:
+    """What a line that stayed in PAM asks for is there, and lets everybody in."""
+    assert "install ok installed" in machine.run("dpkg", "--status", "polytmp").stdout
+    assert machine.run("systemctl", "is-active", "polytmpd").stdout == "active\n"
+    assert machine.sh("ls /usr/lib/*/security/pam_polytmp.so").stdout
+    for user in ("root", "alice"):
+        machine.ssh(user, "true")
+
+
+def test_a_removal_that_would_lock_out_everybody_is_refused(machine: Machine) -> None:
+    """pam-auth-update leaves a file alone in whose block there is a line of the administrator's."""
+    machine.run("sed", "-i", f"/^{BLOCK}/a {LOCAL}", COMMON[0])
+    refused = remove(machine)
+    assert refused.returncode != 0, refused
+    assert named(refused) == list(COMMON)
+    assert "pam-auth-update --force --package --remove polytmp" in refused.stderr
+    assert_all_there(machine)
+    assert is_private(machine)
+    machine.run("sed", "-i", "/pam_polytmp/d", *COMMON)
+    assert remove(machine).returncode == 0
+    assert LOCAL in machine.run("cat", COMMON[0]).stdout
+    machine.ssh("root", "true")
+
+
+def test_a_refused_removal_names_the_remedy(machine: Machine) -> None:
+    machine.run("sed", "-i", f"/^{BLOCK}/a {LOCAL}", COMMON[0])
+    refused = remove(machine)
+    [remedy] = [line for line in refused.stderr.splitlines() if "--force" in line and "polytmp:" in line]
+    machine.sh(remedy.removeprefix("polytmp:"))
+    assert remove(machine).returncode == 0
+    machine.ssh("root", "true")
+
+
+def test_a_removal_with_lines_by_hand_is_refused(machine: Machine) -> None:
+    """And leaves the profile as it was: enabled, or disabled by an administrator in need."""
+    machine.write(BY_HAND, LINE)
+    machine.write(f"{BY_HAND}.dpkg-old", LINE)
+    machine.sh(
+        f"echo 'slurm2 {LINE.strip()}' > /etc/pam.conf; echo '# {LINE.strip()}' > /etc/pam.d/commented"
+    )
+    try:
+        refused = remove(machine)
+        assert refused.returncode != 0, refused
+        assert named(refused) == ["/etc/pam.conf", BY_HAND]
+        assert_all_there(machine)
+        assert is_private(machine)
+        machine.run("pam-auth-update", "--disable", "polytmp")
+        assert remove(machine).returncode != 0
+        assert not is_private(machine)
+    finally:
+        machine.run("rm", "/etc/pam.conf", "/etc/pam.d/commented", BY_HAND)
+    assert remove(machine).returncode == 0
+
+
+def test_an_upgrade_with_lines_by_hand(machine: Machine) -> None:
+    """The module is there afterwards: nothing to refuse."""
+    machine.write(BY_HAND, LINE)
+    machine.run("dpkg", "--install", PACKAGE)
+    assert_all_there(machine)
