@@ -141,8 +141,9 @@ def _judge_one(service: str, stack: Sequence[Entry], modules: Sequence[str]) -> 
             service,
             "fail",
             f"no {MODULE} in its session stack: users of {service} get the shared /tmp",
-            f"pam-auth-update --enable polytmp; where {place} includes no common-session: add "
-            f"'session required {MODULE}' at its end",
+            "pam-auth-update --enable polytmp (if it says \"Local modifications\", nothing was changed: add "
+            "the line by hand, or --force, which resets the local changes of /etc/pam.d/common-*); where "
+            f"{place} includes no common-session: add 'session required {MODULE}' at its end",
         )
     number = modules.index(MODULE)
     # The user's manager is no session of its own: for it Debian has pam_systemd last, and that is all right.

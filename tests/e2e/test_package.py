@@ -87,6 +87,16 @@ def test_a_refused_removal_names_the_remedy(machine: Machine) -> None:
     machine.ssh("root", "true")
 
 
+def test_the_emergency_exit(machine: Machine) -> None:
+    """As docs/troubleshooting.md has it, where the plain form changes nothing."""
+    machine.run("sed", "-i", f"/^{BLOCK}/a {LOCAL}", COMMON[0])
+    said = machine.run("pam-auth-update", "--disable", "polytmp")
+    assert "Local modifications" in said.stderr
+    assert is_private(machine)
+    machine.run("pam-auth-update", "--disable", "polytmp", "--force")
+    assert not is_private(machine)
+
+
 def test_a_removal_with_lines_by_hand_is_refused(machine: Machine) -> None:
     """And leaves the profile as it was: enabled, or disabled by an administrator in need."""
     machine.write(BY_HAND, LINE)

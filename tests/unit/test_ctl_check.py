@@ -87,6 +87,13 @@ def test_pam_without_the_profile(tmp_path: Path) -> None:
     )
 
 
+def test_the_remedy_where_pam_auth_update_changes_nothing(tmp_path: Path) -> None:
+    make(tmp_path, {"etc/pam.d/common-session": OLD_COMMON, "etc/pam.d/su": "@include common-session\n"})
+    [finding] = pamstacks.judge(tmp_path)
+    assert '"Local modifications"' in finding.remedy
+    assert "--force" in finding.remedy
+
+
 def test_etc_comes_before_usr(tmp_path: Path) -> None:
     make(tmp_path, {"usr/lib/pam.d/systemd-user": COMMON, "etc/pam.d/systemd-user": OLD_COMMON})
     found = verdict(tmp_path, "systemd-user")
