@@ -3,8 +3,14 @@
 
 Reads pam.d(5) as libpam does: /etc/pam.d before /usr/lib/pam.d, `@include` (Debian's), include and substack.
 Not here: how it is shown.
+
+Hard facts (pam.conf(5), and libpam's pam_dispatch.c):
+- What `done` (and so `sufficient`) ends is the stack, a substack's only where it stands in one.
+- A number skips so many entries of its own stack; a substack counts as one, and is not left by it.
+- In brackets `default` is for what is not named, wherever it stands; where there is none it is `bad`.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +50,15 @@ _DEPTH: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of a session stack, with the included ones in place."""
+    """One line of a session stack, with the included ones in place.
+
+    depth: in how many substacks it is. A substack has an entry too, whose module is the file.
+    """
 
     control: str
     module: str
     arguments: tuple[str, ...] = ()
+    depth: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +85,12 @@ def services(root: Path) -> list[str]:
     )
 
 
-def session_stack(root: Path, service: str, depth: int = 0) -> list[Entry] | None:
-    """None where the service has no file."""
+def session_stack(root: Path, service: str, level: int = 0, depth: int = 0) -> list[Entry] | None:
+    """None where the service has no file. level: of how many inclusions; depth: of substacks."""
     text = _read(root, service)
-    if text is None or depth > _DEPTH:
+    if text is None or level > _DEPTH:
         return None
-    return list(_entries(root, text, depth))
+    return list(_entries(root, text, level, depth))
 
 
 def _read(root: Path, service: str) -> str | None:
@@ -92,17 +102,20 @@ def _read(root: Path, service: str) -> str | None:
     return None
 
 
-def _entries(root: Path, text: str, depth: int) -> Iterator[Entry]:
+def _entries(root: Path, text: str, level: int, depth: int) -> Iterator[Entry]:
     for line in text.replace("\\\n", " ").splitlines():
         words = _words(line)
         if len(words) >= 2 and words[0] == "@include":
-            yield from session_stack(root, words[1], depth + 1) or ()
+            yield from session_stack(root, words[1], level + 1, depth) or ()
         elif len(words) >= 3 and words[0].lstrip("-") == "session":
             control, module, *arguments = words[1:]
-            if control in {"include", "substack"}:
-                yield from session_stack(root, module, depth + 1) or ()
+            if control == "include":
+                yield from session_stack(root, module, level + 1, depth) or ()
+            elif control == "substack":
+                yield Entry(control, module, depth=depth)
+                yield from session_stack(root, module, level + 1, depth + 1) or ()
             else:
-                yield Entry(control, module.rpartition("/")[2], tuple(arguments))
+                yield Entry(control, module.rpartition("/")[2], tuple(arguments), depth)
 
 
 def _words(line: str) -> list[str]:
@@ -141,11 +154,24 @@ def _judge_one(service: str, stack: Sequence[Entry], modules: Sequence[str]) -> 
             service,
             "fail",
             f"no {MODULE} in its session stack: users of {service} get the shared /tmp",
-            "pam-auth-update --enable polytmp (if it says \"Local modifications\", nothing was changed: add "
+            'pam-auth-update --enable polytmp (if it says "Local modifications", nothing was changed: add '
             "the line by hand, or --force, which resets the local changes of /etc/pam.d/common-*); where "
             f"{place} includes no common-session: add 'session required {MODULE}' at its end",
         )
     number = modules.index(MODULE)
+    passing = [
+        (*found, stack[earlier])
+        for earlier in range(number)
+        if (found := _passes_over(stack, earlier, number))
+    ]
+    if passing:
+        verdict, does, entry = min(passing, key=lambda each: each[0])  # a failure, if there is one
+        return Finding(
+            service,
+            verdict,
+            f"'{entry.control} {entry.module}' before {MODULE} {does}: whom it lets by gets the shared /tmp",
+            f"move {MODULE} before that line, but after {SYSTEMD}; or make it 'required' or 'optional'",
+        )
     # The user's manager is no session of its own: for it Debian has pam_systemd last, and that is all right.
     late = SYSTEMD in modules[number:] and SYSTEMD not in modules[:number]
     if late and service != "systemd-user":
@@ -174,9 +200,39 @@ def _judge_one(service: str, stack: Sequence[Entry], modules: Sequence[str]) -> 
     return Finding(service, "pass", f"{MODULE} ({entry.control})")
 
 
+def _passes_over(stack: Sequence[Entry], earlier: int, number: int) -> tuple[str, str] | None:
+    """The verdict, and what the earlier entry does so that the one of that number may not be reached.
+
+    None where it is reached. A jump may be meant, it spares somebody what it skips; an end rarely is.
+    """
+    entry = stack[earlier]
+    actions = set(_actions(entry.control).values())
+    rest = itertools.takewhile(lambda other: other.depth >= entry.depth, stack[earlier + 1 : number + 1])
+    between = list(rest)
+    if len(between) < number - earlier:
+        return None  # it stands in a substack that ends before
+    if "done" in actions:
+        return "fail", "ends the stack"
+    entries = sum(other.depth == entry.depth for other in between)
+    if any(int(action) >= entries for action in actions if action.isdecimal() and action.isascii()):
+        return "warn", "jumps over it"
+    return None
+
+
+def _actions(control: str) -> dict[str, str]:
+    """What a control field does for each return value that it names."""
+    if control == "sufficient":
+        return {"success": "done", "default": "ignore"}
+    if not control.startswith("["):
+        return {}
+    pairs = (word.partition("=") for word in control.strip("[]").split())
+    return {value: action for value, _, action in pairs}
+
+
 def _strict(control: str) -> bool:
     if control.startswith("["):
-        return "default=ignore" not in control and "default=ok" not in control
+        actions = _actions(control)
+        return actions.get("perm_denied", actions.get("default", "bad")) in {"bad", "die"}
     return control in {"required", "requisite"}
 
 

@@ -62,6 +62,15 @@ def verdict(root: Path, service: str) -> tuple[str, str] | None:
         ("sshd", "session optional pam_polytmp.so\n", ("warn", "goes on with the shared /tmp")),
         ("sshd", "session [success=ok default=die] pam_polytmp.so\n", ("pass", "default=die")),
         ("sshd", "session [success=ok default=ignore] pam_polytmp.so\n", ("warn", "default=ignore")),
+        (
+            "sshd",
+            "session [success=ok default=1] pam_polytmp.so\n",
+            ("warn", "goes on with the shared /tmp"),
+        ),
+        ("sshd", "session [success=ok] pam_polytmp.so\n", ("pass", "success=ok")),
+        ("sshd", "session [default=ignore perm_denied=bad] pam_polytmp.so\n", ("pass", "perm_denied")),
+        ("sshd", "session [perm_denied=ignore default=bad] pam_polytmp.so\n", ("warn", "goes on")),
+        ("sshd", "session [perm_denied=done default=bad] pam_polytmp.so\n", ("warn", "goes on")),
         ("sshd", "session \\\n required /lib/security/pam_polytmp.so\n", ("pass", "required")),
         ("passwd", "@include common-password\n", None),
         ("runuser", "session required pam_unix.so\n", None),
@@ -77,6 +86,45 @@ def test_pam(tmp_path: Path, service: str, text: str, expected: tuple[str, str] 
         assert found is not None
         assert found[0] == expected[0]
         assert expected[1] in found[1]
+
+
+PASSED_OVER = {
+    "sufficient": ("session sufficient pam_permit.so\n@include common-session\n", "fail"),
+    "done": ("session [success=done default=ignore] pam_x.so\n@include common-session\n", "fail"),
+    "done by default": ("session [default=done] pam_x.so\n@include common-session\n", "fail"),
+    "in what is included": ("@include early\n@include common-session\n", "fail"),
+    "before a substack": ("session sufficient pam_x.so\nsession substack common-session\n", "fail"),
+    "a substack that ends": ("session substack early\nsession include common-session\n", "pass"),
+    "both": ("session [default=9] pam_x.so\nsession sufficient pam_y.so\n@include common-session\n", "fail"),
+    "it comes after": ("@include common-session\nsession sufficient pam_x.so\n", "pass"),
+    "another type": ("auth sufficient pam_x.so\n@include common-session\n", "pass"),
+    "a jump": ("session [success=1 default=ignore] pam_x.so\nsession required pam_polytmp.so\n", "warn"),
+    "a jump as far": ("session [default=3] pam_x.so\n@include common-session\n", "warn"),
+    "a jump not so far": ("session [default=2] pam_x.so\n@include common-session\n", "pass"),
+    "over a substack": ("session [default=1] pam_x.so\nsession substack common-session\n", "warn"),
+    "before a substack's end": (
+        "session [default=1] pam_x.so\nsession required pam_y.so\nsession substack common-session\n",
+        "pass",
+    ),
+    "in a substack": ("session substack jump\nsession required pam_polytmp.so\n", "pass"),
+    "Debian's own": (
+        "session [default=1] pam_permit.so\nsession requisite pam_deny.so\n@include common-session\n",
+        "pass",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PASSED_OVER)
+def test_what_passes_over_the_module(tmp_path: Path, case: str) -> None:
+    text, expected = PASSED_OVER[case]
+    early = "session [success=ok new_authtok_reqd=done] pam_x.so\n"
+    jump = "session [default=9] pam_x.so\n"
+    files = {"common-session": COMMON, "early": early, "jump": jump, "sshd": text}
+    make(tmp_path, {f"etc/pam.d/{name}": content for name, content in files.items()})
+    found = verdict(tmp_path, "sshd")
+    assert found is not None
+    assert found[0] == expected, found
+    assert ("gets the shared /tmp" in found[1]) == (expected != "pass")
 
 
 def test_pam_without_the_profile(tmp_path: Path) -> None:
