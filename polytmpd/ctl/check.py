@@ -11,7 +11,7 @@ import os
 import platform
 import textwrap
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,20 +34,17 @@ _LOGIN_UNITS: Final = (
     ),
     *("cockpit.service", "dropbear.service", "vsftpd.service", "slurmd.service", "user@.service"),
 )
-_SANDBOX: Final = (
-    *(
-        "PrivateTmp",
-        "PrivateMounts",
-        "PrivateDevices",
-        "ProtectSystem",
-        "ProtectHome",
-        "ProtectKernelTunables",
-    ),
-    *("ProtectKernelModules", "ProtectKernelLogs", "ProtectControlGroups", "RootDirectory", "RootImage"),
-    *("ReadWritePaths", "ReadOnlyPaths", "InaccessiblePaths", "BindPaths", "BindReadOnlyPaths"),
-    *("TemporaryFileSystem", "DynamicUser", "MountImages"),
-)
-"""Settings that give a service a mount namespace of its own, systemd.exec(5)."""
+_SANDBOX: Final = {
+    **dict.fromkeys(("PrivateTmp", "PrivateMounts", "PrivateDevices", "DynamicUser"), "no"),
+    **dict.fromkeys(("ProtectSystem", "ProtectHome", "ProtectKernelTunables", "ProtectKernelModules"), "no"),
+    **dict.fromkeys(("ProtectKernelLogs", "ProtectControlGroups"), "no"),
+    **dict.fromkeys(("RootDirectory", "RootImage", "ReadWritePaths", "ReadOnlyPaths"), ""),
+    **dict.fromkeys(("InaccessiblePaths", "BindPaths", "BindReadOnlyPaths"), ""),
+    **dict.fromkeys(("TemporaryFileSystem", "MountImages"), ""),
+}
+"""Settings that give a service a mount namespace of its own, and what takes each back: systemd cannot parse
+an empty boolean, and empties a list or a path by an empty value, systemd.exec(5).
+"""
 _FD_STORE_PRESERVED_SINCE: Final = 254
 _NAMED_AT_MOST: Final = 5
 _MARKS: Final = {"pass": "✓", "warn": "!", "fail": "✗", "skip": "-"}
@@ -203,12 +200,17 @@ async def _units(context: Context) -> AsyncIterator[Result]:
         inside = _same_namespace(pid) if pid else None
         if inside is False or (settings and inside is None):
             why = ", ".join(f"{key}=" for key in settings) or "not by a setting of its unit"
-            undo = " ".join(f"{key}=" for key in settings)
-            remedy = f"systemctl edit {unit}: {undo}" if undo else "find out who started it so"
+            remedy = undo(unit, settings) if settings else "find out who started it so"
             text = f"runs logins in a mount namespace of its own ({why}): they are refused"
             yield Result("services", unit, "fail", text, remedy)
         elif found.get("ActiveState") == "active" or unit == "user@.service":
             yield Result("services", unit, "pass", "in the host's mount namespace")
+
+
+def undo(unit: str, settings: Sequence[str]) -> str:
+    lines = " ".join(["[Service]", *(f"{key}={_SANDBOX[key]}" for key in settings)])
+    instances = unit.replace("@.", "@*.")  # a template itself is not restarted
+    return f"systemctl edit {unit}: {lines} (each on a line); then: systemctl restart {instances}"
 
 
 def _is_set(value: Any) -> bool:

@@ -424,8 +424,22 @@ def test_check_finds_mistakes_in_the_configuration(machine: Machine, alice: Any)
         machine.sh("systemctl stop outside; rm /etc/polytmpd.conf.d/x.conf")
 
 
+def cron_is_cured(machine: Machine, remedy: str) -> bool:
+    """Does what the remedy says, as it says it; systemd.exec(5) has its own empty value for each setting."""
+    edit, _, then = remedy.partition(" (each on a line); then: ")
+    command, _, lines = edit.partition(": ")
+    assert command == "systemctl edit cron.service"
+    machine.write("/etc/systemd/system/cron.service.d/y.conf", lines.replace(" ", "\n") + "\n")
+    machine.sh(f"systemctl daemon-reload; {then}")
+    found = json.loads(ctl(machine, "check", "--json=short", check=False).stdout)["results"]
+    return [entry["verdict"] for entry in found if entry["name"] == "cron.service"] == ["pass"]
+
+
 def test_check_finds_what_is_wrong(machine: Machine, alice: Any) -> None:
-    machine.write("/etc/systemd/system/cron.service.d/x.conf", "[Service]\nProtectSystem=full\n")
+    machine.write(
+        "/etc/systemd/system/cron.service.d/x.conf",
+        "[Service]\nProtectSystem=full\nPrivateTmp=yes\nReadOnlyPaths=/mnt\n",
+    )
     machine.write("/etc/pam.d/vsftpd", "session required pam_unix.so\n")
     machine.write("/etc/tmpfiles.d/polytmp.conf", "")
     machine.write("/etc/krb5.conf", "[libdefaults]\n default_ccache_name = FILE:/tmp/krb5cc_%{uid}\n")
@@ -445,6 +459,7 @@ def test_check_finds_what_is_wrong(machine: Machine, alice: Any) -> None:
         }
         assert all(entry["remedy"] for entry in results.values() if entry["verdict"] in {"warn", "fail"})
         assert "ProtectSystem=" in results["cron.service"]["text"]
+        assert cron_is_cured(machine, results["cron.service"]["remedy"])
         assert "sleep" in results["alice"]["text"]
     finally:
         machine.sh(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from polytmpd import config
-from polytmpd.ctl import host, pamstacks, settings
+from polytmpd.ctl import check, host, pamstacks, settings
 
 pytestmark = pytest.mark.unit
 
@@ -262,6 +262,17 @@ def test_limits(tmp_path: Path, value: str, expected: str) -> None:
     make(tmp_path, {"proc/sys/user/max_mnt_namespaces": value, "proc/sys/fs/mount-max": "100000"})
     results = [result.verdict for result in host.limits(tmp_path, 10)]
     assert results == [expected, "pass"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "restarted"),
+    [("ssh.service", "ssh.service"), ("user@.service", "user@*.service"), ("getty@tty1.service",) * 2],
+)
+def test_the_remedy_for_a_sandbox(unit: str, restarted: str) -> None:
+    """systemd ignores an empty boolean, and 'no' would be a path."""
+    remedy = check.undo(unit, ["PrivateTmp", "ProtectSystem", "ReadOnlyPaths", "RootDirectory"])
+    lines = "[Service] PrivateTmp=no ProtectSystem=no ReadOnlyPaths= RootDirectory= (each on a line)"
+    assert remedy == f"systemctl edit {unit}: {lines}; then: systemctl restart {restarted}"
 
 
 # polytmpd.conf, login.defs and passwd
