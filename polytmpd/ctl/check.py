@@ -159,7 +159,7 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
             "daemon",
             f"{unit} (restarts)",
             "warn",
-            f"restarted {restarts} times by itself",
+            f"restarted {output.count(restarts, 'time')} by itself",
             f"journalctl -u {unit}",
         )
     version = await context.neighbours.systemd_version()

@@ -2,7 +2,9 @@
 """What check makes of a host, each in a directory of its own. The host of the tests is not looked at."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -273,6 +275,36 @@ def test_the_remedy_for_a_sandbox(unit: str, restarted: str) -> None:
     remedy = check.undo(unit, ["PrivateTmp", "ProtectSystem", "ReadOnlyPaths", "RootDirectory"])
     lines = "[Service] PrivateTmp=no ProtectSystem=no ReadOnlyPaths= RootDirectory= (each on a line)"
     assert remedy == f"systemctl edit {unit}: {lines}; then: systemctl restart {restarted}"
+
+
+class FakeHost:
+    """The daemon and systemd, as check asks them: the client and the neighbours of its context."""
+
+    def __init__(self, restarts: int) -> None:
+        self.client = self.neighbours = self
+        self.restarts = restarts
+
+    async def version(self) -> str:
+        return "0.1.0"
+
+    async def unit(self, name: str, properties: Sequence[str]) -> dict[str, Any]:
+        return {"UnitFileState": "enabled", "NRestarts": self.restarts}
+
+    async def systemd_version(self) -> str:
+        return "257"
+
+    async def has_owner(self, name: str) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("restarts", "text"),
+    [(0, ""), (1, "restarted 1 time by itself"), (2, "restarted 2 times by itself")],
+)
+async def test_restarts(restarts: int, text: str) -> None:
+    context: Any = FakeHost(restarts)
+    results = [result async for result in check._daemon(context)]
+    assert [result.text for result in results if result.verdict != "pass"] == ([text] if text else [])
 
 
 # polytmpd.conf, login.defs and passwd
