@@ -93,16 +93,18 @@ async def _all(context: Context) -> AsyncIterator[Result]:
     async for result in _daemon(context):
         yield result
     wanted, problems = config.load(_ROOT)
-    directories = [directory.path for directory in wanted.directories]
+    configured = [directory.path for directory in wanted.directories]
     in_force: list[str] | None = None
     listed: dict[int, str] = {}
     here: dict[int, str] = {}
     try:
-        directories = in_force = await context.client.directories()
+        in_force = await context.client.directories()
         listed = {entry.uid: entry.user for entry in await context.client.instances()}
     except BusError:
         text = "polytmpd does not say which are private; looking at those of polytmpd.conf"
         yield Result("mounts", "Directories=", "skip", text, "see the daemon's own line")
+    # Those of a configuration that is not in force yet too: what is wrong with one keeps it from being so.
+    directories = list(dict.fromkeys((*(in_force or ()), *configured)))
     with contextlib.suppress(BusError):
         here = {session.uid: session.user for session in await context.neighbours.sessions()}
     for result in settings.judge(_ROOT, wanted, problems, in_force):

@@ -37,7 +37,9 @@ def judge(
         yield Result("settings", _CONFIGURATION, "warn", text, "correct the name, or take it out")
     if in_force is not None and set(in_force) != set(wanted):
         text = f"not in force: polytmpd has Directories={' '.join(sorted(in_force))}"
-        yield Result("settings", _CONFIGURATION, "warn", text, _RELOAD)
+        missing = [path for path in wanted if not (root / path.lstrip("/")).is_dir()]
+        remedy = f"make {', '.join(missing)}, which a reload wants to be there; then: {_RELOAD}"
+        yield Result("settings", _CONFIGURATION, "warn", text, remedy if missing else _RELOAD)
     elif not problems and not unknown:
         yield Result("settings", _CONFIGURATION, "pass", f"private to each user: {' '.join(wanted)}")
 

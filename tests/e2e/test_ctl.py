@@ -394,6 +394,10 @@ def test_check_finds_a_directory_and_users_that_have_none(machine: Machine, alic
     machine.write("/etc/polytmpd.conf.d/x.conf", "[Polytmp]\nDirectories=/tmp /var/tmp /srv/none\n")
     machine.run("useradd", "--uid", "70000", "distant")
     try:
+        done = ctl(machine, "check", "--json=short", check=False)
+        results = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}
+        assert results["/srv/none"]["verdict"] == "fail", "not in force: it is judged all the same"
+        assert "make /srv/none" in results["polytmpd.conf"]["remedy"]
         machine.run("systemctl", "restart", "polytmpd")
         done = ctl(machine, "check", "--json=short", check=False)
         results = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}

@@ -342,6 +342,17 @@ def test_a_host_without_far_users(tmp_path: Path) -> None:
     assert (found.verdict, found.text) == ("pass", "regular users are those of UID 500 to 60000")
 
 
+def test_a_directory_that_keeps_the_configuration_from_being_in_force(tmp_path: Path) -> None:
+    """A reload is refused then; once the directory is there, it is the remedy."""
+    make(tmp_path, {"etc/polytmpd.conf": "[Polytmp]\nDirectories=/tmp /scratch\n", "tmp/x": ""})
+    before = one(list(settings.judge(tmp_path, *config.load(tmp_path), ["/tmp"])), "polytmpd.conf")
+    assert before.remedy.startswith("make /scratch, ")
+    assert before.remedy.endswith("then: systemctl reload polytmpd.service")
+    (tmp_path / "scratch").mkdir()
+    after = one(list(settings.judge(tmp_path, *config.load(tmp_path), ["/tmp"])), "polytmpd.conf")
+    assert after.remedy == "systemctl reload polytmpd.service"
+
+
 @pytest.mark.parametrize(
     ("text", "in_force", "expected"),
     [
