@@ -94,6 +94,7 @@ async def _all(context: Context) -> AsyncIterator[Result]:
         yield result
     wanted, problems = config.load(_ROOT)
     configured = [directory.path for directory in wanted.directories]
+    kept = [directory.path for directory in wanted.directories if directory.lifetime == "persistent"]
     in_force: list[str] | None = None
     listed: dict[int, str] = {}
     here: dict[int, str] = {}
@@ -115,7 +116,7 @@ async def _all(context: Context) -> AsyncIterator[Result]:
     for result in (
         *host.limits(_ROOT, len(listed)),
         *host.cgroups(_ROOT),
-        *host.directories(_ROOT, directories),
+        *host.directories(_ROOT, directories, kept),
     ):
         yield result
     yield host.module(_ROOT)

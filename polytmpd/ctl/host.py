@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -29,6 +29,12 @@ _NOT_ALLOWED: Final = 1  # EPERM
 _UNKNOWN: Final = (22, 38)  # EINVAL: an unknown flag; ENOSYS
 _ROOM: Final = 2
 """Namespaces and mounts that are wanted for each user, at the least."""
+
+
+_KEPT: Final = re.compile(r"polytmp-\d{1,10}", re.ASCII)
+"""The name in /var/tmp of what a user keeps."""
+_BARRIER_MODE: Final = 0o700
+_NAMED_AT_MOST: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +127,12 @@ def cgroups(root: Path) -> Iterator[Result]:
     )
 
 
-def directories(root: Path, paths: list[str]) -> Iterator[Result]:
+def directories(root: Path, paths: Iterable[str], kept: Iterable[str] = ()) -> Iterator[Result]:
+    """kept: those of the paths in which users' files persist, under names that are no secret."""
     for path in paths:
         yield _directory(root, path)
+    for path in kept:
+        yield from _squatters(root, path)
     yield _propagation(root)
 
 
@@ -149,6 +158,42 @@ def _directory(root: Path, path: str) -> Result:
             "mounts", path, "warn", f"mode {mode:04o}: instances get the same", f"usually: chmod 1777 {path}"
         )
     return Result("mounts", path, "pass", "root's, mode 1777")
+
+
+def _squatters(root: Path, path: str) -> Iterator[Result]:
+    """What polytmpd did not make under a name that it needs: nothing shows before that user is refused."""
+    try:
+        with os.scandir(root / path.lstrip("/")) as entries:
+            found = sorted(
+                (entry.name, why)
+                for entry in entries
+                if _KEPT.fullmatch(entry.name) and (why := _foreign(entry))
+            )
+    except OSError:
+        return  # said of the directory itself
+    for name, why in found[:_NAMED_AT_MOST]:
+        text = f"not polytmpd's ({why}): logins of UID {name.removeprefix('polytmp-')} are refused"
+        remedy = f"look at it, then: mv {path}/{name} {path}/not-{name}, or remove it"
+        yield Result("mounts", f"{path}/{name}", "fail", text, remedy)
+    if len(found) > _NAMED_AT_MOST:
+        text = f"{len(found) - _NAMED_AT_MOST} more that are not polytmpd's"
+        yield Result(
+            "mounts", f"{path}/polytmp-*", "fail", text, "the same; they are named when these are gone"
+        )
+
+
+def _foreign(entry: "os.DirEntry[str]") -> str:
+    """Why the daemon takes it for somebody else's; empty where it does not."""
+    try:
+        found = entry.stat(follow_symlinks=False)
+    except OSError:
+        return ""  # gone meanwhile
+    if not stat.S_ISDIR(found.st_mode):
+        return "no directory"
+    if (found.st_uid, found.st_gid) != (0, 0):
+        return f"owned by {found.st_uid}:{found.st_gid}"
+    mode = stat.S_IMODE(found.st_mode)
+    return "" if mode == _BARRIER_MODE else f"mode {mode:04o}"
 
 
 def _propagation(root: Path) -> Result:

@@ -428,6 +428,25 @@ def test_check_finds_mistakes_in_the_configuration(machine: Machine, alice: Any)
         machine.sh("systemctl stop outside; rm /etc/polytmpd.conf.d/x.conf")
 
 
+def test_check_finds_what_is_in_a_users_way(machine: Machine) -> None:
+    observe.log_everybody_out(machine)
+    machine.run("useradd", "--uid", "1009", "--create-home", "ninth")
+    machine.run("mkdir", "-p", "/var/tmp/polytmp-1009/tmp")
+    try:
+        assert machine.run("su", "ninth", "-c", "true", check=False).returncode != 0
+        done = ctl(machine, "check", "--json=short", check=False)
+        found = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}[
+            "/var/tmp/polytmp-1009"
+        ]
+        assert (found["verdict"], "logins of UID 1009 are refused" in found["text"]) == ("fail", True)
+        machine.sh(found["remedy"].partition("then: ")[2].partition(",")[0])
+        machine.run("su", "ninth", "-c", "true")
+        assert ctl(machine, "check", check=False).returncode == 0
+    finally:
+        observe.log_everybody_out(machine)
+        machine.sh("userdel --remove ninth; rm -r /var/tmp/not-polytmp-1009 /var/tmp/polytmp-1009")
+
+
 def cron_is_cured(machine: Machine, remedy: str) -> bool:
     """Does what the remedy says, as it says it; systemd.exec(5) has its own empty value for each setting."""
     edit, _, then = remedy.partition(" (each on a line); then: ")

@@ -185,6 +185,43 @@ def test_directories(tmp_path: Path) -> None:
     assert "sticky" in one(results, "/open").text
 
 
+def squatted(root: Path) -> dict[str, str]:
+    results = list(host.directories(root, [], ["/kept", "/missing"]))
+    assert all(result.remedy for result in results if result.verdict == "fail")
+    return {result.name: result.text for result in results if result.name.startswith("/kept")}
+
+
+def test_what_is_not_ours_in_a_directory_that_is_kept(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: what is polytmpd's belongs to UID 0")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in ("polytmp-1001", "polytmp-1002", "polytmp-1003"):
+        (kept / name).mkdir(mode=0o700)
+    (kept / "polytmp-1002").chmod(0o755)
+    os.chown(kept / "polytmp-1003", 1003, 0)
+    (kept / "polytmp-1004").symlink_to("polytmp-1001")
+    (kept / "polytmp-1005").touch(0o700)
+    for name in ("polytmp-1006.old", "polytmp-former-1001-x", "polytmp-removing-0", "mine"):
+        (kept / name).mkdir()
+    assert {
+        name.rpartition("-")[2]: text.partition(":")[0] for name, text in squatted(tmp_path).items()
+    } == {
+        "1002": "not polytmpd's (mode 0755)",
+        "1003": "not polytmpd's (owned by 1003",
+        "1004": "not polytmpd's (no directory)",
+        "1005": "not polytmpd's (no directory)",
+    }
+
+
+def test_many_that_are_not_ours(tmp_path: Path) -> None:
+    """Anybody on the host's side can make them: the page stays one."""
+    make(tmp_path, {f"kept/polytmp-{uid}": "" for uid in range(1000, 1100)})
+    found = squatted(tmp_path)
+    assert len(found) == 6
+    assert found["/kept/polytmp-*"] == "95 more that are not polytmpd's"
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
