@@ -97,9 +97,9 @@ static int refuse(const struct session *s, const char *error_name, const char *f
                 reason = NULL; /* vasprintf(3): undefined on failure */
                 return out_of_memory(s);
         }
-        for (char *c = reason; *c; c++) /* it came from elsewhere and goes to a log and a terminal */
-                if (iscntrl((unsigned char) *c))
-                        *c = ' ';
+        for (int i = 0; i < n; i++) /* it came from elsewhere and goes to a log and a terminal */
+                reason[i] = iscntrl((unsigned char) reason[i]) ? ' ' : reason[i];
+        reason[n > 0 && reason[n - 1] == '.' ? n - 1 : n] = '\0'; /* the user's line goes on after it */
         pam_syslog(s->pamh, LOG_ERR, "no private /tmp for user %s, refusing the session: %s%s%s",
                    s->user, error_name ? error_name : "", error_name ? ": " : "", reason);
         if (!(s->flags & PAM_SILENT))

@@ -421,6 +421,14 @@ def test_a_text_with_control_characters_stays_one_line(world: World, bus: Bus, d
     assert_refused(session, "a b [2Jc", "org.polytmp1.Error.Failed")
 
 
+@pytest.mark.parametrize(("text", "told"), [("is masked.", "is masked"), (".", ""), ("wait...", "wait..")])
+def test_the_users_line_goes_on_after_a_sentence(
+    world: World, bus: Bus, daemon: MakeDaemon, text: str, told: str
+) -> None:
+    daemon(error="org.polytmp1.Error.Failed", text=text)
+    assert_refused(world.open_session(bus=bus.address), told, "org.polytmp1.Error.Failed")
+
+
 def test_a_silent_session_tells_the_log_only(world: World, bus: Bus, daemon: MakeDaemon) -> None:
     daemon(error="org.polytmp1.Error.Failed", text="no")
     session = world.open_session("-q", bus=bus.address)
