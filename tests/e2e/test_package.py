@@ -123,3 +123,18 @@ def test_an_upgrade_with_lines_by_hand(machine: Machine) -> None:
     machine.write(BY_HAND, LINE)
     machine.run("dpkg", "--install", PACKAGE)
     assert_all_there(machine)
+
+
+def test_the_links_of_what_is_installed_lead_somewhere(installed: Machine) -> None:
+    """Below /usr/share/doc there is no docs/ unless the package makes one, and debhelper compresses."""
+    script = """
+        cd /usr/share/doc/polytmp
+        find . -name '*.md' | while read -r page; do
+            grep -oE '\\]\\([^)#:]+' "$page" | sed 's/^](//' | while read -r link; do
+                test -e "${page%/*}/$link" && echo good || echo "$page: $link"
+            done
+        done
+    """
+    found = installed.sh(script).stdout.splitlines()
+    assert len(found) > 10
+    assert set(found) == {"good"}
