@@ -36,8 +36,8 @@ def machine(installed: Machine) -> Iterator[Machine]:
     """Each test finds the package as it comes, and PAM as Debian has it."""
     yield installed
     installed.run("rm", "-f", BY_HAND, f"{BY_HAND}.dpkg-old")
-    installed.run("pam-auth-update", "--force", "--package", "--enable", "polytmp")
     installed.run("dpkg", "--install", PACKAGE)
+    installed.run("pam-auth-update", "--force", "--disable", "polytmp-lenient", "--enable", "polytmp")
     assert is_private(installed)
 
 
@@ -69,7 +69,7 @@ def test_a_removal_that_would_lock_out_everybody_is_refused(machine: Machine) ->
     refused = remove(machine)
     assert refused.returncode != 0, refused
     assert named(refused) == list(COMMON)
-    assert "pam-auth-update --force --package --remove polytmp" in refused.stderr
+    assert "pam-auth-update --force --package --remove polytmp polytmp-lenient" in refused.stderr
     assert_all_there(machine)
     assert is_private(machine)
     machine.run("sed", "-i", "/pam_polytmp/d", *COMMON)
@@ -116,6 +116,32 @@ def test_a_removal_with_lines_by_hand_is_refused(machine: Machine) -> None:
     finally:
         machine.run("rm", "/etc/pam.conf", "/etc/pam.d/commented", BY_HAND)
     assert remove(machine).returncode == 0
+
+
+def profile_lines(machine: Machine) -> list[str]:
+    return [
+        " ".join(line.split())
+        for line in machine.sh(f"cat {' '.join(COMMON)} | grep pam_polytmp").stdout.splitlines()
+    ]
+
+
+def test_the_lenient_profile_stays(machine: Machine) -> None:
+    """At an upgrade, and when a removal was refused."""
+    lenient = ["session optional pam_polytmp.so"] * 2
+    machine.run("pam-auth-update", "--disable", "polytmp", "--enable", "polytmp-lenient")
+    assert profile_lines(machine) == lenient
+    assert is_private(machine)
+    machine.run("dpkg", "--install", PACKAGE)
+    assert profile_lines(machine) == lenient
+    machine.write(BY_HAND, LINE)
+    assert remove(machine).returncode != 0
+    assert profile_lines(machine) == lenient
+    machine.run("pam-auth-update", "--enable", "polytmp", "--disable", "polytmp-lenient")
+    assert profile_lines(machine) == ["session required pam_polytmp.so"] * 2
+    machine.run("pam-auth-update", "--disable", "polytmp", "--enable", "polytmp-lenient")
+    machine.run("rm", BY_HAND)
+    assert remove(machine).returncode == 0
+    assert "pam_polytmp" not in machine.run("cat", *COMMON).stdout
 
 
 def test_an_upgrade_with_lines_by_hand(machine: Machine) -> None:
