@@ -68,9 +68,12 @@ class Polytmp:
         self._connection = connection
         self._interactive = interactive
 
-    async def _manager(self, member: str, signature: str = "", *body: Any, **more: Any) -> list[Any]:
+    async def _manager(
+        self, member: str, signature: str = "", *body: Any, quiet: bool = False, **more: Any
+    ) -> list[Any]:
+        interactive = self._interactive and not quiet
         return await self._connection.ask(
-            SERVICE, PATH, MANAGER, member, signature, body, interactive=self._interactive, **more
+            SERVICE, PATH, MANAGER, member, signature, body, interactive=interactive, **more
         )
 
     async def _instance(self, uid: int, member: str) -> list[Any]:
@@ -116,9 +119,12 @@ class Polytmp:
         (rows,) = await self._instance(uid, "ListHolders")
         return [Holder(*row) for row in rows]
 
-    async def usage(self, uid: int) -> list[tuple[str, int, int]]:
-        """(directory, bytes, inodes); also of what is kept of a user without an instance."""
-        (rows,) = await self._manager("GetUserUsage", "u", uid, timeout=None)
+    async def usage(self, uid: int, *, quiet: bool = False) -> list[tuple[str, int, int]]:
+        """(directory, bytes, inodes); also of what is kept of a user without an instance.
+
+        quiet: nobody is asked for a password, as where the caller does not wait for one to be typed.
+        """
+        (rows,) = await self._manager("GetUserUsage", "u", uid, timeout=None, quiet=quiet)
         return [(directory, size, inodes) for directory, size, inodes in rows]
 
     async def resolve(self, uid: int, path: str) -> str:
@@ -148,8 +154,11 @@ class Polytmp:
         await self._manager("RemoveInstanceWithFlags", "ut", uid, flags, timeout=None)
 
     async def removed_entries(self, uid: int) -> int:
-        """How many files and directories the removal that runs for the user has deleted so far."""
-        (entries,) = await self._manager("GetRemovalProgress", "u", uid)
+        """How many files and directories the removal that runs for the user has deleted so far.
+
+        Nobody is asked for a password for that.
+        """
+        (entries,) = await self._manager("GetRemovalProgress", "u", uid, quiet=True)
         return int(entries)
 
     async def directories(self) -> list[str]:

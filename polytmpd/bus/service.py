@@ -143,8 +143,15 @@ class Service:
 
     async def _require_owner(self, call: Call, uid: int, what: str) -> Credentials:
         caller = await self._caller(call)
-        if caller.uid not in {0, uid}:
-            await self._require(call, PolkitAction.INSPECT, f"{what} of {self._name(uid)}", uid)
+        if caller.uid in {0, uid}:
+            return caller
+        user = self._name(uid)
+        await self._while_there(
+            call,
+            self._polkit.require_inspect(
+                call.sender, uid, f"{what} of {user}", user, interactive=call.interactive
+            ),
+        )
         return caller
 
     async def _require_read(self, call: Call) -> None:

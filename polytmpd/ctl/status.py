@@ -39,7 +39,8 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
     holders = await context.client.holders(uid)
     usage: dict[str, tuple[str, int, int]] = {}
     with contextlib.suppress(BusError, TimeoutError):  # a page without sizes is better than none
-        usage = {row[0]: row for row in await asyncio.wait_for(context.client.usage(uid), _PATIENCE)}
+        counting = context.client.usage(uid, quiet=True)  # a prompt would be cut off by the patience
+        usage = {row[0]: row for row in await asyncio.wait_for(counting, _PATIENCE)}
     try:
         sessions = await context.neighbours.sessions(uid)
     except BusError:

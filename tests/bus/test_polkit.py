@@ -5,6 +5,7 @@ polkitd itself is in tests/e2e/test_polkit.py; here is a fake that answers when 
 """
 
 import asyncio
+import os
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 
 from polytmpd.bus import polkit
 from polytmpd.bus import service as service_module
+from polytmpd.bus.connection import Connection
 from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE, instance_path
-from polytmpd.bus.library import Message, MessageType
+from polytmpd.bus.library import Message, MessageFlag, MessageType
 from polytmpd.bus.service import Service
 from polytmpd.errors import BusyError, NotPolyinstantiatedError, PolytmpError
 from tests.bus.world import PROPERTIES, STRANGER, Backend, Client, as_stranger, view
@@ -180,6 +182,92 @@ async def test_without_polkit_root_decides_alone(shown: str, stranger: Stranger,
     assert "no polkit" in await as_stranger(stranger.bus, PATH, f"{MANAGER}.RemoveInstance", "uint32:1002")
     assert "denied" in await stranger.call(PATH, f"{MANAGER}.Reload", interactive=True)
     assert (backend.removed, backend.reloads) == ([], 0)
+
+
+async def as_nobody(new_client: Callable[[], Any]) -> Client:
+    """A connection of another user's; the bus reads the UID when it is made."""
+    os.setresuid(STRANGER, STRANGER, 0)
+    try:
+        made: Client = await new_client()
+    finally:
+        os.setresuid(0, 0, 0)
+    return made
+
+
+async def look(client: Client, uid: int = 1002, *, interactive: bool = True) -> Message:
+    flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else MessageFlag.NONE
+    return await client.call("GetUserUsage", "u", [uid], flags=flags)
+
+
+async def test_a_password_holds_for_the_user_and_the_connection(
+    shown: str, authority: FakePolkit, service: Service, backend: Backend, new_client: Callable[[], Any]
+) -> None:
+    authority.answer = ALLOWED
+    alice, other = await as_nobody(new_client), await as_nobody(new_client)
+    for _ in range(3):
+        assert (await look(alice)).message_type is MessageType.METHOD_RETURN
+        assert (await look(alice, interactive=False)).message_type is MessageType.METHOD_RETURN
+    assert len(authority.asked) == 1
+    authority.answer = DENIED
+    assert (await look(other)).message_type is MessageType.ERROR, "another connection"
+    assert (await look(alice, 1003)).message_type is MessageType.ERROR, "another user's"
+    remove = await alice.call("RemoveInstance", "u", [1002])
+    assert (remove.message_type, backend.removed) == (MessageType.ERROR, []), "another action"
+    assert len(authority.asked) == 4
+    assert set(service._polkit._granted) == {alice.name}
+    alice.bus.disconnect()
+    await eventually(lambda: not service._polkit._granted)
+
+
+async def test_no_is_not_remembered_and_neither_is_what_a_rule_said(
+    shown: str, authority: FakePolkit, new_client: Callable[[], Any]
+) -> None:
+    alice = await as_nobody(new_client)
+    for answer, kind in (
+        (DENIED, MessageType.ERROR),
+        (CHALLENGE, MessageType.ERROR),
+        (ALLOWED, MessageType.METHOD_RETURN),
+    ):
+        authority.answer = answer
+        assert (await look(alice, interactive=False)).message_type is kind
+    authority.answer = DENIED
+    assert (await look(alice)).message_type is MessageType.ERROR
+    assert len(authority.asked) == 4
+
+
+async def test_what_changes_something_is_asked_about_every_time(
+    shown: str, authority: FakePolkit, new_client: Callable[[], Any]
+) -> None:
+    authority.answer = ALLOWED
+    alice = await as_nobody(new_client)
+    for _ in range(2):
+        await alice.call("RemoveInstance", "u", [1002], flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION)
+    assert len(authority.asked) == 2
+
+
+async def test_so_many_are_remembered_and_no_more(
+    service: Service, authority: FakePolkit, new_client: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polkit, "_GRANTED_AT_MOST", 2)
+    authority.answer = ALLOWED
+    alice = await as_nobody(new_client)
+    for uid in (1002, 1003, 1004, 1004, 1003, 1002):
+        assert (await look(alice, uid)).message_type is MessageType.METHOD_RETURN
+    assert [asked[2]["uid"] for asked in authority.asked] == ["1002", "1003", "1004", "1004"]
+
+
+async def test_a_bus_that_went_away_takes_what_was_allowed_along(
+    shown: str,
+    authority: FakePolkit,
+    service: Service,
+    connection: Connection,
+    new_client: Callable[[], Any],
+) -> None:
+    authority.answer = ALLOWED
+    await look(await as_nobody(new_client))
+    assert service._polkit._granted
+    connection.close()
+    await eventually(lambda: not service._polkit._granted)
 
 
 async def test_nobody_waits_for_a_polkit_that_thinks(

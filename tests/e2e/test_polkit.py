@@ -130,6 +130,15 @@ def test_a_person_types_a_password(machine: Machine) -> None:
     assert SECRET not in shown
 
 
+def test_one_password_for_one_command(machine: Machine) -> None:
+    """Each command is several calls, and the page is waited for no longer than a few seconds."""
+    shown = typed(machine, "alice", "polytmpctl status bob; echo status $?", "Password:", SECRET)
+    assert (shown.count("Password:"), "status 0" in shown) == (1, True), shown
+    assert "; removed with the instance" in shown, "with sizes"
+    shown = typed(machine, "alice", "polytmpctl remove bob; echo status $?", "Password:", SECRET)
+    assert (shown.count("Password:"), "status 1" in shown, "in use by" in shown) == (1, True, True), shown
+
+
 def test_a_wrong_password(machine: Machine) -> None:
     shown = typed(machine, "alice", "polytmpctl path -u bob /tmp/x; echo status $?", "Password:", "wrong")
     assert "status 1" in shown, shown
