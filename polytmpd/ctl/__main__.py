@@ -37,6 +37,7 @@ _HINTS: Final = {
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    _open_streams()
     try:
         options = arguments.parse(sys.argv[1:] if words is None else words)
         return _run(options)
@@ -46,11 +47,19 @@ def main(words: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"{failure.hint}\n")
         return 1
     except BrokenPipeError:
-        # Whoever reads has enough. Nothing more to be flushed at the end of the program, which would fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.discard()  # whoever reads has enough
         return 0
     except KeyboardInterrupt:
         return 130
+
+
+def _open_streams() -> None:
+    """None stands for a descriptor that was closed at start; what is opened next would take its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(fd, True)
+            setattr(sys, name, os.fdopen(fd, mode))
 
 
 def _run(options: Options) -> int:
@@ -63,7 +72,7 @@ def _run(options: Options) -> int:
     if options.version:
         from polytmpd import __version__
 
-        sys.stdout.write(f"polytmp {__version__}\n")
+        output.write(f"polytmp {__version__}\n")
         return 0
     if options.host:
         _become_remote(options)

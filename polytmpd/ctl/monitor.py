@@ -67,8 +67,7 @@ class Monitor:
             line = output.to_json(value, "short")
         else:
             line = self._line(now, event, user, uid, more)
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
+        output.write(f"{line}\n")
 
     def _line(self, now: float, event: str, user: str | None, uid: int | None, more: dict[str, Any]) -> str:
         style = self._context.style

@@ -226,8 +226,7 @@ def show(text: str, *, pager: bool) -> None:
     """Print, through a pager where a person reads and it does not fit."""
     text = displayable(text, sys.stdout.encoding or "utf-8")
     if not (pager and sys.stdout.isatty() and sys.stdin.isatty()) or not text:
-        sys.stdout.write(text + "\n" if text else "")
-        sys.stdout.flush()
+        write(text + "\n" if text else "")
         return
     import subprocess
 
@@ -244,8 +243,26 @@ def show(text: str, *, pager: bool) -> None:
         except KeyboardInterrupt:
             process.wait()
         return
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    write(text + "\n")
+
+
+def write(text: str) -> None:
+    """To standard output, at once. Raises Failure, and BrokenPipeError where nobody reads any more."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard()
+        raise Failure(f"Failed to write output: {error.strerror}") from None
+
+
+def discard() -> None:
+    """What could not be written is not to be flushed at the end of the program, which would fail again."""
+    fd = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(fd, sys.stdout.fileno())
+    os.close(fd)
 
 
 def warn(text: str) -> None:
