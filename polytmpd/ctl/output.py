@@ -4,6 +4,7 @@
 Not here: what is printed.
 """
 
+import locale
 import os
 import re
 import sys
@@ -171,9 +172,13 @@ def age(usec: int, now_usec: int) -> str:
 def to_json(value: Any, mode: str) -> str:
     import json
 
-    if mode == "pretty":
-        return json.dumps(value, indent="\t", ensure_ascii=False)
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    form: dict[str, Any] = {"indent": "\t"} if mode == "pretty" else {"separators": (",", ":")}
+    text = json.dumps(value, ensure_ascii=False, **form)
+    try:
+        text.encode(encoding())
+    except UnicodeEncodeError:  # a '?' would be another name
+        return json.dumps(value, **form)
+    return text
 
 
 def terminal_columns(stream: TextIO | None = None) -> int:
@@ -213,6 +218,11 @@ def pager_environment(environment: Mapping[str, str], *, foreign: bool) -> dict[
     return {**environment, **changed}
 
 
+def encoding() -> str:
+    """The character set of the locale. Python's UTF-8 mode, which LC_ALL=C turns on, says UTF-8 instead."""
+    return locale.getencoding()
+
+
 def displayable(text: str, encoding: str) -> str:
     """What the terminal's character set has. Lines and marks of ours are drawn with ASCII where need be."""
     try:
@@ -224,7 +234,6 @@ def displayable(text: str, encoding: str) -> str:
 
 def show(text: str, *, pager: bool) -> None:
     """Print, through a pager where a person reads and it does not fit."""
-    text = displayable(text, sys.stdout.encoding or "utf-8")
     if not (pager and sys.stdout.isatty() and sys.stdin.isatty()) or not text:
         write(text + "\n" if text else "")
         return
@@ -239,7 +248,7 @@ def show(text: str, *, pager: bool) -> None:
         except OSError:
             continue
         try:
-            process.communicate(f"{text}\n".encode())
+            process.communicate(f"{displayable(text, encoding())}\n".encode(encoding()))
         except KeyboardInterrupt:
             process.wait()
         return
@@ -249,7 +258,7 @@ def show(text: str, *, pager: bool) -> None:
 def write(text: str) -> None:
     """To standard output, at once. Raises Failure, and BrokenPipeError where nobody reads any more."""
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(displayable(displayable(text, encoding()), sys.stdout.encoding or "utf-8"))
         sys.stdout.flush()
     except BrokenPipeError:
         raise

@@ -49,3 +49,20 @@ def test_a_full_disk_is_named(word: str) -> None:
     done = shell(f"polytmpctl {word} >/dev/full")
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr == b"polytmpctl: Failed to write output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "lines"),
+    [
+        ({"LC_ALL": "C"}, ["* >", '"\\u00e9"']),
+        ({"LC_ALL": "POSIX", "LANG": "C.UTF-8"}, ["* >", '"\\u00e9"']),
+        ({"LC_ALL": "C.UTF-8"}, ["● →", '"é"']),
+        ({"LANG": "C.UTF-8"}, ["● →", '"é"']),
+        ({}, ["● →", '"é"']),  # as systemctl: what says nothing can do UTF-8
+    ],
+)
+def test_the_locale_says_what_can_be_shown(environment: dict[str, str], lines: list[str]) -> None:
+    code = "from polytmpd.ctl import output"
+    shown = "output.show('● →', pager=False); output.show(output.to_json('é', 'short'), pager=False)"
+    done = shell("polytmpctl", code, shown, environment=environment)
+    assert done.stdout.decode().splitlines() == lines
