@@ -117,12 +117,14 @@ async def _command(options: Options, style: Style) -> int:
             _stop_agent(agent)
     if argv is not None:
         enter.run(argv)
-    pager = options.pager and options.verb != "path"  # a path is for a script, or to be copied
+    is_path = options.verb == "path"  # for a script, or to be copied
     if options.json != "off":
         if answer.json is not None:
-            output.show(output.to_json(answer.json, options.json), pager=pager)
+            output.show(output.to_json(answer.json, options.json), pager=options.pager and not is_path)
+    elif is_path:
+        output.write(f"{answer.text}\n", exact=True)
     else:
-        output.show(answer.text, pager=pager)
+        output.show(answer.text, pager=options.pager)
     return int(answer.status)
 
 

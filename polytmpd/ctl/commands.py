@@ -202,9 +202,21 @@ def _owner(file: str, places: dict[int, dict[str, Any]]) -> tuple[int, str] | No
     return None
 
 
+def sayable(file: str) -> tuple[str, str]:
+    """The bus carries Unicode alone: how much of a path is that, in whole names, and the rest."""
+    names = file.split("/")
+    for number, name in enumerate(names):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            return "/".join(names[:number]) or "/", "/".join(["", *names[number:]])
+    return file, ""
+
+
 async def _on_host(context: Context, uid: int, file: str) -> str:
+    said, rest = sayable(file)  # what lies below a place on the host is below it
     try:
-        return await context.client.resolve(uid, file)
+        return (await context.client.resolve(uid, said)).rstrip("/") + rest
     except BusError as error:
         if error.name.endswith(".NotPolyinstantiated"):
             return file

@@ -255,10 +255,17 @@ def show(text: str, *, pager: bool) -> None:
     write(text + "\n")
 
 
-def write(text: str) -> None:
-    """To standard output, at once. Raises Failure, and BrokenPipeError where nobody reads any more."""
+def write(text: str, *, exact: bool = False) -> None:
+    """To standard output, at once. Raises Failure, and BrokenPipeError where nobody reads any more.
+
+    exact: names of files byte by byte, where no terminal shows them: a script is to find them again.
+    """
     try:
-        sys.stdout.write(displayable(displayable(text, encoding()), sys.stdout.encoding or "utf-8"))
+        if exact and not sys.stdout.isatty():
+            sys.stdout.flush()
+            sys.stdout.buffer.write(os.fsencode(text))
+        else:
+            sys.stdout.write(displayable(displayable(text, encoding()), sys.stdout.encoding or "utf-8"))
         sys.stdout.flush()
     except BrokenPipeError:
         raise

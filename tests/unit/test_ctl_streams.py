@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""polytmpctl with standard streams that are closed, full or of another character set."""
+"""polytmpctl with standard streams that are closed, full or of another character set, and with any name."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from polytmpd.bus.client import Listed
+from polytmpd.bus.connection import BusError
+from polytmpd.ctl import commands
+from polytmpd.ctl.arguments import Options
+from polytmpd.ctl.commands import Context
+from polytmpd.ctl.output import Style
 
 pytestmark = pytest.mark.unit
 
@@ -66,3 +76,47 @@ def test_the_locale_says_what_can_be_shown(environment: dict[str, str], lines: l
     shown = "output.show('● →', pager=False); output.show(output.to_json('é', 'short'), pager=False)"
     done = shell("polytmpctl", code, shown, environment=environment)
     assert done.stdout.decode().splitlines() == lines
+
+
+class NoBus:
+    """Answers as a daemon with alice's instance would; nothing but Unicode goes over a bus."""
+
+    async def instances(self) -> list[Listed]:
+        return [Listed(1001, "alice", "/org/polytmp1/instance/_1001")]
+
+    async def all_properties(self) -> dict[int, Any]:
+        return {1001: {"User": "alice", "Directories": [("/tmp", "/tmp/polytmp-x/tmp", "instance")]}}
+
+    async def resolve(self, uid: int, path: str) -> str:
+        path.encode()
+        if not path.startswith("/tmp"):
+            raise BusError("org.polytmp1.Error.NotPolyinstantiated", "the same on the host")
+        return path.replace("/tmp", "/tmp/polytmp-x/tmp", 1)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (b"/tmp/\xff", b"/tmp/polytmp-x/tmp/\xff"),
+        (b"/tmp/d/\xe9/x", b"/tmp/polytmp-x/tmp/d/\xe9/x"),
+        ("/tmp/é".encode(), "/tmp/polytmp-x/tmp/é".encode()),
+        (b"/\xff/x", b"/\xff/x"),
+    ],
+)
+async def test_a_file_name_is_bytes(there: bytes, here: bytes) -> None:
+    async def path(word: bytes) -> bytes:
+        options = Options(verb="path", words=(os.fsdecode(word),), user="alice")
+        context = Context(NoBus(), None, options, Style())  # type: ignore[arg-type]  # what a path needs
+        return os.fsencode((await commands.path(context)).text)
+
+    assert await path(there) == here
+    if here != there:
+        assert await path(here) == b"alice:" + there
+
+
+@pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}])
+def test_a_path_is_printed_byte_by_byte(environment: dict[str, str]) -> None:
+    code = "from polytmpd.ctl import output; output.write('a\\udcff/é\\n', exact=True)"
+    assert shell("polytmpctl", code, environment=environment).stdout == b"a\xff/\xc3\xa9\n"
+    code = "import json; from polytmpd.ctl import output; print(output.to_json('\\udcff', 'short'))"
+    assert json.loads(shell("polytmpctl", code, environment=environment).stdout) == "\udcff"
