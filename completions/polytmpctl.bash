@@ -10,7 +10,7 @@ _polytmpctl() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} verb='' user='' i word
     local -A OPTIONS=(
         [STANDALONE]='-h --help --version --no-pager --no-legend --no-ask-password -j -l --full'
-        [ARGUMENT]='--json -n --lines -u --user -H --host -M --machine'
+        [ARGUMENT]='--json -n --lines -H --host -M --machine'
         [PATH]='-u --user'
         [ENTER]='--as-user'
         [REMOVE]='--persistent -y --yes'
