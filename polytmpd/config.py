@@ -21,8 +21,17 @@ _SEARCH: Final = ("etc", "run", "usr/lib")
 _TMP: Final = "/tmp"
 _UID_LAST: Final = 4294967294
 
-Problem = str
-"""One thing that is wrong: `file:line: what, and the remedy`."""
+
+class Problem(str):
+    """One thing that is wrong: `file:line: what, and the remedy; what is made of it at start`."""
+
+    fault: str
+    """Without the last: who refuses the whole makes nothing of it."""
+
+    def __new__(cls, fault: str, instead: str = "") -> "Problem":
+        made = super().__new__(cls, f"{fault}; {instead}" if instead else fault)
+        made.fault = fault
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,9 @@ def _files(root: Path, problems: list[Problem]) -> list[Path]:
             if directory.is_dir():
                 drop_ins.update({path.name: path for path in directory.iterdir() if path.suffix == ".conf"})
         except OSError as error:
-            problems.append(f"{error.filename}: cannot be read ({error.strerror}); ignoring what is there")
+            problems.append(
+                Problem(f"{error.filename}: cannot be read ({error.strerror})", "ignoring what is there")
+            )
     found += [drop_ins[name] for name in sorted(drop_ins)]
     return [path for path in found if not (path.is_symlink() and str(path.readlink()) == "/dev/null")]
 
@@ -92,7 +103,7 @@ def _lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]]:
         reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
         if isinstance(error, UnicodeDecodeError):
             reason = f"byte {error.start} is not UTF-8; save it as UTF-8 text"
-        problems.append(f"{path}: {reason}; ignoring the file")
+        problems.append(Problem(f"{path}: {reason}", "ignoring the file"))
         return
     pending, start = "", 0
     for number, raw in enumerate(text.split("\n"), 1):
@@ -119,14 +130,18 @@ def _settings(path: Path, problems: list[Problem]) -> Iterator[_Setting]:
             section = line
             if section != f"[{SECTION}]":
                 problems.append(
-                    f"{place}: unknown section {line!r}; the only section is [{SECTION}], ignoring"
+                    Problem(
+                        f"{place}: unknown section {line!r}; the only section is [{SECTION}]", "ignoring"
+                    )
                 )
             continue
         key, equals, value = line.partition("=")
         if section is None:
-            problems.append(f"{place}: assignment outside of a section; put [{SECTION}] above it, ignoring")
+            problems.append(
+                Problem(f"{place}: assignment outside of a section; put [{SECTION}] above it", "ignoring")
+            )
         elif section == f"[{SECTION}]" and not equals:
-            problems.append(f"{place}: {line!r} is no assignment; write Key=value, ignoring")
+            problems.append(Problem(f"{place}: {line!r} is no assignment; write Key=value", "ignoring"))
         elif section == f"[{SECTION}]":
             yield _Setting(key.strip(), value.strip(), place)
 
@@ -172,7 +187,9 @@ def _collect(
     check = _KEYS.get(setting.key)
     if check is None:
         known = ", ".join(f"{key}=" for key in _KEYS)
-        problems.append(f"{setting.place}: unknown setting {setting.key}=; known are {known}; ignoring")
+        problems.append(
+            Problem(f"{setting.place}: unknown setting {setting.key}=; known are {known}", "ignoring")
+        )
         return
     place_of[setting.key] = setting.place
     values = lists.setdefault(setting.key, [])
@@ -182,7 +199,7 @@ def _collect(
         try:
             value = check(word)
         except _BadValueError as error:
-            problems.append(f"{setting.place}: {setting.key}=: {error}; ignoring")
+            problems.append(Problem(f"{setting.place}: {setting.key}=: {error}", "ignoring"))
             continue
         if value not in values:
             values.append(value)
@@ -195,22 +212,29 @@ def _assemble(
     paths = lists.get("Directories", [directory.path for directory in default.directories])
     if not paths:
         problems.append(
-            f"{place_of['Directories']}: Directories= names no directory; name one, or disable "
-            "polytmpd.service to have none; using the default"
+            Problem(
+                f"{place_of['Directories']}: Directories= names no directory; name one, or disable "
+                "polytmpd.service to have none",
+                "using the default",
+            )
         )
         paths = [directory.path for directory in default.directories]
     nested = [path for path in paths if any(path.startswith(other + "/") for other in paths)]
     for path in nested:
         problems.append(
-            f"{place_of['Directories']}: {path} lies in another one of Directories=; ignoring {path}"
+            Problem(
+                f"{place_of['Directories']}: {path} lies in another one of Directories=", f"ignoring {path}"
+            )
         )
     paths = [path for path in paths if path not in nested]
     persistent = lists.get("PersistentDirectories", ["/var/tmp"])
     for path in persistent:
         if "PersistentDirectories" in place_of and path not in paths:
             problems.append(
-                f"{place_of['PersistentDirectories']}: {path} is not one of Directories=; "
-                "add it there; ignoring"
+                Problem(
+                    f"{place_of['PersistentDirectories']}: {path} is not one of Directories=; add it there",
+                    "ignoring",
+                )
             )
     shared = tuple(lists.get("SharedPaths", SOCKET_DIRECTORIES))
     return Config(
@@ -235,7 +259,9 @@ def _regular_uids(path: Path, problems: list[Problem]) -> tuple[int, int]:
     except FileNotFoundError:
         return default["UID_MIN"], default["UID_MAX"]
     except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}); using UID_MIN 1000, UID_MAX 60000")
+        problems.append(
+            Problem(f"{path}: cannot be read ({error.strerror})", "using UID_MIN 1000, UID_MAX 60000")
+        )
         return default["UID_MIN"], default["UID_MAX"]
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split()
@@ -248,10 +274,14 @@ def _regular_uids(path: Path, problems: list[Problem]) -> tuple[int, int]:
         if 0 < value <= _UID_LAST:
             found[words[0]] = value
         else:
-            problems.append(f"{path}:{number}: {words[0]} {words[1]!r} is no UID; using {default[words[0]]}")
+            problems.append(
+                Problem(f"{path}:{number}: {words[0]} {words[1]!r} is no UID", f"using {default[words[0]]}")
+            )
     if found["UID_MIN"] > found["UID_MAX"]:
         problems.append(
-            f"{path}: UID_MIN is above UID_MAX; using {default['UID_MIN']} and {default['UID_MAX']}"
+            Problem(
+                f"{path}: UID_MIN is above UID_MAX", f"using {default['UID_MIN']} and {default['UID_MAX']}"
+            )
         )
         found = default
     return found["UID_MIN"], found["UID_MAX"]

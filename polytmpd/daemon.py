@@ -256,14 +256,15 @@ class Daemon:
         config, problems = await asyncio.to_thread(self._load_config)
         # At start such a one is left to refuse logins, which shows; here the old setting goes on.
         problems += [
-            f"Directories=: {directory.path} is no directory; make it, or name another"
+            Problem(f"Directories=: {directory.path} is no directory; make it, or name another")
             for directory in config.directories
             if not await asyncio.to_thread(os.path.isdir, directory.path)
         ]
         if problems:
             for problem in problems:
-                log.error("%s", problem, extra=fields(MessageId.BAD_CONFIG))
-            raise InvalidArgsError(f"nothing was changed: {'; '.join(problems)}")
+                log.error("%s", problem.fault, extra=fields(MessageId.BAD_CONFIG))
+            faults = "; ".join(problem.fault for problem in problems)
+            raise InvalidArgsError(f"nothing was changed: {faults}")
         self._config = config
         await self._executor.tell_age_cleaner(config.directories)
         log.info("Configuration reloaded; instances that exist stay as they are")

@@ -96,6 +96,7 @@ def test_a_bad_line_is_named_and_the_others_count(tmp_path: Path, line: str, wha
     assert problems[0].startswith(f"{file}:4: ")
     assert what in problems[0]
     assert REMEDY.search(problems[0].removeprefix(f"{file}:4: "))
+    assert re.fullmatch(re.escape(problems[0].fault) + "; (ignoring|using)[^;]*", problems[0])
     assert "counts" in config.exemptions.users
     assert paths(config)[0] == "/tmp"
 
@@ -110,7 +111,7 @@ def test_a_continued_line_is_named_by_its_first(tmp_path: Path) -> None:
 def test_outside_of_a_section(tmp_path: Path) -> None:
     file = put(tmp_path, "etc/polytmpd.conf", "ExemptUsers=a\n")
     config, problems = load(tmp_path)
-    assert problems == [f"{file}:1: assignment outside of a section; put [Polytmp] above it, ignoring"]
+    assert problems == [f"{file}:1: assignment outside of a section; put [Polytmp] above it; ignoring"]
     assert config == DEFAULT
 
 
