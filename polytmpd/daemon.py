@@ -22,7 +22,7 @@ from polytmpd.bus.service import QUESTIONS_AT_ONCE
 from polytmpd.bus.systemd1 import Systemd
 from polytmpd.config import Config, Problem
 from polytmpd.core.lifecycle import Action, Event, Standing, advance, visible_state
-from polytmpd.core.model import Instance, State, View
+from polytmpd.core.model import Instance, Lifetime, State, View
 from polytmpd.core.policy import Claims
 from polytmpd.devices import BlockDevice
 from polytmpd.displaylocks import DisplayLocks
@@ -380,12 +380,22 @@ class Daemon:
                 return uid
         raise NotPolyinstantiatedError(f"process {pid} lives in no instance")
 
-    def resolve(self, uid: int, path: str) -> str:
-        record = self._shown(uid)
-        normal = "/" + os.path.normpath(path).lstrip("/")  # normpath() leaves two slashes alone
+    async def resolve(self, uid: int, path: str) -> str:
+        record = self._records.get(uid)
+        instance = record.instance if record and record.shown else None
+        gone = record is not None and record.standing.state in {State.REMOVING, State.FAILED}
+        directories = (
+            instance.directories
+            if instance
+            else await asyncio.to_thread(self._executor.persistent, uid, self._config.directories)
+        )
+        # normpath() does not look at the disk, and leaves two slashes alone
+        normal = "/" + os.path.normpath(path).lstrip("/")  # noqa: ASYNC240
         if not path.startswith("/"):
             raise InvalidArgsError(f"{path!r} is not an absolute path")
-        for entry in record.instance.directories if record.instance else ():
+        for entry in directories:
+            if gone and entry.directory.lifetime is Lifetime.INSTANCE:
+                continue  # set aside, under a name that says nobody's
             base = entry.directory.path
             rest = normal.removeprefix(base).lstrip("/")
             if normal != base and not normal.startswith(base + "/"):
@@ -393,6 +403,8 @@ class Daemon:
             if rest.split("/")[0] in entry.directory.shared:
                 return normal
             return f"{entry.host_path}/{rest}".rstrip("/")
+        if instance is None or gone:
+            raise NoSuchInstanceError(f"UID {uid} has no instance now")
         raise NotPolyinstantiatedError(
             f"{path} is in no directory that is private; it is the same on the host"
         )

@@ -81,7 +81,9 @@ class Backend(Protocol):
 
     async def uid_of_process(self, pid: int) -> int: ...
 
-    def resolve(self, uid: int, path: str) -> str: ...
+    async def resolve(self, uid: int, path: str) -> str:
+        """Also where there is no instance, of what was kept."""
+        ...
 
     def directories(self) -> list[str]: ...
 
@@ -260,7 +262,7 @@ class Service:
     async def _resolve_path(self, call: Call) -> Sequence[Any]:
         uid, path = call.arguments
         await self._require_owner(call, uid, "a path")
-        return [self._backend.resolve(uid, path)]
+        return [await self._backend.resolve(uid, path)]
 
     async def _remove_instance(self, call: Call) -> Sequence[Any]:
         uid, flags = call.arguments[0], call.arguments[1] if len(call.arguments) > 1 else 0

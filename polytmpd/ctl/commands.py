@@ -6,6 +6,7 @@ Each returns what --json= prints, and the text for people. Not here: how it come
 
 import contextlib
 import os
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -180,6 +181,12 @@ async def path(context: Context) -> Answer:
             rows.append({"uid": whose, "user": user, "path": inside, "host_path": file})
             lines.append(f"{user}:{inside}")
             continue
+        if os.geteuid() == 0 and (found := await _kept_as(context, file)) is not None:
+            whose, inside = found
+            user = users.name_of(whose)
+            rows.append({"uid": whose, "user": user, "path": inside, "host_path": file})
+            lines.append(f"{user}:{inside}")
+            continue
         host = await _on_host(context, uid, file)
         rows.append({"uid": uid, "user": users.name_of(uid), "path": file, "host_path": host})
         lines.append(host)
@@ -199,6 +206,20 @@ def _owner(file: str, places: dict[int, dict[str, Any]]) -> tuple[int, str] | No
         for directory, host, _ in found["Directories"]:
             if file == host or file.startswith(f"{host}/"):
                 return uid, directory + file[len(host) :]
+    return None
+
+
+async def _kept_as(context: Context, file: str) -> tuple[int, str] | None:
+    """Whose a host path is, and how he calls it, where it is kept of a user without an instance."""
+    for directory in await context.client.directories():
+        match = re.fullmatch(rf"{re.escape(directory)}/polytmp-(\d{{1,10}})/tmp((?:/.*)?)", file, re.DOTALL)
+        if match is None:
+            continue
+        uid, inside = int(match[1]), directory + match[2]
+        with contextlib.suppress(BusError):
+            said, rest = sayable(inside)
+            if (await context.client.resolve(uid, said)).rstrip("/") + rest == file:
+                return uid, inside
     return None
 
 

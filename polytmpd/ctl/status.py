@@ -24,6 +24,9 @@ _SENTINEL: Final = "polytmp-sentinel"
 _LIFETIMES: Final = {"instance": "removed with the instance", "persistent": "kept between logins"}
 _GOING: Final = {"removing": "being deleted", "failed": "what is left of it could not be deleted"}
 
+_SET_ASIDE: Final = "polytmp-removing-*"
+"""What is being deleted, or could not be: one of these, whose it is its name does not say."""
+
 
 async def status(context: Context) -> Answer:
     wanted = users.chosen(context.options.words, await context.client.instances())
@@ -52,7 +55,7 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
         directories.append(
             {
                 "directory": directory,
-                "path": host,
+                "path": host if not _is_set_aside(values["State"], lifetime) else None,
                 "lifetime": lifetime,
                 "bytes": counted[1] if counted else None,
                 "inodes": counted[2] if counted else None,
@@ -81,6 +84,10 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
         ],
         "journal": _journal(uid, context.options.lines),
     }
+
+
+def _is_set_aside(state: str, lifetime: str) -> bool:
+    return state in _GOING and lifetime == "instance"
 
 
 async def _removed(context: Context, uid: int, state: str) -> int | None:
@@ -194,9 +201,9 @@ def _page(context: Context, found: dict[str, Any]) -> str:
     if found["namespace"]:
         line("Namespace", f"mnt:[{found['namespace']}]")
     for entry in found["directories"]:
-        line(entry["directory"], f"{entry['path']}")
+        line(entry["directory"], entry["path"] or f"{entry['directory']}/{_SET_ASIDE}")
         details = [_LIFETIMES.get(entry["lifetime"], entry["lifetime"])]
-        if entry["lifetime"] == "instance" and state in _GOING:
+        if _is_set_aside(state, entry["lifetime"]):
             details = [_GOING[state]]
         if entry["bytes"] is not None:
             details.insert(0, f"{output.size(entry['bytes'])} in {output.count(entry['inodes'], 'file')}")

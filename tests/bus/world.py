@@ -100,7 +100,7 @@ class Backend:
             return next(iter(self.shown))
         raise NotPolyinstantiatedError(f"process {pid} lives in no instance")
 
-    def resolve(self, uid: int, path: str) -> str:
+    async def resolve(self, uid: int, path: str) -> str:
         if self.error is not None:
             raise self.error
         return f"/host{path}"

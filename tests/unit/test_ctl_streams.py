@@ -87,8 +87,13 @@ class NoBus:
     async def all_properties(self) -> dict[int, Any]:
         return {1001: {"User": "alice", "Directories": [("/tmp", "/tmp/polytmp-x/tmp", "instance")]}}
 
+    async def directories(self) -> list[str]:
+        return ["/tmp", "/var/tmp"]
+
     async def resolve(self, uid: int, path: str) -> str:
         path.encode()
+        if uid == 1003:
+            return path.replace("/var/tmp", "/var/tmp/polytmp-1003/tmp", 1)
         if not path.startswith("/tmp"):
             raise BusError("org.polytmp1.Error.NotPolyinstantiated", "the same on the host")
         return path.replace("/tmp", "/tmp/polytmp-x/tmp", 1)
@@ -101,17 +106,22 @@ class NoBus:
         (b"/tmp/d/\xe9/x", b"/tmp/polytmp-x/tmp/d/\xe9/x"),
         ("/tmp/é".encode(), "/tmp/polytmp-x/tmp/é".encode()),
         (b"/\xff/x", b"/\xff/x"),
+        (b"1003:/var/tmp/\xff", b"/var/tmp/polytmp-1003/tmp/\xff"),
     ],
 )
-async def test_a_file_name_is_bytes(there: bytes, here: bytes) -> None:
+async def test_a_file_name_is_bytes(there: bytes, here: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1003 is logged out, and something of his is kept."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
     async def path(word: bytes) -> bytes:
         options = Options(verb="path", words=(os.fsdecode(word),), user="alice")
         context = Context(NoBus(), None, options, Style())  # type: ignore[arg-type]  # what a path needs
         return os.fsencode((await commands.path(context)).text)
 
-    assert await path(there) == here
+    if not there.startswith(b"1003:"):
+        assert await path(there) == here
     if here != there:
-        assert await path(here) == b"alice:" + there
+        assert await path(here) == (there if there.startswith(b"1003:") else b"alice:" + there)
 
 
 @pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}])

@@ -124,7 +124,9 @@ class FakeExecutor:
         return uid in self.kept
 
     def persistent(self, uid: int, directories: Sequence[Directory]) -> tuple[InstanceDirectory, ...]:
-        return ()
+        if uid != BOB.uid:
+            return ()
+        return (InstanceDirectory(Directory("/var/tmp", Lifetime.PERSISTENT), f"polytmp-{uid}"),)
 
     async def find_leftovers(
         self, directories: Sequence[Directory], known: set[str]
@@ -555,7 +557,7 @@ async def test_an_instance_ends(world: World) -> None:
     await eventually(lambda: world.state() is None)
     assert world.announced.of("new", "removed") == [("new", 1000), ("removed", 1000)]
     with pytest.raises(NoSuchInstanceError):
-        world.daemon.resolve(1000, "/tmp/x")
+        await world.daemon.resolve(1000, "/tmp/x")
 
 
 async def test_a_login_does_not_wait_for_the_removal_of_the_old(world: World) -> None:
@@ -906,16 +908,38 @@ async def test_a_good_file_counts_for_what_comes(world: World) -> None:
 )
 async def test_resolve(world: World, path: str, host: str) -> None:
     await world.active()
-    assert world.daemon.resolve(1000, path) == host
+    assert await world.daemon.resolve(1000, path) == host
+
+
+async def test_what_is_set_aside_has_no_path_and_what_is_kept_has(world: World) -> None:
+    async def kept(path: str) -> str | None:
+        try:
+            return await world.daemon.resolve(1000, path)
+        except NoSuchInstanceError:
+            return None
+
+    await removing(world)
+    for state in (State.REMOVING, State.FAILED):
+        await eventually(lambda state=state: world.state() is state)  # type: ignore[misc]  # its default
+        assert [await kept(path) for path in ("/tmp/x", "/etc", "/var/tmp/x")] == [
+            None,
+            None,
+            "/var/tmp/polytmp-1000-1/tmp/x",
+        ]
+        if state is State.REMOVING:
+            world.executor.answer("remove 1", OSError(1, "Operation not permitted"))
+    assert await world.daemon.resolve(1001, "/var/tmp/x") == "/var/tmp/polytmp-1001/tmp/x", "logged out"
+    with pytest.raises(NoSuchInstanceError):
+        await world.daemon.resolve(1001, "/tmp/x")
 
 
 async def test_what_cannot_be_resolved(world: World) -> None:
     await world.active()
     with pytest.raises(InvalidArgsError, match="not an absolute path"):
-        world.daemon.resolve(1000, "tmp/x")
+        await world.daemon.resolve(1000, "tmp/x")
     for path in ("/etc/passwd", "/tmpfoo", "/tmp/../etc", "/"):
         with pytest.raises(NotPolyinstantiatedError):
-            world.daemon.resolve(1000, path)
+            await world.daemon.resolve(1000, path)
 
 
 async def test_processes(world: World) -> None:
