@@ -33,6 +33,7 @@ from polytmpd.errors import (
     NoSuchInstanceError,
     NotPolyinstantiatedError,
     PolytmpError,
+    in_words,
 )
 from polytmpd.executor import Executor
 from polytmpd.journal import MessageId, fields
@@ -281,7 +282,7 @@ class Daemon:
             try:
                 removed = await self._executor.remove_persistent(uid, self._config.directories)
             except OSError as error:
-                raise PolytmpError(f"not everything can be removed: {error}") from error
+                raise PolytmpError(f"not everything can be removed: {in_words(error)}") from error
             if not removed and not is_shown:
                 raise NoSuchInstanceError(f"UID {uid} has no instance, and nothing is kept of former ones")
         if (
@@ -295,7 +296,7 @@ class Daemon:
             try:
                 await self._executor.remove(record.instance)
             except OSError as error:
-                raise PolytmpError(f"not everything can be removed: {error}") from error
+                raise PolytmpError(f"not everything can be removed: {in_words(error)}") from error
             more = fields(MessageId.INSTANCE_REMOVED, uid, record.user)
             log.info("Removed instance of user %s", record.user, extra=more)
         if self._records.get(uid) is record and record.generation == generation:
@@ -364,7 +365,7 @@ class Daemon:
         try:
             return await self._find_out(count)
         except OSError as error:
-            raise PolytmpError(f"cannot be counted: {error}") from error
+            raise PolytmpError(f"cannot be counted: {in_words(error)}") from error
 
     def views(self) -> list[View]:
         return [self._view_of(uid, record) for uid, record in sorted(self._records.items()) if record.shown]
@@ -605,11 +606,11 @@ class Daemon:
         log.error(
             "User %s gets no private directories: %s",
             record.user,
-            error,
+            in_words(error),
             exc_info=None if isinstance(error, OSError) else error,
             extra=fields(MessageId.PREPARE_FAILED, uid, record.user),
         )
-        record.error = PolytmpError(f"the instance cannot be made: {error}")
+        record.error = PolytmpError(f"the instance cannot be made: {in_words(error)}")
         self._feed(uid, event)
 
     def _hand_over(self, uid: int, record: _Record) -> None:
@@ -620,7 +621,7 @@ class Daemon:
             try:
                 future.set_result(self._executor.hand_over(uid))
             except OSError as error:
-                future.set_exception(PolytmpError(f"the namespace cannot be handed over: {error}"))
+                future.set_exception(PolytmpError(f"the namespace cannot be handed over: {in_words(error)}"))
         if waiting:
             record.claims = record.claims.with_acquisition()
 
@@ -638,7 +639,7 @@ class Daemon:
             log.error(
                 "Instance of user %s cannot be deleted, polytmpctl remove tries again: %s",
                 instance.user,
-                error,
+                in_words(error),
                 extra=fields(MessageId.REMOVE_FAILED, uid, instance.user),
             )
         else:
@@ -712,7 +713,7 @@ class Daemon:
             if not known.isdisjoint(processes.namespaces(pid)):
                 return
         except OSError as error:
-            raise PolytmpError(f"the caller's mount namespace cannot be told: {error}") from error
+            raise PolytmpError(f"the caller's mount namespace cannot be told: {in_words(error)}") from error
         raise NotPolyinstantiatedError(
             f"process {pid} lives in a mount namespace of its own; see PrivateTmp=, ProtectSystem= and such "
             "in its service"
