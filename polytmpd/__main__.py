@@ -17,7 +17,7 @@ from polytmpd.bus.systemd1 import Systemd
 from polytmpd.daemon import Daemon
 from polytmpd.devices import Devices
 from polytmpd.displaylocks import DisplayLocks
-from polytmpd.errors import PolytmpError
+from polytmpd.errors import PolytmpError, in_words
 from polytmpd.executor import Executor
 from polytmpd.kernel.mountns import HOST
 from polytmpd.slices import Slices
@@ -25,6 +25,16 @@ from polytmpd.state import StateDirectory
 
 log = logging.getLogger("polytmpd")
 
+HELP: Final = """\
+polytmpd [OPTIONS...]
+
+Give each user a private /tmp and /var/tmp. It is run by systemd, see polytmpd.service(8); polytmpctl(1) is
+for people.
+
+  -h --help     Show this help
+     --version  Show package version
+     --debug    Write more to the journal
+"""
 STATE: Final = Path("/run/polytmpd/instances")
 
 
@@ -103,14 +113,23 @@ def _boot_id() -> str:
 
 
 def main() -> int:
-    if "--version" in sys.argv[1:]:
-        print(f"polytmpd {__version__}")  # noqa: T201
-        return 0
+    for word in sys.argv[1:]:
+        if word == "--version":
+            print(f"polytmpd {__version__}")  # noqa: T201
+            return 0
+        if word in {"-h", "--help"}:
+            print(HELP, end="")  # noqa: T201
+            return 0
+        if word != "--debug":
+            sys.stderr.write(
+                f"polytmpd: unrecognized argument '{word}'; polytmpd --help lists the options\n"
+            )
+            return 2  # INVALIDARGUMENT, see systemd.exec(5)
     journal.set_up(logging.DEBUG if "--debug" in sys.argv[1:] else logging.INFO)
     try:
         return asyncio.run(run())
     except (BusError, OSError) as error:
-        log.error("Cannot start: %s", error)
+        log.error("Cannot start: %s", in_words(error))
         return 1
 
 
