@@ -295,6 +295,8 @@ class Server:
         await self._require_read(call)
         if path not in self._objects:
             raise _AnswerError(f"{DBUS_ERROR}.UnknownObject", f"no object at {path}")
+        if not body[0]:
+            return self._any_interface(path, member, body)
         if member == "GetAll":
             return [self._find(path, body[0]).values()]
         for entry in self._find(path, body[0]).properties:
@@ -305,6 +307,17 @@ class Server:
                     )
                 return [Variant(entry.signature, entry.get())]
         raise _AnswerError(f"{DBUS_ERROR}.UnknownProperty", f"no property {body[1]} in {body[0]}")
+
+    def _any_interface(self, path: str, member: str, body: list[Any]) -> Sequence[Any]:
+        """An empty name is allowed. No two interfaces of an object have a property in common."""
+        values = {name: value for entry in self._objects[path] for name, value in entry.values().items()}
+        if member == "GetAll":
+            return [values]
+        if body[1] not in values:
+            raise _AnswerError(f"{DBUS_ERROR}.UnknownProperty", f"no property {body[1]} at {path}")
+        if member == "Set":
+            raise _AnswerError(f"{DBUS_ERROR}.PropertyReadOnly", f"property {body[1]} is read-only")
+        return [values[body[1]]]
 
     def _children(self, path: str) -> list[str]:
         prefix = path.rstrip("/") + "/"

@@ -249,6 +249,8 @@ async def test_methods(shown: Callable[..., str], backend: Backend, client: Clie
             "PropertyReadOnly",
         ),
         ("Set", "ssv", [MANAGER, "NoSuch", Variant("s", "9")], {"interface": PROPERTIES}, "UnknownProperty"),
+        ("Get", "ss", ["", "NoSuch"], {"interface": PROPERTIES}, "UnknownProperty"),
+        ("Set", "ssv", ["", "Version", Variant("s", "9")], {"interface": PROPERTIES}, "PropertyReadOnly"),
     ],
 )
 async def test_errors_of_the_bus(
@@ -265,6 +267,14 @@ async def test_errors_of_the_bus(
     assert found == f"{ERROR}.{name}"
     assert text
     assert await client.result("Ping", interface=PEER) is None
+
+
+async def test_an_empty_name_stands_for_any_interface(shown: Callable[..., str], client: Client) -> None:
+    path = shown(1000)
+    found = await properties(client, path, "")
+    assert found == await properties(client, path)
+    version = await client.result("Get", "ss", ["", "Version"], interface=PROPERTIES)
+    assert version.value == (await properties(client, PATH, ""))["Version"]
 
 
 async def test_an_instance_that_is_not_there(service: Service, client: Client) -> None:
