@@ -130,7 +130,7 @@ async def usage(context: Context) -> Answer:
             if error.name.endswith(".NoSuchInstance") and not context.options.words and os.geteuid() == 0:
                 continue  # it has just gone
             if error.name.endswith(".NoSuchInstance"):
-                raise users.no_instance(user) from None
+                raise users.no_instance(uid, user) from None
             raise
         rows += [
             {"uid": uid, "user": user, "directory": directory, "bytes": size, "inodes": inodes}

@@ -25,7 +25,7 @@ async def prepare(context: Context) -> list[str]:
     instances = await context.client.instances()
     uid = users.uid_of(user, instances)
     if uid not in {entry.uid for entry in instances}:
-        raise users.no_instance(user)
+        raise users.no_instance(uid, user)
     state = (await context.client.properties(uid))["State"]
     if state not in _TO_BE_ENTERED:
         raise Failure(f"The instance of {user} is in the state '{state}': nobody can enter it now.")

@@ -27,6 +27,8 @@ async def remove(context: Context) -> Answer:
 
 
 async def _remove_one(context: Context, uid: int, user: str) -> None:
+    if uid == 0:
+        raise users.no_instance(uid, "root")
     failed = await _failed_instance(context, uid, user)
     # What the instance's own lifetime covers; without an instance, only what persists is left.
     going = {path for path, _, lifetime in failed if lifetime == "instance" or context.options.persistent}
@@ -71,6 +73,7 @@ async def _failed_instance(context: Context, uid: int, user: str) -> list[list[s
     except BusError as error:
         if error.name.endswith((".UnknownObject", ".NoSuchInstance")):
             if not context.options.persistent:
+                await _usage(context, uid, user)  # raises where nothing is kept: no hint leads anywhere then
                 raise Failure(
                     f"{user} has no instance now.",
                     f"What is kept in /var/tmp goes with: polytmpctl remove --persistent {user}",

@@ -68,11 +68,14 @@ def chosen(
         uids = [os.geteuid()]
     for uid in uids if must_have_one else ():
         if uid not in names:
-            raise no_instance(name_of(uid))
+            raise no_instance(uid, name_of(uid))
     return [(uid, names.get(uid) or name_of(uid)) for uid in uids]
 
 
-def no_instance(user: str) -> Failure:
-    if user in {"root", "0"}:
-        return Failure("root has no instance: root is never moved.", "polytmpctl list shows who has one.")
-    return Failure(f"{user} has no instance now.", "polytmpctl list shows who has one.")
+def no_instance(uid: int, user: str) -> Failure:
+    """Who is exempt will have none at his next login either, so that is said, and why."""
+    from polytmpd import config
+
+    exempt = config.load()[0].exemptions.reason(uid, name_of(uid))
+    text = f"{user} has no instance: {exempt}." if exempt else f"{user} has no instance now."
+    return Failure(text, "polytmpctl list shows who has one.")

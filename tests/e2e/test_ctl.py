@@ -69,7 +69,10 @@ def test_wrong_arguments(machine: Machine) -> None:
         (["path", "/tmp/x"], "--user=USER"),
         (["path", "/tmp/x", "--user=bob"], "bob has no instance now"),
         (["path", "--user=bob", ""], "empty path"),
-        (["remove", "bob"], "--persistent bob"),
+        (["remove", "bob"], "nothing of former ones is kept"),
+        (["remove", "root"], "root is never moved"),
+        (["remove", "--persistent", "0"], "root is never moved"),
+        (["status", "nobody"], "UID 65534 is not in 1000..60000"),
         (["remove", "--persistent", "bob"], "nothing of former ones is kept"),
         (["monitor", "--json=pretty"], "--json=short"),
     ):
