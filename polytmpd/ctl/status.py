@@ -227,5 +227,6 @@ def _page(context: Context, found: dict[str, Any]) -> str:
 
 def _session_text(session: dict[str, str]) -> str:
     place = session["tty"] or session["remote_host"]
-    details = ", ".join(text for text in (session["service"], place) if text)
+    closing = "closing" if session["state"] == "closing" else ""  # nobody is logged in by it any more
+    details = ", ".join(text for text in (session["service"], place, closing) if text)
     return output.clean(f"{session['session']} ({details})" if details else session["session"])

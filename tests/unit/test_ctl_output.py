@@ -272,3 +272,16 @@ def test_mounts_in_an_instance() -> None:
 )
 def test_a_terminal_that_cannot_show_everything(encoding: str, text: str) -> None:
     assert output.displayable("● a → … │ é", encoding) == text
+
+
+@pytest.mark.parametrize(
+    ("session", "text"),
+    [
+        (("c22", "su-l", "pts/0", "", "closing"), "c22 (su-l, pts/0, closing)"),
+        (("3", "sshd", "", "10.0.0.1", "active"), "3 (sshd, 10.0.0.1)"),
+        (("4", "", "", "", "online"), "4"),
+    ],
+)
+def test_a_session(session: tuple[str, ...], text: str) -> None:
+    names = ("session", "service", "tty", "remote_host", "state")
+    assert status._session_text(dict(zip(names, session, strict=True))) == text
