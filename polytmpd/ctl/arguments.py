@@ -224,6 +224,8 @@ def _valued(options: Options, name: str, value: str) -> Options:
         return replace(options, lines=int(value))
     if not value:
         raise Failure(f"option '--{name}' requires an argument that is not empty")
+    if name == "machine" and value.endswith("@"):
+        raise Failure(f"'{value}' names no container", "It takes CONTAINER, or USER@CONTAINER.")
     changes: dict[str, Any] = {name: value}
     return replace(options, **changes)
 

@@ -144,10 +144,10 @@ async def usage(context: Context) -> Answer:
         for row in rows
     ]
     legend = context.options.legend
-    text = output.table(("USER", "DIRECTORY", "SIZE>", "FILES>"), cells, context.style, legend=legend)
+    text = output.table(("USER", "DIRECTORY", "SIZE>", "INODES>"), cells, context.style, legend=legend)
     if legend and len(rows) > 1:
         total, inodes = sum(row["bytes"] for row in rows), sum(row["inodes"] for row in rows)
-        text += f"\n\n{output.size(total)} in {output.count(inodes, 'file')}."
+        text += f"\n\n{output.size(total)} in {output.count(inodes, 'inode')}."
     return Answer(rows, text)
 
 

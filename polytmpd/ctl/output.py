@@ -155,7 +155,7 @@ def moment(usec: int) -> str:
 def age(usec: int, now_usec: int) -> str:
     """How long ago, in the two largest units: 3min 2s ago."""
     if not usec:
-        return ""
+        return "-"
     ahead = usec > now_usec
     left = abs(now_usec - usec) // USEC
     parts: list[str] = []

@@ -115,7 +115,7 @@ async def _usage(context: Context, uid: int, user: str) -> list[tuple[str, int, 
 
 def _ask(user: str, rows: list[tuple[str, int, int]], uncounted: set[str]) -> None:
     what = [
-        f"  {directory}: {output.size(size)} in {output.count(inodes, 'file')}"
+        f"  {directory}: {output.size(size)} in {output.count(inodes, 'inode')}"
         for directory, size, inodes in rows
     ]
     what += [f"  {directory}: not counted" for directory in sorted(uncounted)]

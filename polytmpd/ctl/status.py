@@ -194,7 +194,7 @@ def _page(context: Context, found: dict[str, Any]) -> str:
         since = f" since {output.moment(found['since'])}; {ago}"
     line("State", style.state(state) + since)
     if found["removed"]:
-        line("Removed", f"{output.count(found['removed'], 'file')} so far")
+        line("Removed", f"{found['removed']} files and directories so far")
     sessions = [_session_text(session) for session in found["sessions"]]
     if sessions:
         line("Sessions", ", ".join(sessions))
@@ -206,7 +206,7 @@ def _page(context: Context, found: dict[str, Any]) -> str:
         if _is_set_aside(state, entry["lifetime"]):
             details = [_GOING[state]]
         if entry["bytes"] is not None:
-            details.insert(0, f"{output.size(entry['bytes'])} in {output.count(entry['inodes'], 'file')}")
+            details.insert(0, f"{output.size(entry['bytes'])} in {output.count(entry['inodes'], 'inode')}")
         lines.append(indent + style.faint("; ".join(details)))
     if found["shared"]:
         line("Shared", " ".join(found["shared"]))

@@ -120,6 +120,7 @@ def test_list(machine: Machine, alice: Any) -> None:
         "alice",
         "-",
         "-",
+        "-",
     ]
 
 
@@ -365,6 +366,7 @@ def test_another_host(machine: Machine, alice: Any) -> None:
 def test_a_container_that_is_not_there(machine: Machine) -> None:
     """The image of the tests has no systemd-machined, as many servers."""
     refused(ctl(machine, "-M", "nosuch", "list", check=False), "There is no container 'nosuch'")
+    refused(ctl(machine, "-M", "alice@", "list", check=False), "names no container")
 
 
 # check

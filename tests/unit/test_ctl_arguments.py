@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["status", "--yes"], "--yes goes with remove", ""),
         (["remove", "--as-user", "x"], "--as-user goes with enter", ""),
         (["-Ha", "-Mb"], "exclude each other", ""),
+        (["-M", "alice@"], "'alice@' names no container", "USER@CONTAINER"),
     ],
 )
 def test_what_is_wrong_is_named(
