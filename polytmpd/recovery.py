@@ -160,7 +160,8 @@ def _identity(path: str) -> tuple[str, str]:
         os.close(fd)
     for entry in mountinfo.read("1"):
         if entry.mount_id == mount_id:
-            return entry.device, os.path.normpath(f"{entry.root}/{os.path.relpath(path, entry.mount_point)}")
+            below = os.path.relpath(path, entry.mount_point)
+            return entry.device, os.path.normpath(f"{entry.root.rstrip('/')}/{below}")
     raise OSError(errno.EAGAIN, "its mount is gone", path)
 
 
