@@ -12,7 +12,7 @@ import pwd
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, TypeVar
 
 from polytmpd import devices
@@ -592,6 +592,7 @@ class Daemon:
         self._prepared(uid, record, instance)
 
     def _prepared(self, uid: int, record: _Record, instance: Instance) -> None:
+        self._take_namespace_from_others(uid, instance.namespace)
         record.instance = instance
         record.error = None
         self._changed(
@@ -599,6 +600,15 @@ class Daemon:
         )
         self._settle(uid)
         self._feed(uid, Event.PREPARED)
+
+    def _take_namespace_from_others(self, owner: int, namespace: int) -> None:
+        """The kernel gave the number of one that ended to the owner's: what is still shown of the instance
+        that it was, deleted now or mounted elsewhere, has none any more.
+        """
+        for uid, record in self._records.items():
+            if uid != owner and record.instance and record.instance.namespace == namespace:
+                record.instance = replace(record.instance, namespace=0)
+                self._changed(uid, ["NamespaceID"])
 
     def _prepare_failed(
         self, uid: int, record: _Record, error: Exception, event: Event = Event.PREPARE_FAILED

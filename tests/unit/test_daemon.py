@@ -977,6 +977,23 @@ async def test_whose_a_process_is(world: World, namespace: int, monkeypatch: pyt
     assert threading.get_ident() not in {thread for thread, _ in looked}
 
 
+async def test_a_number_that_the_kernel_gives_again_is_the_new_ones(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alice's namespace ended, and is shown while her instance is deleted; bob's has its number now."""
+    monkeypatch.setattr("polytmpd.kernel.processes._inode", lambda _: 1)
+    await world.active(ALICE, "1")
+    world.daemon.session_removed("1")
+    world.daemon.namespace_ended(ALICE.uid)
+    await eventually(lambda: world.executor.waits("remove 1"))
+    world.executor.made = 0
+    await world.active(BOB, "2")
+    assert await world.daemon.uid_of_process(os.getpid()) == BOB.uid
+    views = {view.user: (view.state, view.namespace) for view in world.daemon.views()}
+    assert views == {"alice": (State.REMOVING, 0), "bob": (State.ACTIVE, 1)}
+    assert ("changed", (ALICE.uid, ("NamespaceID",))) in world.announced
+
+
 async def test_a_login_service_with_threads_is_looked_at_once(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
