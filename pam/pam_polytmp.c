@@ -172,10 +172,8 @@ static bool is_system_user(const struct session *s) {
         unsigned long min = login_defs(s->pamh, "UID_MIN", UID_MIN_DEFAULT);
         unsigned long max = login_defs(s->pamh, "UID_MAX", UID_MAX_DEFAULT);
 
-        if (min > max) { /* or everybody would be one */
-                min = UID_MIN_DEFAULT;
-                max = UID_MAX_DEFAULT;
-        }
+        if (min > max) /* or everybody would be one */
+                return s->uid < UID_MIN_DEFAULT || s->uid > UID_MAX_DEFAULT;
         return s->uid < min || s->uid > max;
 }
 
@@ -210,8 +208,8 @@ static int check_caller(const struct session *s) {
 static bool is_unreachable(const sd_bus_error *error) {
         static const char *const NAMES[] = { /* one that ends in a dot is a prefix */
                 SD_BUS_ERROR_SERVICE_UNKNOWN, SD_BUS_ERROR_NAME_HAS_NO_OWNER, SD_BUS_ERROR_NO_REPLY,
-                SD_BUS_ERROR_TIMEOUT, SD_BUS_ERROR_DISCONNECTED, SD_BUS_ERROR_NO_SERVER,
-                "org.freedesktop.DBus.Error.TimedOut", "org.freedesktop.DBus.Error.Spawn.",
+                SD_BUS_ERROR_DISCONNECTED, SD_BUS_ERROR_NO_SERVER, SD_BUS_ERROR_LIMITS_EXCEEDED,
+                SD_BUS_ERROR_TIMEOUT, "org.freedesktop.DBus.Error.TimedOut", "org.freedesktop.DBus.Error.Spawn.",
                 "org.freedesktop.systemd1.", /* of activation: UnitMasked, NoSuchUnit, ... */
         };
 
@@ -280,21 +278,25 @@ static int await_reply(sd_bus *bus, sd_bus_message **reply, uint64_t deadline) {
 static int ask(const struct session *s, sd_bus **bus, sd_bus_message **reply) {
         CLEANUP(sd_bus_message_unrefp) sd_bus_message *call = NULL;
         uint64_t deadline = now_usec() + s->timeout * USEC_PER_SEC;
-        int r;
+        int r = sd_bus_open_system(bus);
 
-        r = sd_bus_open_system(bus);
         if (r >= 0)
                 r = sd_bus_message_new_method_call(*bus, &call, "org.polytmp1", "/org/polytmp1",
                                                    "org.polytmp1.Manager", "AcquireNamespace");
         if (r >= 0)
                 r = sd_bus_message_append(call, "u", (uint32_t) s->uid);
-        for (int i = 0; r >= 0 && i < 2; i++) {
+        for (int died = 0; r >= 0 && died < 2;) {
                 *reply = sd_bus_message_unref(*reply);
                 r = sd_bus_call_async(*bus, NULL, call, keep_reply, reply, UINT64_MAX);
                 if (r >= 0)
                         r = await_reply(*bus, reply, deadline);
-                if (r < 0 || !sd_bus_message_is_method_error(*reply, SD_BUS_ERROR_NO_REPLY))
-                        break; /* else once more: polytmpd ended over it */
+                if (r >= 0 && sd_bus_message_is_method_error(*reply, SD_BUS_ERROR_NO_REPLY))
+                        died++; /* polytmpd, over the question, which is asked once more */
+                else if (r >= 0 && sd_bus_message_is_method_error(*reply, SD_BUS_ERROR_LIMITS_EXCEEDED) &&
+                         now_usec() + 50000 < deadline)
+                        usleep(50000); /* too much waits for polytmpd, whoever sent it: keeps nobody out */
+                else
+                        break;
         }
         return r;
 }
@@ -303,9 +305,8 @@ static int ask(const struct session *s, sd_bus **bus, sd_bus_message **reply) {
 static int acquire_namespace(const struct session *s, int *ret_fd) {
         CLEANUP(sd_bus_close_unrefp) sd_bus *bus = NULL;
         CLEANUP(sd_bus_message_unrefp) sd_bus_message *reply = NULL;
-        int fd, r;
+        int fd, r = ask(s, &bus, &reply);
 
-        r = ask(s, &bus, &reply);
         if (r < 0)
                 return r == -ENOMEM ? out_of_memory(s) : unreachable(s, NULL, strerror(-r));
         if (sd_bus_message_is_method_error(reply, NULL))
@@ -337,8 +338,7 @@ static void restore_working_directory(const struct session *s, const char *path)
         CLEANUP(closep) int fd = path ? (int) syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof(how)) : -1;
 
         if (fd >= 0 && fchdir(fd) == 0)
-                return;
-        /* and stay where setns() has left us */
+                return; /* else stay where setns() has left us */
         pam_syslog(s->pamh, LOG_NOTICE, "no working directory %s in the namespace of user %s, using /",
                    path ? path : "(unknown)", s->user);
 }

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
 from polytmpd import __version__
-from polytmpd.bus.connection import BusError, Connection, Credentials
+from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.contract import (
     INSTANCE,
     MANAGER,
@@ -122,30 +122,36 @@ class Service:
 
     # Who is calling
 
-    async def _caller(self, call: Call) -> Credentials:
+    async def _caller(self, call: Call) -> int:
+        """The UID."""
+        return await self._told_by_bus(self._connection.uid_of(call.sender))
+
+    async def _process(self, call: Call) -> int:
+        """The caller's."""
+        return await self._told_by_bus(self._connection.pid_of(call.sender))
+
+    async def _told_by_bus(self, question: Awaitable[int]) -> int:
         try:
-            return await self._connection.credentials(call.sender)
+            return await question
         except BusError as error:
             raise AccessDeniedError(f"the bus does not tell who is calling: {error}") from None
 
-    async def _require_root(self, call: Call, what: str) -> Credentials:
-        caller = await self._caller(call)
-        if caller.uid != 0:
+    async def _require_root(self, call: Call, what: str) -> None:
+        if await self._caller(call) != 0:
             raise AccessDeniedError(f"{what} is for root only")
-        return caller
 
     async def _require(self, call: Call, action: PolkitAction, what: str, uid: int | None = None) -> None:
         """Root may; others where polkit says so. Raises PolytmpError."""
-        if (await self._caller(call)).uid == 0:
+        if await self._caller(call) == 0:
             return
         details = {} if uid is None else {"uid": str(uid), "user": self._name(uid)}
         await self._while_there(
             call, self._polkit.require(call.sender, action, what, details, interactive=call.interactive)
         )
 
-    async def _require_owner(self, call: Call, uid: int, what: str) -> Credentials:
+    async def _require_owner(self, call: Call, uid: int, what: str) -> int:
         caller = await self._caller(call)
-        if caller.uid in {0, uid}:
+        if caller in {0, uid}:
             return caller
         user = self._name(uid)
         await self._while_there(
@@ -167,7 +173,7 @@ class Service:
         if uid is None:
             return True
         try:
-            return (await self._connection.credentials(sender)).uid in {0, uid}
+            return await self._connection.uid_of(sender) in {0, uid}
         except BusError:
             return False
 
@@ -194,7 +200,7 @@ class Service:
     async def _ask(
         self,
         call: Call,
-        caller: Credentials,
+        caller: int,
         turns: Turns,
         question: Callable[[], Awaitable[T]],
         advice: str = "",
@@ -204,10 +210,10 @@ class Service:
         """
 
         async def answer() -> T:
-            async with turns.turn(caller.uid):
+            async with turns.turn(caller):
                 return await question()
 
-        with turns.asked(caller.uid):  # refused before the bus has to watch for the caller
+        with turns.asked(caller):  # refused before the bus has to watch for the caller
             try:
                 async with asyncio.timeout(ANSWER_TIMEOUT):
                     return await self._while_there(call, answer())
@@ -243,15 +249,15 @@ class Service:
         )
 
     async def _acquire_namespace(self, call: Call) -> Sequence[Any]:
-        caller = await self._require_root(call, "AcquireNamespace")
-        return [await self._backend.acquire(call.arguments[0], caller.pid)]
+        await self._require_root(call, "AcquireNamespace")
+        return [await self._backend.acquire(call.arguments[0], await self._process(call))]
 
     async def _get_instance(self, call: Call) -> Sequence[Any]:
         return [instance_path(self._view(call.arguments[0]).uid)]
 
     async def _get_instance_by_pid(self, call: Call) -> Sequence[Any]:
         caller = await self._caller(call)
-        pid = call.arguments[0] or caller.pid
+        pid = call.arguments[0] or await self._process(call)
         uid = await self._ask(call, caller, self._look_ups, lambda: self._backend.uid_of_process(pid))
         await self._require_owner(call, uid, "a process")
         return [instance_path(uid)]
@@ -271,7 +277,7 @@ class Service:
                 f"flags {flags:#x} are unknown; {REMOVE_PERSISTENT} stands for what persists"
             )
         caller = await self._caller(call)
-        action = PolkitAction.REMOVE_OWN if caller.uid == uid else PolkitAction.REMOVE
+        action = PolkitAction.REMOVE_OWN if caller == uid else PolkitAction.REMOVE
         await self._require(call, action, f"removing the instance of {self._name(uid)}", uid)
         try:
             await self._backend.remove(uid, persistent=bool(flags & REMOVE_PERSISTENT))
@@ -279,7 +285,7 @@ class Service:
             raise BusyError(f"{error}{await self._who_lives_there(call, caller, uid)}") from None
         return []
 
-    async def _who_lives_there(self, call: Call, caller: Credentials, uid: int) -> str:
+    async def _who_lives_there(self, call: Call, caller: int, uid: int) -> str:
         """For the end of an error's text; empty where nobody does, or it cannot be told now."""
         try:
             living = await self._ask(call, caller, self._lists, lambda: self._backend.processes(uid))
@@ -359,7 +365,7 @@ class Service:
         uid = self._uid(call)
         return [await self._count(call, await self._require_owner(call, uid, "the disk usage"), uid)]
 
-    async def _count(self, call: Call, caller: Credentials, uid: int) -> list[list[Any]]:
+    async def _count(self, call: Call, caller: int, uid: int) -> list[list[Any]]:
         advice = "du -x on the host's path takes the time it takes"
         found = await self._ask(call, caller, self._counts, lambda: self._backend.usage(uid), advice)
         return [list(entry) for entry in found]

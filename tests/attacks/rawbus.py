@@ -7,6 +7,7 @@ Runs in a machine under test, with its Python alone.
 rawbus.py flood SECONDS [CONNECTIONS]   calls that want no answer, as fast as they go; says how many
 rawbus.py big COUNT BYTES               calls whose body is an array of empty arrays
 rawbus.py fds COUNT                     calls, answers and signals with 16 descriptors each
+rawbus.py pile CONNECTIONS              as many calls with 16 descriptors each as the bus takes
 rawbus.py signatures COUNT              calls with a variant of a signature never seen before
 rawbus.py forge UID                     logind's signals, broadcast and to polytmpd alone
 rawbus.py ask CONNECTIONS UID MEMBER    64 calls of an instance's method on each, then waits for answers
@@ -15,6 +16,7 @@ rawbus.py pids CONNECTIONS PID          64 calls that ask for the process's inst
 rawbus.py owner                         the unique name of polytmpd
 """
 
+import contextlib
 import itertools
 import os
 import socket
@@ -184,12 +186,29 @@ def big(count: int, size: int) -> None:
     bus.sync()
 
 
-def descriptors(count: int) -> None:
-    bus = Bus()
-    owner = bus.owner()
-    body = struct.pack("<16I", *range(16))
+SIXTEEN = struct.pack("<16I", *range(16))
+
+
+def sixteen() -> list[tuple[int, int, bytes]]:
     fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(16)]
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("<16i", *fds))]
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("<16i", *fds))]
+
+
+def pile(connections: int) -> None:
+    buses, ancillary = [Bus() for _ in range(connections)], sixteen()
+    for bus in buses:
+        bus.socket.settimeout(1)  # the bus reads from nobody who has 64 descriptors on the way
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                data = call(next(bus.serials), PEER, "Ping", "h" * 16, SIXTEEN, fds=16)
+                bus.socket.sendmsg([data], ancillary)
+    print("sent", flush=True)
+    time.sleep(60)
+
+
+def descriptors(count: int) -> None:
+    bus, ancillary, body = Bus(), sixteen(), SIXTEEN
+    owner = bus.owner()
     for _ in range(count):
         for data in (
             call(next(bus.serials), INTROSPECTABLE, "Introspect", "h" * 16, body, fds=16),
@@ -266,6 +285,8 @@ def main() -> None:
             big(int(count), int(size))
         case ["fds", count]:
             descriptors(int(count))
+        case ["pile", connections]:
+            pile(int(connections))
         case ["signatures", count]:
             signatures(int(count))
         case ["forge", uid]:

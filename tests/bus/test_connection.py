@@ -149,12 +149,14 @@ async def test_an_address_that_is_none() -> None:
 
 
 async def test_credentials(connection: Connection, client: Client) -> None:
-    found = await connection.credentials(client.name)
-    assert (found.uid, found.pid) == (os.getuid(), os.getpid())
+    assert await connection.uid_of(client.name) == os.getuid()
+    assert await connection.pid_of(client.name) == os.getpid()
     await client.close()
     await departed(connection, client.name)
     with pytest.raises(BusError):
-        await connection.credentials(client.name)
+        await connection.uid_of(client.name)
+    with pytest.raises(BusError):
+        await connection.pid_of(client.name)
 
 
 async def test_a_name_is_owned_by_one(connection: Connection, connect: Callable[[], Any]) -> None:

@@ -180,7 +180,7 @@ async def test_descriptors_in_an_answer_that_we_asked_for_are_closed(
     before = len(descriptors())
     for _ in range(20):
         assert await connection.ask(client.name, "/x", "org.example.X", "Take") == [0, 1]
-        await connection.credentials(client.name)
+        await connection.ask_bus("GetConnectionCredentials", "s", client.name)
     await eventually(lambda: len(descriptors()) == before)
 
 

@@ -85,6 +85,26 @@ def test_descriptors_and_signatures_leave_nothing(machine: Machine) -> None:
     assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
 
 
+@pytest.mark.parametrize("command", ["pile 8", "pids 16 1"], ids=["messages", "answers-about-callers"])
+def test_descriptors_that_wait_to_be_read(machine: Machine, command: str) -> None:
+    """While 64 of them do, the bus refuses what anybody sends to the daemon, which stood still here."""
+    began = machine.now()
+    pid = machine.run("systemctl", "show", "-P", "MainPID", "polytmpd").stdout.strip()
+    machine.run("kill", "-STOP", pid)
+    try:
+        with (
+            attack(machine, "svc", program("rawbus.py", *command.split()), "sent"),
+            attack(machine, "root", "su alice -c 'echo in'") as login,
+        ):
+            machine.run("kill", "-CONT", pid)
+            for _ in range(5):
+                machine.run(*CALL.split(), "ListInstances", timeout=30)
+            eventually(lambda: login.output == "in\n", 30, "alice is in")
+    finally:
+        machine.run("kill", "-CONT", pid)
+    assert "full message queue" not in machine.journal("-u", "dbus", "--since", began)
+
+
 def test_a_flood_while_a_user_logs_in(machine: Machine) -> None:
     """Two seconds of calls as fast as the bus takes them, from four connections: late, not refused.
 

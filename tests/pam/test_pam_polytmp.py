@@ -616,6 +616,28 @@ def test_a_daemon_that_dies_over_every_call(world: World, bus: Bus, user: str) -
     assert session.seconds < 15
 
 
+def test_a_daemon_with_much_to_read_is_asked_again(
+    world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
+) -> None:
+    """The bus answers for it that its queue is full, which others may have filled."""
+    busy = daemon(error=f"{DBUS}LimitsExceeded", text="full", errors=3, open=[private.path])
+    session = world.open_session(bus=bus.address)
+    assert_joined(session, private)
+    assert session.log == []
+    assert busy.stop() == [CALL + "1500"] * 4
+
+
+@both_kinds
+def test_a_daemon_that_always_has_too_much_to_read(
+    world: World, bus: Bus, daemon: MakeDaemon, user: str
+) -> None:
+    world.module("timeout=1")
+    daemon(error=f"{DBUS}LimitsExceeded", text="full")
+    session = assert_unreachable_for(world, user, bus.address)
+    assert f"{DBUS}LimitsExceeded" in session.log[0][1]
+    assert 0.8 < session.seconds < 8
+
+
 @both_kinds
 def test_a_bus_that_dies_over_the_call(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
     daemon(silent=True, kill=[bus.process.pid])
