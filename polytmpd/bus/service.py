@@ -21,7 +21,7 @@ from polytmpd.bus.contract import (
 )
 from polytmpd.bus.polkit import Polkit, PolkitAction
 from polytmpd.bus.server import Call, Interface, Method, Property, Server, Signal
-from polytmpd.bus.turns import Turns
+from polytmpd.bus.turns import Questions, Turns
 from polytmpd.core.model import View
 from polytmpd.errors import (
     AccessDeniedError,
@@ -40,6 +40,9 @@ _LISTS_AT_ONCE: Final = 2
 _LOOK_UPS_AT_ONCE: Final = 1
 QUESTIONS_AT_ONCE: Final = 2 * (_COUNTS_AT_ONCE + _LISTS_AT_ONCE + _LOOK_UPS_AT_ONCE)
 """Answers of the backend's that are being found at once, root's and others': no more than that."""
+_TO_POLKIT_AT_MOST: Final = 64
+"""Questions to polkit that are open, for as long as people think. Of a connection that waits for 128 answers
+(max_replies_per_connection) the bus takes no question any more, to logind neither."""
 _NAMED_AT_MOST: Final = 5
 """Processes that an error names."""
 
@@ -98,6 +101,7 @@ class Service:
         self._counts = Turns(_COUNTS_AT_ONCE)
         self._lists = Turns(_LISTS_AT_ONCE)
         self._look_ups = Turns(_LOOK_UPS_AT_ONCE)
+        self._to_polkit = Questions(_TO_POLKIT_AT_MOST)
         self._server = Server(connection, PATH, self._may_list, self._require_read)
         self._server.add(PATH, self._manager())
 
@@ -142,24 +146,27 @@ class Service:
 
     async def _require(self, call: Call, action: PolkitAction, what: str, uid: int | None = None) -> None:
         """Root may; others where polkit says so. Raises PolytmpError."""
-        if await self._caller(call) == 0:
+        caller = await self._caller(call)
+        if caller == 0:
             return
         details = {} if uid is None else {"uid": str(uid), "user": self._name(uid)}
-        await self._while_there(
-            call, self._polkit.require(call.sender, action, what, details, interactive=call.interactive)
-        )
+        with self._to_polkit.asked(caller):
+            await self._while_there(
+                call, self._polkit.require(call.sender, action, what, details, interactive=call.interactive)
+            )
 
     async def _require_owner(self, call: Call, uid: int, what: str) -> int:
         caller = await self._caller(call)
         if caller in {0, uid}:
             return caller
         user = self._name(uid)
-        await self._while_there(
-            call,
-            self._polkit.require_inspect(
-                call.sender, uid, f"{what} of {user}", user, interactive=call.interactive
-            ),
-        )
+        with self._to_polkit.asked(caller):
+            await self._while_there(
+                call,
+                self._polkit.require_inspect(
+                    call.sender, uid, f"{what} of {user}", user, interactive=call.interactive
+                ),
+            )
         return caller
 
     async def _require_read(self, call: Call) -> None:

@@ -18,6 +18,7 @@ from polytmpd.bus.connection import Connection
 from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE, instance_path
 from polytmpd.bus.library import Message, MessageFlag, MessageType
 from polytmpd.bus.service import Service
+from polytmpd.bus.turns import ASKED_AT_MOST
 from polytmpd.errors import BusyError, NotPolyinstantiatedError, PolytmpError
 from tests.bus.world import PROPERTIES, STRANGER, Backend, Client, as_stranger, view
 from tests.unit.settled import eventually
@@ -278,6 +279,21 @@ async def test_nobody_waits_for_a_polkit_that_thinks(
     await eventually(lambda: authority.asked)
     assert await client.result("ListInstances")
     assert await client.result("Reload") is None
+
+
+async def test_one_user_has_so_many_questions_open(
+    shown: str, authority: FakePolkit, stranger: Stranger, client: Client
+) -> None:
+    """And no more: with 128 of them the bus would let the service ask nobody anything."""
+    authority.answer = None
+    for _ in range(ASKED_AT_MOST):
+        await stranger.start(PATH, f"{MANAGER}.Reload", interactive=True)
+    await eventually(lambda: len(authority.asked) == ASKED_AT_MOST, 30)
+    assert "too many questions" in await stranger.call(PATH, f"{MANAGER}.Reload", interactive=True)
+    assert "too many questions" in await stranger.call(shown, f"{INSTANCE}.ListHolders")
+    assert await client.result("Reload") is None
+    await stranger.close()
+    await eventually(lambda: len(authority.withdrawn) == ASKED_AT_MOST, 30)
 
 
 async def test_a_silent_polkit_is_a_no(

@@ -5,7 +5,7 @@ import asyncio
 
 import pytest
 
-from polytmpd.bus.turns import ASKED_AT_MOST, Turns
+from polytmpd.bus.turns import ASKED_AT_MOST, Questions, Turns
 from polytmpd.errors import PolytmpError
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
@@ -90,3 +90,13 @@ async def test_too_many_questions_of_one_user_are_refused_and_anothers_are_not()
     await crowd.leave(ALICE)
     assert not crowd.turns._asked
     assert not crowd.turns._own
+
+
+async def test_so_many_questions_in_all() -> None:
+    questions = Questions(3)
+    with questions.asked(ALICE), questions.asked(ALICE):
+        with questions.asked(BOB), pytest.raises(PolytmpError), questions.asked(CAROL):
+            pass
+        with questions.asked(CAROL):
+            pass
+    assert not questions._asked
