@@ -163,6 +163,11 @@ class Executor:
                 )
                 self._unwatched.add(uid)
             else:
+                if watch is None and instances.is_set_aside(instance):
+                    # A former process began to remove it: the rest are leftovers. A login would find nothing
+                    # to join, and be refused.
+                    self._forget(uid)
+                    return
                 if watch is None:
                     self._instances[uid] = instance
                     self._unconfirmed.append(uid)

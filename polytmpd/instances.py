@@ -163,6 +163,14 @@ def set_aside(instance: Instance) -> list[tuple[str, str]]:
     return aside
 
 
+def is_set_aside(instance: Instance) -> bool:
+    """Whether set_aside() has begun: something that does not persist is not in its place any more."""
+    return any(
+        entry.directory.lifetime is Lifetime.INSTANCE and not os.path.lexists(_on_host(entry.host_path))
+        for entry in instance.directories
+    )
+
+
 def set_persistent_aside(uid: int, directories: Sequence[Directory]) -> list[tuple[str, str]]:
     """Rename what is kept of a user who has no instance. Raises OSError."""
     aside: list[tuple[str, str]] = []
@@ -334,12 +342,16 @@ def _roll_back(entries: Sequence[InstanceDirectory]) -> None:
             log.error("Half-made instance directory stays until the next start: %s", error)
 
 
+def _on_host(path: str) -> str:
+    return f"{mountns.HOST}/root{path}"
+
+
 @contextlib.contextmanager
 def _base(path: str) -> Iterator[int]:
     """A descriptor of the host's own directory, whatever mount namespace the unit's sandbox gave to this
     process.
     """
-    fd = os.open(f"{mountns.HOST}/root{path}", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(_on_host(path), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield fd
     finally:

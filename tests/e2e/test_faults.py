@@ -156,6 +156,21 @@ def test_killed_at_each_step_of_a_rejoin(host: Host, straggler: str) -> None:
     assert {"sdnotify.store", "state.write_text", "state.replace"} <= report(kills, begin)
 
 
+def test_a_login_before_the_next_daemon_has_looked_around(host: Host) -> None:
+    """The former one died over a removal: what it had set aside is nothing to be joined."""
+    su = ("su", "alice", "-c", f"{observe.NAMESPACE}; ls /tmp; touch /tmp/x")
+    begin = host.machine.now()
+    for _ in range(10):
+        host.plan(Plan(1, "kill", "storage.syscalls.renameat2"))
+        host.machine.run(*su)
+        eventually(host.fired, 60, "it is killed")
+        namespace, *files = host.machine.run(*su).stdout.split()
+        assert files == []
+        assert namespace != host.host_namespace()
+        host.wait_gone()
+    assert "no private /tmp" not in host.machine.journal("--since", begin), "nor was alice's manager refused"
+
+
 @pytest.mark.parametrize("step", ["storage.os.mkdir", "mountns.build", "state.replace"])
 def test_stands_still_at_a_step(host: Host, step: str) -> None:
     """Until the watchdog ends it: the login that waits is answered, and the next one works."""

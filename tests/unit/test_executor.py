@@ -95,6 +95,24 @@ async def test_a_stored_namespace_that_cannot_be_looked_into(
         os.fstat(stored)
 
 
+# A removal that was interrupted
+
+
+@pytest.mark.parametrize("lives", [False, True])
+async def test_an_instance_that_is_set_aside_already(
+    world: World, monkeypatch: pytest.MonkeyPatch, lives: bool
+) -> None:
+    """The daemon ended before it forgot it. A login would be refused: nothing is there to be joined."""
+    if not lives:
+        monkeypatch.setattr(instances, "open_living", lambda _: None)
+    monkeypatch.setattr(mountns, "renew_sentinel", lambda *_: 1)
+    world.state.save(INSTANCE)
+    restored = world.executor.restore([TMP])
+    world.executor.start()
+    assert [entry.uid for entry in restored.draining] == ([UID] if lives else [])
+    assert set(world.state.load()[0]) == ({UID} if lives else set())
+
+
 # No watch
 
 
@@ -167,6 +185,7 @@ async def test_what_root_removed_is_not_there_any_more(
 def ended(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """At start, nobody is found in the namespace."""
     monkeypatch.setattr(instances, "open_living", lambda _: None)
+    monkeypatch.setattr(instances, "is_set_aside", lambda _: False)
     world.state.save(INSTANCE)
     world.mounted = {BARRIER: NOBODY}
     assert world.executor.restore([TMP]).draining
