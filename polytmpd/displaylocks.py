@@ -38,7 +38,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from polytmpd import shared
-from polytmpd.core.model import INNER, Directory, Instance, Lifetime
+from polytmpd.core.model import Directory, Instance, Lifetime
+from polytmpd.core.names import INNER
 from polytmpd.journal import fields
 from polytmpd.kernel import syscalls
 from polytmpd.kernel.inotify import (

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from polytmpd import instances, recovery, sdnotify, tmpfiles
+from polytmpd.core import names
 from polytmpd.core.model import (
     Directory,
     Instance,
     InstanceDirectory,
     Lifetime,
-    barrier_name,
 )
 from polytmpd.journal import MessageId, fields
 from polytmpd.kernel import mountns, pidfd
@@ -352,7 +352,7 @@ class Executor:
     def persistent(self, uid: int, directories: Sequence[Directory]) -> tuple[InstanceDirectory, ...]:
         """What is kept of a user between instances. Blocking, short."""
         entries = [
-            InstanceDirectory(directory, barrier_name(directory.lifetime, self._boot_id, uid, ""))
+            InstanceDirectory(directory, names.kept_barrier(uid))
             for directory in instances.effective(directories)
             if directory.lifetime is Lifetime.PERSISTENT
         ]

@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from polytmpd import accounts, deletion, recovery, shared, storage
+from polytmpd.core import names
 from polytmpd.core.model import (
-    INNER,
-    LEFTOVER,
     Directory,
     Instance,
     InstanceDirectory,
     Lifetime,
-    barrier_name,
 )
+from polytmpd.core.names import INNER
 from polytmpd.journal import MessageId, fields
 from polytmpd.kernel import mountns, processes
 from polytmpd.kernel.mountinfo import Mount
@@ -49,7 +48,7 @@ def prepare(
             with _base(directory.path) as base:
                 entry = InstanceDirectory(
                     replace(directory, shared=_shareable(base, directory)),
-                    barrier_name(directory.lifetime, boot_id, uid, secrets.token_hex(8)),
+                    _new_barrier(directory.lifetime, boot_id, uid),
                 )
                 inner, is_new = _make_or_adopt(base, entry, uid, user)
                 made.append(entry)
@@ -151,7 +150,7 @@ def set_aside(instance: Instance) -> list[tuple[str, str]]:
             continue
         try:
             with _base(entry.directory.path) as base:
-                aside.append((entry.directory.path, storage.set_aside(base, entry.barrier)))
+                aside.append((entry.directory.path, _set_aside(base, entry.barrier)))
         except FileNotFoundError:
             log.warning("%s was gone already", entry.host_path)
         except OSError as error:
@@ -177,9 +176,7 @@ def set_persistent_aside(uid: int, directories: Sequence[Directory]) -> list[tup
     for directory in effective(directories):
         if directory.lifetime is Lifetime.PERSISTENT:
             with contextlib.suppress(FileNotFoundError), _base(directory.path) as base:
-                aside.append(
-                    (directory.path, storage.set_aside(base, barrier_name(directory.lifetime, "", uid, "")))
-                )
+                aside.append((directory.path, _set_aside(base, names.kept_barrier(uid))))
     return aside
 
 
@@ -217,7 +214,7 @@ def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[tu
     for directory in effective(directories):
         try:
             with _base(directory.path) as base:
-                found = storage.leftovers(base, LEFTOVER)
+                found = storage.leftovers(base)
         except OSError as error:  # whoever logs in is refused for it: no reason to end
             log.error("%s cannot be looked into: %s", directory.path, error)
             continue
@@ -297,7 +294,8 @@ def _keep_for_a_former_user(base: int, entry: InstanceDirectory, uid: int, user:
     former = storage.remembered(base, entry.barrier)
     if former is None or not accounts.is_former(former, uid, user):
         return
-    aside = storage.set_aside(base, entry.barrier, f"polytmp-former-{uid}-")
+    aside = names.former(uid, _random())
+    storage.set_aside(base, entry.barrier, aside)
     log.warning(
         "UID %d was %s's and is %s's now, who gets a new %s; what %s kept there is in %s/%s",
         uid,
@@ -309,6 +307,22 @@ def _keep_for_a_former_user(base: int, entry: InstanceDirectory, uid: int, user:
         aside,
         extra=fields(MessageId.FORMER_USER, uid, user),
     )
+
+
+def _new_barrier(lifetime: Lifetime, boot_id: str, uid: int) -> str:
+    if lifetime is Lifetime.PERSISTENT:
+        return names.kept_barrier(uid)
+    return names.barrier(boot_id, uid, _random())
+
+
+def _set_aside(base: int, barrier: str) -> str:
+    new = names.removing(_random())
+    storage.set_aside(base, barrier, new)
+    return new
+
+
+def _random() -> str:
+    return secrets.token_hex(names.RANDOM_BYTES)
 
 
 def _shareable(base: int, directory: Directory) -> tuple[str, ...]:

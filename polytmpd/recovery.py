@@ -9,18 +9,18 @@ import functools
 import itertools
 import os
 import pwd
-import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from polytmpd.core.model import INNER, Directory, Instance, InstanceDirectory
+from polytmpd.core import names
+from polytmpd.core.model import Directory, Instance, InstanceDirectory
+from polytmpd.core.names import INNER
 from polytmpd.kernel import mountinfo, mountns, processes
 from polytmpd.kernel.mountinfo import Mount
 
-_BARRIER: Final = re.compile(r"polytmp-(?:[0-9a-f]{32}-(\d{1,10})-[0-9a-f]{16}|(\d{1,10}))", re.ASCII)
-_BARRIERS: Final = b"/polytmp-"
+_BARRIERS: Final = f"/{names.PREFIX}".encode()
 """What each line has that is about one."""
 _LINES_BETWEEN: Final = 4096
 """So many lines are read before it is asked whether to go on."""
@@ -39,16 +39,9 @@ def barrier_of(mount: Mount) -> str | None:
     """The barrier's name where the mount is the inner directory of an instance, or lies in it."""
     parts = mount.root.split("/")
     for name, inner in itertools.pairwise(parts):
-        if inner == INNER and _BARRIER.fullmatch(name):
+        if inner == INNER and names.owner(name) is not None:
             return name
     return None
-
-
-def _owner(barrier: str) -> int:
-    match = _BARRIER.fullmatch(barrier)
-    if match is None:
-        raise ValueError(f"{barrier!r} is no barrier's name")
-    return int(match[1] or match[2])
 
 
 def _private(mounts: Sequence[Mount], directories: Sequence[Directory]) -> dict[str, str]:
@@ -88,8 +81,9 @@ def living(directories: Sequence[Directory]) -> Iterator[Living]:
     host = mountns.host_namespace_inode()
     for namespace, _, mounts in processes.in_each_namespace(_privileged_mounts):
         private = _private(mounts, directories)
-        if namespace != host and private and _peers(mounts) & peers:
-            yield Living(_owner(next(iter(private.values()))), namespace, tuple(mounts))
+        owner = names.owner(next(iter(private.values()), ""))
+        if namespace != host and owner is not None and _peers(mounts) & peers:
+            yield Living(owner, namespace, tuple(mounts))
 
 
 def _privileged_mounts(process: str) -> list[Mount]:
@@ -109,7 +103,7 @@ def reconstruct(
     for directory in directories:
         path = os.path.realpath(directory.path)
         barrier = _private(mounts, [directory]).get(path)
-        if barrier is None or _owner(barrier) != uid:
+        if barrier is None or names.owner(barrier) != uid:
             continue
         shared = tuple(name for name in directory.shared if f"{path}/{name}" in points)
         entries.append(InstanceDirectory(replace(directory, path=path, shared=shared), barrier))
@@ -144,8 +138,8 @@ def mounted_barriers(
         return {}
     found: dict[str, int] = {}
     look = functools.partial(_mounted, wanted=wanted, cancelled=cancelled)
-    for _, pid, names in processes.in_each_namespace(look):
-        for name in names:
+    for _, pid, barriers in processes.in_each_namespace(look):
+        for name in barriers:
             found.setdefault(name, pid)
     return found
 
@@ -178,15 +172,15 @@ def _mounted(
             device, root = mountinfo.device_and_root(line)
             found.update(
                 name
-                for (its_device, directory), names in wanted.items()
+                for (its_device, directory), barriers in wanted.items()
                 if its_device == device
-                for name in _lies_in(root, directory, names)
+                for name in _lies_in(root, directory, barriers)
             )
     return found
 
 
-def _lies_in(root: str, directory: str, names: Collection[str]) -> Iterator[str]:
+def _lies_in(root: str, directory: str, barriers: Collection[str]) -> Iterator[str]:
     prefix = directory.rstrip("/") + "/"
     name, _, inner = root.removeprefix(prefix).partition("/")
-    if root.startswith(prefix) and name in names and mountinfo.is_below(inner, INNER):
+    if root.startswith(prefix) and name in barriers and mountinfo.is_below(inner, INNER):
         yield name

@@ -22,7 +22,6 @@ Hard facts
 
 import errno
 import os
-import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -31,16 +30,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from polytmpd.core import names
+from polytmpd.core.names import INNER
 from polytmpd.kernel import syscalls
 
-INNER: Final = "tmp"
 MARK: Final = "user"
 """A symbolic link in a kept barrier: it leads nowhere, and its text is the name of the user it was made for.
 
 Unlike a file it is there whole or not at all, also after a crash; unlike an attribute every file system and
 every backup has it.
 """
-REMOVING: Final = re.compile(r"polytmp-removing-[0-9a-f]{16}", re.ASCII)
 
 _BARRIER_MODE: Final = 0o700
 _MOUNTPOINT_MODE: Final = 0o1777
@@ -149,22 +148,17 @@ def remembered(base_fd: int, name: str) -> str | None:
                 ) from None
 
 
-def set_aside(base_fd: int, name: str, prefix: str = "polytmp-removing-") -> str:
-    """Renames the barrier to a new name, and returns that; the old one is free.
-
-    `leftovers` knows the new one, unless another prefix is asked for.
-    """
+def set_aside(base_fd: int, name: str, new: str) -> None:
+    """Renames the barrier to a new name; the old one is free."""
     with ExitStack() as fds:
-        base, where = _open_base(base_fd, fds, name)
+        base, where = _open_base(base_fd, fds, name, new)
         _open_barrier(base, name, where, fds)
-        new = f"{prefix}{secrets.token_hex(8)}"
         with _naming(where):
             syscalls.renameat2(base, name, base, new, syscalls.RENAME_NOREPLACE)
-        return new
 
 
-def leftovers(base_fd: int, pattern: re.Pattern[str] = REMOVING) -> Leftovers:
-    """Finds the barriers whose whole name matches. Nothing is touched."""
+def leftovers(base_fd: int) -> Leftovers:
+    """Finds the barriers with names of left-over ones. Nothing is touched."""
     removable: list[str] = []
     foreign: list[tuple[str, str]] = []
     foreign_count = 0
@@ -172,7 +166,7 @@ def leftovers(base_fd: int, pattern: re.Pattern[str] = REMOVING) -> Leftovers:
         base, where = _open_base(base_fd, fds)
         with _naming(where), os.scandir(base) as entries:
             for entry in entries:
-                if not pattern.fullmatch(entry.name):
+                if not names.is_leftover(entry.name):
                     continue
                 try:
                     reason = _why_no_barrier(_look(base, entry.name))

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from polytmpd.config import SOCKET_DIRECTORIES
-from polytmpd.core.model import INNER, Directory, Lifetime
+from polytmpd.core.model import Directory, Lifetime
+from polytmpd.core.names import CLEANER_PATTERN, INNER
 from polytmpd.kernel.mountns import HOST
 
 DIRECTORY: Final = Path(f"{HOST}/root/run/tmpfiles.d")
@@ -73,12 +74,12 @@ def _lines(path: str, directory: Directory) -> Iterator[str]:
     # The package's file has /var/tmp's barriers, and /tmp's of this boot; its socket directories for /tmp.
     is_covered = path == "/tmp" and directory.lifetime is Lifetime.INSTANCE
     if not is_covered and path != "/var/tmp":
-        yield f"x {_field(f'{place}/polytmp-?*')}"
-        yield f"X {_field(f'{place}/polytmp-?*/{INNER}')}"
+        yield f"x {_field(f'{place}/{CLEANER_PATTERN}')}"
+        yield f"X {_field(f'{place}/{CLEANER_PATTERN}/{INNER}')}"
     for name in directory.shared:
         if is_covered and name in SOCKET_DIRECTORIES:
             continue
-        yield f"x {_field(f'{place}/polytmp-?*/{INNER}/{_pattern(name)}')}"
+        yield f"x {_field(f'{place}/{CLEANER_PATTERN}/{INNER}/{_pattern(name)}')}"
         if path != "/tmp" or name not in SOCKET_DIRECTORIES:
             yield f"X {_field(f'{place}/{_respelled(name)}')}"
 

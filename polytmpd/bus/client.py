@@ -15,9 +15,8 @@ from polytmpd.bus.contract import (
     PATH,
     REMOVE_PERSISTENT,
     SERVICE,
-    instance_path,
-    uid_of_path,
 )
+from polytmpd.core.names import object_owner, object_path
 
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
@@ -80,7 +79,7 @@ class Polytmp:
         # As long as a person takes to type a password.
         timeout = None if self._interactive else 25.0
         return await self._connection.ask(
-            SERVICE, instance_path(uid), INSTANCE, member, interactive=self._interactive, timeout=timeout
+            SERVICE, object_path(uid), INSTANCE, member, interactive=self._interactive, timeout=timeout
         )
 
     async def instances(self) -> list[Listed]:
@@ -93,7 +92,7 @@ class Polytmp:
         return {
             uid: _plain(interfaces[INSTANCE])
             for path, interfaces in objects.items()
-            if INSTANCE in interfaces and (uid := uid_of_path(path)) is not None
+            if INSTANCE in interfaces and (uid := object_owner(path)) is not None
         }
 
     async def instance(self, uid: int) -> str:
@@ -105,7 +104,7 @@ class Polytmp:
         """The properties of an instance, as plain values."""
         (found,) = await self._connection.ask(
             SERVICE,
-            instance_path(uid),
+            object_path(uid),
             PROPERTIES,
             "GetAll",
             "s",
@@ -139,7 +138,7 @@ class Polytmp:
             if error.name.endswith(".NotPolyinstantiated"):
                 return None
             raise
-        return uid_of_path(path)
+        return object_owner(path)
 
     async def acquire(self, uid: int) -> int:
         """A descriptor of the namespace, the caller's to close."""
@@ -181,7 +180,7 @@ class Polytmp:
         """
 
         def on_added(_: str, body: list[Any]) -> None:
-            uid = uid_of_path(body[0])
+            uid = object_owner(body[0])
             if uid is not None and INSTANCE in body[1]:
                 new(uid, str(_plain(body[1][INSTANCE]).get("State", "")))
 
@@ -189,7 +188,7 @@ class Polytmp:
             removed(body[0])
 
         def on_changed(path: str, body: list[Any]) -> None:
-            uid = uid_of_path(path)
+            uid = object_owner(path)
             if uid is not None and body[0] == INSTANCE:
                 changed(uid, _plain(body[1]), list(body[2]))
 

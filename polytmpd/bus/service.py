@@ -16,13 +16,12 @@ from polytmpd.bus.contract import (
     PATH,
     REMOVE_PERSISTENT,
     SERVICE,
-    instance_path,
-    uid_of_path,
 )
 from polytmpd.bus.polkit import Polkit, PolkitAction
 from polytmpd.bus.server import Call, Interface, Method, Property, Server, Signal
 from polytmpd.bus.turns import Questions, Turns
 from polytmpd.core.model import View
+from polytmpd.core.names import object_owner, object_path
 from polytmpd.errors import (
     AccessDeniedError,
     BusyError,
@@ -112,17 +111,17 @@ class Service:
     # What the daemon tells
 
     def instance_new(self, uid: int) -> None:
-        path = instance_path(uid)
+        path = object_path(uid)
         self._server.add(path, self._instance(uid))
         self._server.emit(PATH, MANAGER, "InstanceNew", "uo", [uid, path])
 
     def instance_removed(self, uid: int) -> None:
-        path = instance_path(uid)
+        path = object_path(uid)
         self._server.remove(path)
         self._server.emit(PATH, MANAGER, "InstanceRemoved", "uo", [uid, path])
 
     def instance_changed(self, uid: int, names: Sequence[str]) -> None:
-        self._server.changed(instance_path(uid), INSTANCE, names)
+        self._server.changed(object_path(uid), INSTANCE, names)
 
     # Who is calling
 
@@ -170,13 +169,13 @@ class Service:
         return caller
 
     async def _require_read(self, call: Call) -> None:
-        uid = uid_of_path(call.path)
+        uid = object_owner(call.path)
         if uid is not None:
             await self._require_owner(call, uid, "the instance")
 
     async def _may_list(self, sender: str, path: str) -> bool:
         """Another user's paths and processes are not everybody's, and a list is no reason to ask polkit."""
-        uid = uid_of_path(path)
+        uid = object_owner(path)
         if uid is None:
             return True
         try:
@@ -260,17 +259,17 @@ class Service:
         return [await self._backend.acquire(call.arguments[0], await self._process(call))]
 
     async def _get_instance(self, call: Call) -> Sequence[Any]:
-        return [instance_path(self._view(call.arguments[0]).uid)]
+        return [object_path(self._view(call.arguments[0]).uid)]
 
     async def _get_instance_by_pid(self, call: Call) -> Sequence[Any]:
         caller = await self._caller(call)
         pid = call.arguments[0] or await self._process(call)
         uid = await self._ask(call, caller, self._look_ups, lambda: self._backend.uid_of_process(pid))
         await self._require_owner(call, uid, "a process")
-        return [instance_path(uid)]
+        return [object_path(uid)]
 
     async def _list_instances(self, _: Call) -> Sequence[Any]:
-        return [[[view.uid, view.user, instance_path(view.uid)] for view in self._backend.views()]]
+        return [[[view.uid, view.user, object_path(view.uid)] for view in self._backend.views()]]
 
     async def _resolve_path(self, call: Call) -> Sequence[Any]:
         uid, path = call.arguments
@@ -378,7 +377,7 @@ class Service:
         return [list(entry) for entry in found]
 
     def _uid(self, call: Call) -> int:
-        uid = uid_of_path(call.path)
+        uid = object_owner(call.path)
         if uid is None:
             raise NoSuchInstanceError(f"{call.path} is no instance")
         return uid

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The words of polytmp: states, directories, names of instance directories.
+"""The words of polytmp: states, directories, instances.
 
-Not here: anything that changes, see lifecycle.
+Not here: the names of directories (names), and anything that changes (lifecycle).
 """
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+
+from polytmpd.core.names import INNER
 
 
 class State(StrEnum):
@@ -51,26 +51,6 @@ class InstanceDirectory:
     def host_path(self) -> str:
         """Where root finds the user's files."""
         return f"{self.directory.path}/{self.barrier}/{INNER}"
-
-
-INNER: Final = "tmp"
-"""The directory in the barrier that takes the place of the original."""
-
-LEFTOVER: Final = re.compile(r"polytmp-(removing|[0-9a-f]{32}-\d{1,10})-[0-9a-f]{16}", re.ASCII)
-"""Barriers that no start leaves on disk unless somebody lives in them:
-
-set aside, or living as long as their instance.
-"""
-
-
-def barrier_name(lifetime: Lifetime, boot_id: str, uid: int, random: str) -> str:
-    """The name of a new instance's barrier.
-
-    boot_id: 32 hex digits; random: 16 of them, not to be guessed.
-    """
-    if lifetime is Lifetime.PERSISTENT:
-        return f"polytmp-{uid}"
-    return f"polytmp-{boot_id}-{uid}-{random}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from polytmpd.core.names import SENTINEL
 from polytmpd.kernel import mountinfo
-from polytmpd.kernel.mountns import SENTINEL_SOURCE
 from polytmpd.kernel.processes import commands, namespace_paths, pids
 
 _DESCRIPTORS_TIMEOUT: Final = 5.0
@@ -121,7 +121,7 @@ def _is_copy(process: str, roots: Collection[str], cancelled: Callable[[], bool]
     names = [f"/{name}/".encode() for name in roots]
     with contextlib.suppress(OSError):
         for line in mountinfo.lines(process):
-            sentinel = sentinel or SENTINEL_SOURCE.encode() in line
+            sentinel = sentinel or SENTINEL.encode() in line
             inside = inside or any(name in line for name in names)
             if sentinel and inside:
                 return True

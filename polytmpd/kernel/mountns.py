@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from polytmpd.core.names import SENTINEL
 from polytmpd.kernel import mountinfo
 from polytmpd.kernel.mountinfo import Mount
 from polytmpd.kernel.syscalls import (
@@ -66,7 +67,6 @@ from polytmpd.kernel.syscalls import (
 T = TypeVar("T")
 
 HOST: Final = "/proc/1"
-SENTINEL_SOURCE: Final = "polytmp-sentinel"
 # One page at most, no access for anybody: it only has to end with the namespace.
 _SENTINEL_OPTIONS: Final = (("size", "4k"), ("nr_inodes", "2"), ("mode", "0000"))
 _BUILDS_AT_MOST: Final = 8
@@ -142,7 +142,7 @@ def renew_sentinel(
 
 def _set_sentinel_beneath(path: str, watch_sentinel: Callable[[str], int]) -> int:
     with contextlib.ExitStack() as fds:
-        sentinel = fsmount(SENTINEL_SOURCE, "tmpfs", _SENTINEL_OPTIONS)
+        sentinel = fsmount(SENTINEL, "tmpfs", _SENTINEL_OPTIONS)
         fds.callback(os.close, sentinel)
         target = os.open(path, _O_DIRECTORY_PATH | os.O_NOFOLLOW)
         fds.callback(os.close, target)
@@ -421,7 +421,7 @@ def _act_on(entry: Mount, action: Callable[[str], None]) -> bool:
 
 def _mount_sentinel(path: str, watch_sentinel: Callable[[str], int]) -> int:
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    mount(SENTINEL_SOURCE, path, "tmpfs", flags, ",".join("=".join(option) for option in _SENTINEL_OPTIONS))
+    mount(SENTINEL, path, "tmpfs", flags, ",".join("=".join(option) for option in _SENTINEL_OPTIONS))
     root = os.open(path, _O_DIRECTORY_PATH | os.O_NOFOLLOW)
     try:
         return watch_sentinel(f"/proc/self/fd/{root}")

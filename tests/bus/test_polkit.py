@@ -15,10 +15,11 @@ import pytest
 from polytmpd.bus import polkit
 from polytmpd.bus import service as service_module
 from polytmpd.bus.connection import Connection
-from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE, instance_path
+from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE
 from polytmpd.bus.library import Message, MessageFlag, MessageType
 from polytmpd.bus.service import Service
 from polytmpd.bus.turns import ASKED_AT_MOST
+from polytmpd.core.names import object_path
 from polytmpd.errors import BusyError, NotPolyinstantiatedError, PolytmpError
 from tests.bus.world import PROPERTIES, STRANGER, Backend, Client, as_stranger, view
 from tests.unit.settled import eventually
@@ -106,7 +107,7 @@ def shown(service: Service, backend: Backend) -> str:
     """bob's instance."""
     backend.shown[1002] = view(1002, "bob")
     service.instance_new(1002)
-    return instance_path(1002)
+    return object_path(1002)
 
 
 ACTIONS = [
@@ -118,10 +119,10 @@ ACTIONS = [
     pytest.param(PATH, f"{MANAGER}.ResolvePath", ("us", "1002", "/tmp/x"), "inspect", id="ResolvePath"),
     pytest.param(PATH, f"{MANAGER}.GetUserUsage", ("u", "1002"), "inspect", id="GetUserUsage"),
     pytest.param(PATH, f"{MANAGER}.GetRemovalProgress", ("u", "1002"), "inspect", id="GetRemovalProgress"),
-    pytest.param(instance_path(1002), f"{INSTANCE}.ListProcesses", (), "inspect", id="ListProcesses"),
-    pytest.param(instance_path(1002), f"{INSTANCE}.ListHolders", (), "inspect", id="ListHolders"),
-    pytest.param(instance_path(1002), f"{INSTANCE}.GetUsage", (), "inspect", id="GetUsage"),
-    pytest.param(instance_path(1002), f"{PROPERTIES}.GetAll", ("s", INSTANCE), "inspect", id="GetAll"),
+    pytest.param(object_path(1002), f"{INSTANCE}.ListProcesses", (), "inspect", id="ListProcesses"),
+    pytest.param(object_path(1002), f"{INSTANCE}.ListHolders", (), "inspect", id="ListHolders"),
+    pytest.param(object_path(1002), f"{INSTANCE}.GetUsage", (), "inspect", id="GetUsage"),
+    pytest.param(object_path(1002), f"{PROPERTIES}.GetAll", ("s", INSTANCE), "inspect", id="GetAll"),
 ]
 
 
@@ -158,7 +159,7 @@ async def test_ones_own_instance_is_another_action(
     await stranger.call(PATH, f"{MANAGER}.RemoveInstance", "u", str(STRANGER))
     assert [asked[1] for asked in authority.asked] == ["org.polytmp1.remove-own-instance"]
     assert backend.removed == [(STRANGER, False)]
-    await stranger.call(instance_path(STRANGER), f"{INSTANCE}.ListProcesses")
+    await stranger.call(object_path(STRANGER), f"{INSTANCE}.ListProcesses")
     assert len(authority.asked) == 1, "looking at one's own needs nobody's leave"
 
 
@@ -411,7 +412,7 @@ async def test_counting_ends_when_the_caller_leaves(
     backend.shown[1002] = view(1002)
     service.instance_new(1002)
     leaving = await new_client()
-    asked = asyncio.ensure_future(leaving.call(member, path=instance_path(1002), interface=INSTANCE))
+    asked = asyncio.ensure_future(leaving.call(member, path=object_path(1002), interface=INSTANCE))
     await eventually(lambda: counting.running == 1)
     leaving.bus.disconnect()
     await eventually(lambda: counting.cancelled == 1)
@@ -424,7 +425,7 @@ async def test_few_counts_at_once(service: Service, backend: Backend, client: Cl
     counting = Counting(backend)
     backend.shown[1002] = view(1002)
     service.instance_new(1002)
-    path = instance_path(1002)
+    path = object_path(1002)
     calls = [asyncio.ensure_future(client.call(member, path=path, interface=INSTANCE)) for _ in range(20)]
     await eventually(lambda: sum(call.done() for call in calls) == 4)
     assert {call.result().error_name for call in calls if call.done()} == {"org.polytmp1.Error.Failed"}
@@ -443,10 +444,10 @@ async def test_root_does_not_wait_for_others(
     backend.shown[STRANGER] = view(STRANGER)
     service.instance_new(STRANGER)
     for _ in range(3):
-        await stranger.start(instance_path(STRANGER), f"{INSTANCE}.{member}")
+        await stranger.start(object_path(STRANGER), f"{INSTANCE}.{member}")
     turns = service._counts if member == "GetUsage" else service._lists
     await eventually(lambda: turns._asked.get(STRANGER) == 3)
-    asked = asyncio.ensure_future(client.call(member, path=instance_path(STRANGER), interface=INSTANCE))
+    asked = asyncio.ensure_future(client.call(member, path=object_path(STRANGER), interface=INSTANCE))
     await eventually(lambda: counting.running == 2)
     counting.gate.set()
     await asyncio.wait_for(asked, 10)
@@ -462,6 +463,6 @@ async def test_counting_has_an_end(
     counting = Counting(backend)
     backend.shown[1002] = view(1002)
     service.instance_new(1002)
-    name, text = await client.error(member, path=instance_path(1002), interface=INSTANCE)
+    name, text = await client.error(member, path=object_path(1002), interface=INSTANCE)
     assert (name, "not found within" in text) == ("org.polytmp1.Error.Failed", True)
     assert counting.cancelled == 1

@@ -12,10 +12,11 @@ import pytest
 
 from polytmpd import __version__, errors
 from polytmpd.bus.connection import BusError, Connection
-from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE, instance_path, uid_of_path
+from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE
 from polytmpd.bus.library import Variant
 from polytmpd.bus.service import Service
 from polytmpd.core.model import State
+from polytmpd.core.names import object_owner, object_path
 from tests.bus.world import PROPERTIES, STRANGER, Backend, Client, as_stranger, run, view
 from tests.unit.settled import eventually
 
@@ -35,7 +36,7 @@ def shown(service: Service, backend: Backend) -> Callable[..., str]:
     def show(uid: int = 1000, **more: Any) -> str:
         backend.shown[uid] = view(uid, **more)
         service.instance_new(uid)
-        return instance_path(uid)
+        return object_path(uid)
 
     return show
 
@@ -75,7 +76,7 @@ async def test_children_are_paths_and_not_prefixes(shown: Callable[..., str], cl
         shown(uid)
     children = re.compile(r'<node name="(.*?)"')
     assert children.findall(await introspect(client, f"{PATH}/instance")) == ["_100", "_1000", "_10001"]
-    assert children.findall(await introspect(client, instance_path(100))) == []
+    assert children.findall(await introspect(client, object_path(100))) == []
     assert children.findall(await introspect(client, PATH)) == ["instance"]
     assert children.findall(await introspect(client, "/")) == ["org"]
     assert children.findall(await introspect(client, "/org")) == ["polytmp1"]
@@ -84,8 +85,8 @@ async def test_children_are_paths_and_not_prefixes(shown: Callable[..., str], cl
 @pytest.mark.parametrize(
     ("path", "uid"),
     [
-        (instance_path(1000), 1000),
-        (instance_path(0), 0),
+        (object_path(1000), 1000),
+        (object_path(0), 0),
         (PATH, None),
         (f"{PATH}/instance", None),
         (f"{PATH}/instance/_x", None),
@@ -94,7 +95,7 @@ async def test_children_are_paths_and_not_prefixes(shown: Callable[..., str], cl
     ],
 )
 async def test_path_of_an_instance(path: str, uid: int | None) -> None:
-    assert uid_of_path(path) == uid
+    assert object_owner(path) == uid
 
 
 # Objects and properties
@@ -133,7 +134,7 @@ async def test_properties(shown: Callable[..., str], client: Client) -> None:
     }
     assert await properties(client, PATH, PEER) == {}
     state = await client.result(
-        "Get", "ss", [INSTANCE, "State"], path=instance_path(1000), interface=PROPERTIES
+        "Get", "ss", [INSTANCE, "State"], path=object_path(1000), interface=PROPERTIES
     )
     assert (state.signature, state.value) == ("s", "active")
 
@@ -142,7 +143,7 @@ async def test_signals_of_an_instances_life(
     service: Service, backend: Backend, client: Client, connection: Connection
 ) -> None:
     await client.listen(f"type='signal',sender='{SERVICE}'")
-    path = instance_path(1000)
+    path = object_path(1000)
     backend.shown[1000] = view(1000, state=State.PREPARING)
     service.instance_new(1000)
     backend.shown[1000] = view(1000)
@@ -232,7 +233,7 @@ async def test_methods(shown: Callable[..., str], backend: Backend, client: Clie
         ("ListProcesses", "", [], {"interface": INSTANCE}, "UnknownMethod"),
         ("ListInstances", "", [], {"path": "/org/polytmp2"}, "UnknownObject"),
         ("ListInstances", "", [], {"path": "/org"}, "UnknownMethod"),
-        ("ListProcesses", "", [], {"path": instance_path(100), "interface": INSTANCE}, "UnknownObject"),
+        ("ListProcesses", "", [], {"path": object_path(100), "interface": INSTANCE}, "UnknownObject"),
         ("GetInstance", "s", ["1000"], {}, "InvalidArgs"),
         ("GetInstance", "", [], {}, "InvalidArgs"),
         ("GetInstance", "uu", [1, 2], {}, "InvalidArgs"),
@@ -411,4 +412,4 @@ async def test_ones_own_is_readable(shown: Callable[..., str], bus: str) -> None
     )
     objects = await as_stranger(bus, PATH, f"{OBJECT_MANAGER}.GetManagedObjects")
     assert f'"{path}"' in objects
-    assert instance_path(1000) not in objects
+    assert object_path(1000) not in objects

@@ -3,7 +3,6 @@
 
 import errno
 import os
-import re
 import shutil
 import stat
 import struct
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from polytmpd import storage
+from polytmpd.core import names
 from polytmpd.kernel import syscalls
 from tests.kernel.children import attackers, in_namespace
 
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.kernel
 
 USER = 12345
 NAME = "polytmp-1000"
+ASIDE = names.removing("a" * 16)
 SOCKETS = [".X11-unix", ".ICE-unix"]
 
 
@@ -244,7 +245,9 @@ def test_not_a_name(base: Path, name: str) -> None:
         with pytest.raises(OSError, match="not the name"):
             storage.make(fd, NAME, [name])
         with pytest.raises(OSError, match="not the name"):
-            storage.set_aside(fd, name)
+            storage.set_aside(fd, name, ASIDE)
+        with pytest.raises(OSError, match="not the name"):
+            storage.set_aside(fd, NAME, name)
     assert os.listdir(base) == []
 
 
@@ -313,7 +316,7 @@ def test_adopt_and_set_aside_enter_no_mount(base: Path, place: str, kind: str) -
             adopt(base)
         if not place:
             with opened(base) as fd, pytest.raises(FileExistsError, match="mounted"):
-                storage.set_aside(fd, NAME)
+                storage.set_aside(fd, NAME, ASIDE)
         assert os.listdir(target) == []
 
     in_namespace(work)
@@ -439,8 +442,8 @@ def test_a_full_disk_keeps_nobody_out_of_what_is_kept(base: Path, monkeypatch: p
 def test_set_aside_under_another_name(base: Path) -> None:
     with opened(base) as fd:
         os.close(storage.make(fd, NAME, SOCKETS, "alice"))
-        new = storage.set_aside(fd, NAME, "polytmp-former-1000-")
-        assert re.fullmatch(r"polytmp-former-1000-[0-9a-f]{16}", new)
+        new = names.former(1000, "0" * 16)
+        storage.set_aside(fd, NAME, new)
         assert storage.remembered(fd, new) == "alice"
         assert storage.leftovers(fd) == storage.Leftovers((), (), 0), "nobody deletes it"
 
@@ -449,17 +452,20 @@ def test_set_aside_and_leftovers(base: Path) -> None:
     make(base)
     inode = (base / NAME).stat().st_ino
     with opened(base) as fd:
-        new = storage.set_aside(fd, NAME)
-        assert re.fullmatch(r"polytmp-removing-[0-9a-f]{16}", new)
-        assert (base / new).stat().st_ino == inode
+        storage.set_aside(fd, NAME, ASIDE)
+        assert (base / ASIDE).stat().st_ino == inode
         with pytest.raises(FileNotFoundError):
-            storage.set_aside(fd, NAME)
+            storage.set_aside(fd, NAME, ASIDE)
         os.close(storage.make(fd, NAME, SOCKETS))
+        with pytest.raises(FileExistsError):
+            storage.set_aside(fd, NAME, ASIDE)
         (base / "polytmp-removing-0123").mkdir(0o700)
-        (base / f"{new}x").mkdir(0o700)
-        (base / f"{new}\n").mkdir(0o700)
-        assert storage.leftovers(fd) == storage.Leftovers((new,), (), 0)
-        assert storage.leftovers(fd, re.compile(r"polytmp-\d+")).removable == (NAME,)
+        (base / f"{ASIDE}x").mkdir(0o700)
+        (base / f"{ASIDE}\n").mkdir(0o700)
+        assert storage.leftovers(fd) == storage.Leftovers((ASIDE,), (), 0)
+        former_boot = names.barrier("f" * 32, 1000, "0" * 16)
+        os.close(storage.make(fd, former_boot, SOCKETS))
+        assert set(storage.leftovers(fd).removable) == {ASIDE, former_boot}
 
 
 @pytest.mark.parametrize("kind", SQUATTERS)
@@ -472,7 +478,7 @@ def test_foreign_leftovers(base: Path, kind: str) -> None:
         assert found.foreign[0][0] == name
         assert found.foreign[0][1]
         with pytest.raises(FileExistsError, match="not ours"):
-            storage.set_aside(fd, name)
+            storage.set_aside(fd, name, ASIDE)
 
 
 def test_many_foreign_leftovers(base: Path) -> None:
