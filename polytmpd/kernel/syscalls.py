@@ -22,9 +22,10 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+from polytmpd.kernel.descriptor import Descriptor
+
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
-AT_RECURSIVE: Final = 0x8000
 
 CLONE_FS: Final = 0x00000200
 CLONE_NEWNS: Final = 0x00020000
@@ -154,12 +155,13 @@ def umount2(target: StrOrBytes, flags: int) -> None:
     _check(_libc.umount2(os.fsencode(target), flags), target)
 
 
-def open_tree(dirfd: int, path: StrOrBytes, flags: int) -> int:
+def open_tree(dirfd: int, path: StrOrBytes, flags: int) -> Descriptor:
     """open_tree(2), Linux 5.2.
 
     Returns an O_PATH descriptor; with OPEN_TREE_CLONE it holds a detached copy.
     """
-    return _check(_libc.open_tree(dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC), path, limit=_MOUNTS)
+    result = _libc.open_tree(dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC)
+    return Descriptor(_check(result, path, limit=_MOUNTS))
 
 
 def move_mount(from_fd: int, to_fd: int, flags: int = 0) -> None:
@@ -175,21 +177,18 @@ def move_mount(from_fd: int, to_fd: int, flags: int = 0) -> None:
     )
 
 
-def fsmount(source: str, fstype: str, options: Sequence[tuple[str, str]]) -> int:
+def fsmount(source: str, fstype: str, options: Sequence[tuple[str, str]]) -> Descriptor:
     """fsopen(2), fsconfig(2), fsmount(2), Linux 5.2: a new file system, mounted nowhere yet, nosuid, nodev
     and noexec.
 
     Returns its descriptor, the caller's, for move_mount().
     """
-    context = _check(_libc.fsopen(fstype.encode(), FSOPEN_CLOEXEC), fstype)
-    try:
+    with Descriptor(_check(_libc.fsopen(fstype.encode(), FSOPEN_CLOEXEC), fstype)) as context:
         for key, value in (("source", source), *options):
             _check(_libc.fsconfig(context, FSCONFIG_SET_STRING, key.encode(), value.encode(), 0), fstype)
         _check(_libc.fsconfig(context, FSCONFIG_CMD_CREATE, None, None, 0), fstype)
         attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
-        return _check(_libc.fsmount(context, FSMOUNT_CLOEXEC, attributes), fstype)
-    finally:
-        os.close(context)
+        return Descriptor(_check(_libc.fsmount(context, FSMOUNT_CLOEXEC, attributes), fstype))
 
 
 def renameat2(old_dirfd: int, old: StrOrBytes, new_dirfd: int, new: StrOrBytes, flags: int) -> None:
@@ -197,19 +196,17 @@ def renameat2(old_dirfd: int, old: StrOrBytes, new_dirfd: int, new: StrOrBytes, 
     _check(_libc.renameat2(old_dirfd, os.fsencode(old), new_dirfd, os.fsencode(new), flags), old, new)
 
 
-def openat2(dirfd: int, path: StrOrBytes, flags: int, resolve: int, mode: int = 0) -> int:
+def openat2(dirfd: int, path: StrOrBytes, flags: int, resolve: int, mode: int = 0) -> Descriptor:
     """openat2(2), Linux 5.6. O_CLOEXEC is added; the descriptor is the caller's."""
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
-    return _check(
-        _libc.syscall(
-            ctypes.c_long(_SYS_OPENAT2),
-            ctypes.c_int(dirfd),
-            ctypes.c_char_p(os.fsencode(path)),
-            ctypes.c_char_p(how),
-            ctypes.c_size_t(len(how)),
-        ),
-        path,
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_OPENAT2),
+        ctypes.c_int(dirfd),
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.c_char_p(how),
+        ctypes.c_size_t(len(how)),
     )
+    return Descriptor(_check(result, path))
 
 
 def get_inode_flags(fd: int) -> int:
@@ -229,14 +226,14 @@ def get_nstype(fd: int) -> int:
     return fcntl.ioctl(fd, NS_GET_NSTYPE)
 
 
-def get_userns(fd: int) -> int:
+def get_userns(fd: int) -> Descriptor:
     """ioctl_ns(2) NS_GET_USERNS: the user namespace that the namespace belongs to; the caller's to close."""
-    return fcntl.ioctl(fd, NS_GET_USERNS)
+    return Descriptor(fcntl.ioctl(fd, NS_GET_USERNS))
 
 
-def inotify_init1(flags: int) -> int:
+def inotify_init1(flags: int) -> Descriptor:
     """inotify_init1(2). The descriptor is the caller's."""
-    return _check(_libc.inotify_init1(flags), limit=_INOTIFY)
+    return Descriptor(_check(_libc.inotify_init1(flags), limit=_INOTIFY))
 
 
 def inotify_add_watch(fd: int, path: StrOrBytes, mask: int) -> int:

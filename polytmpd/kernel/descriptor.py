@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A file descriptor that knows whether it is open, so that one place closes it.
+
+Not here: what the descriptor is for.
+"""
+
+import os
+from types import TracebackType
+from typing import Self
+
+
+class Descriptor(int):
+    """An open file descriptor, owned by whoever holds this object.
+
+    It is an int, so every function of `os` and every system call takes it. Use it as a context manager, or
+    call close(). It is not closed when it is collected: a leaked descriptor is a defect that tests find.
+    """
+
+    closed = False
+
+    @classmethod
+    def open(
+        cls,
+        path: str | bytes | os.PathLike[str],
+        flags: int,
+        *,
+        dir_fd: int | None = None,
+        mode: int = 0o777,
+    ) -> Self:
+        """open(2), or openat(2) with dir_fd. O_CLOEXEC is added. Raises OSError."""
+        return cls(os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd))
+
+    def dup(self) -> "Descriptor":
+        """A second descriptor of the same open file, the caller's to close. Raises OSError (EMFILE)."""
+        return Descriptor(os.dup(self))
+
+    def close(self) -> None:
+        """Close it; once closed this does nothing."""
+        if not self.closed:
+            self.closed = True
+            os.close(self)
+
+    def detach(self) -> int:
+        """Give the descriptor away: the caller, or what it passes the number to, closes it."""
+        self.closed = True
+        return int(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
