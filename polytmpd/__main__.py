@@ -17,9 +17,10 @@ from polytmpd.bus.systemd1 import Systemd
 from polytmpd.daemon import Daemon
 from polytmpd.devices import Devices
 from polytmpd.displaylocks import DisplayLocks
-from polytmpd.errors import PolytmpError, in_words
+from polytmpd.errors import PolytmpError
 from polytmpd.executor import Executor
-from polytmpd.kernel.mountns import HOST
+from polytmpd.kernel import host
+from polytmpd.kernel.host import in_words
 from polytmpd.slices import Slices
 from polytmpd.state import StateDirectory
 
@@ -108,7 +109,7 @@ async def _feed_watchdog() -> None:
 
 def _boot_id() -> str:
     # PID 1's own: the sandbox's /proc is another one, which has not got a container's boot id.
-    path = Path(f"{HOST}/root/proc/sys/kernel/random/boot_id")
+    path = Path(host.path("/proc/sys/kernel/random/boot_id"))
     return path.read_text(encoding="ascii").strip().replace("-", "")
 
 

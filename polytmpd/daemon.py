@@ -33,11 +33,11 @@ from polytmpd.errors import (
     NoSuchInstanceError,
     NotPolyinstantiatedError,
     PolytmpError,
-    in_words,
 )
 from polytmpd.executor import Executor
 from polytmpd.journal import MessageId, fields
-from polytmpd.kernel import holders, mountns, processes
+from polytmpd.kernel import holders, host, processes
+from polytmpd.kernel.host import in_words
 from polytmpd.kernel.mountinfo import Mount
 from polytmpd.slices import CGROUP_ROOTS, Slices
 from polytmpd.storage import usage as count_usage
@@ -349,16 +349,11 @@ class Daemon:
             result = []
             for entry in directories:
                 try:
-                    fd = os.open(
-                        mountns.HOST + "/root" + entry.host_path,
-                        os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
-                    )
+                    directory = host.open_directory(entry.host_path)
                 except FileNotFoundError:  # set aside, and being deleted
                     continue
-                try:
-                    used = count_usage(fd, cancelled)
-                finally:
-                    os.close(fd)
+                with directory:
+                    used = count_usage(directory, cancelled)
                 result.append((entry.directory.path, used.bytes, used.inodes))
             return result
 
@@ -719,7 +714,7 @@ class Daemon:
         """A login service that lives in a namespace of its own would lose it, or see the wrong mounts."""
         known = {record.instance.namespace for record in self._records.values() if record.instance}
         try:
-            known.add(mountns.host_namespace_inode())
+            known.add(host.namespace_inode())
             if not known.isdisjoint(processes.namespaces(pid)):
                 return
         except OSError as error:

@@ -41,7 +41,7 @@ from polytmpd import shared
 from polytmpd.core.model import Directory, Instance, Lifetime
 from polytmpd.core.names import INNER
 from polytmpd.journal import fields
-from polytmpd.kernel import syscalls
+from polytmpd.kernel import host, syscalls
 from polytmpd.kernel.inotify import (
     IN_CREATE,
     IN_DELETE,
@@ -54,7 +54,6 @@ from polytmpd.kernel.inotify import (
     IN_Q_OVERFLOW,
     Inotify,
 )
-from polytmpd.kernel.mountns import HOST
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +241,7 @@ class _Place:
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
         """Raises OSError: FileNotFoundError once the instance is on its way out."""
-        with _opened(f"{HOST}/root{self.base}", _DIRECTORY) as base:
+        with host.open_directory(self.base) as base:
             if not self.inner:
                 yield base
                 return

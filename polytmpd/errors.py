@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The errors that polytmpd answers with, each with the name it has on the bus.
+"""The errors that polytmpd answers with, each with its name on the bus.
 
-Not here: OSError, which is what kernel/ and storage raise and which the executor turns into one of these.
+Not here: OSError, which the floors below raise; whoever answers a call turns it into one of these.
 """
 
-import re
 from enum import StrEnum
-from typing import Final
-
-_HOST_ROOT: Final = re.compile(r"/proc/1/root(?=/)")
-"""By which the daemon goes to the host's files; nobody else calls them so."""
 
 
 class ErrorName(StrEnum):
@@ -59,16 +54,3 @@ class InteractiveAuthorizationError(PolytmpError):
     """It would be allowed after authentication; the call did not allow to ask for it."""
 
     name = ErrorName.INTERACTIVE
-
-
-def in_words(error: BaseException) -> str:
-    """What an error says, for people: without the number, and with paths as they are called on the host."""
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror is not None:
-        names = (error.filename, error.filename2)
-        text = ": ".join((error.strerror, *(str(name) for name in names if name is not None)))
-    return _HOST_ROOT.sub("", text)
-
-
-class ConfigError(Exception):
-    """A configuration file that makes no sense; the text names file, line and remedy."""

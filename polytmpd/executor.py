@@ -28,7 +28,7 @@ from polytmpd.core.model import (
     Lifetime,
 )
 from polytmpd.journal import MessageId, fields
-from polytmpd.kernel import mountns, pidfd
+from polytmpd.kernel import host, mountns, pidfd
 from polytmpd.kernel.inotify import (
     IN_DELETE_SELF,
     IN_Q_OVERFLOW,
@@ -356,7 +356,7 @@ class Executor:
             for directory in instances.effective(directories)
             if directory.lifetime is Lifetime.PERSISTENT
         ]
-        return tuple(entry for entry in entries if Path(f"{mountns.HOST}/root{entry.host_path}").is_dir())
+        return tuple(entry for entry in entries if Path(host.path(entry.host_path)).is_dir())
 
     async def find_leftovers(
         self, directories: Sequence[Directory], known: set[str]

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from polytmpd import accounts, deletion, recovery, shared, storage
@@ -25,7 +25,7 @@ from polytmpd.core.model import (
 )
 from polytmpd.core.names import INNER
 from polytmpd.journal import MessageId, fields
-from polytmpd.kernel import mountns, processes
+from polytmpd.kernel import host, mountns, processes
 from polytmpd.kernel.mountinfo import Mount
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def prepare(
     user = accounts.name_of(uid, user)  # we may have been told of a former user
     try:
         for directory in effective(directories):
-            with _base(directory.path) as base:
+            with host.open_directory(directory.path) as base:
                 entry = InstanceDirectory(
                     replace(directory, shared=_shareable(base, directory)),
                     _new_barrier(directory.lifetime, boot_id, uid),
@@ -68,7 +68,7 @@ def rebuild(instance: Instance, watch: Callable[[str], int]) -> tuple[Instance, 
     """As prepare(), over the directories that the instance has. Raises OSError."""
     places = []
     for entry in instance.directories:
-        with _base(entry.directory.path) as base:
+        with host.open_directory(entry.directory.path) as base:
             places.append(_place(entry, storage.adopt(base, entry.barrier, entry.directory.shared)))
     namespace = mountns.build(places, watch)
     return replace(instance, namespace=namespace.inode), namespace.fd, namespace.watch
@@ -115,7 +115,7 @@ def share_again(instance: Instance, held: int | None, path: str) -> list[str]:
         changed: list[str] = []
         for entry in instance.directories:
             if entry.directory.path == path:
-                with _base(path) as base:
+                with host.open_directory(path) as base:
                     names = _shareable(base, entry.directory)
                 changed += mountns.share_again(fd, path, names)
         return changed
@@ -149,7 +149,7 @@ def set_aside(instance: Instance) -> list[tuple[str, str]]:
         if entry.directory.lifetime is Lifetime.PERSISTENT:
             continue
         try:
-            with _base(entry.directory.path) as base:
+            with host.open_directory(entry.directory.path) as base:
                 aside.append((entry.directory.path, _set_aside(base, entry.barrier)))
         except FileNotFoundError:
             log.warning("%s was gone already", entry.host_path)
@@ -165,7 +165,7 @@ def set_aside(instance: Instance) -> list[tuple[str, str]]:
 def is_set_aside(instance: Instance) -> bool:
     """Whether set_aside() has begun: something that does not persist is not in its place any more."""
     return any(
-        entry.directory.lifetime is Lifetime.INSTANCE and not os.path.lexists(_on_host(entry.host_path))
+        entry.directory.lifetime is Lifetime.INSTANCE and not os.path.lexists(host.path(entry.host_path))
         for entry in instance.directories
     )
 
@@ -175,7 +175,7 @@ def set_persistent_aside(uid: int, directories: Sequence[Directory]) -> list[tup
     aside: list[tuple[str, str]] = []
     for directory in effective(directories):
         if directory.lifetime is Lifetime.PERSISTENT:
-            with contextlib.suppress(FileNotFoundError), _base(directory.path) as base:
+            with contextlib.suppress(FileNotFoundError), host.open_directory(directory.path) as base:
                 aside.append((directory.path, _set_aside(base, names.kept_barrier(uid))))
     return aside
 
@@ -195,7 +195,7 @@ def delete(
 
     for path, name in aside:
         try:
-            with _base(path) as base:
+            with host.open_directory(path) as base:
                 done += deletion.remove_tree(base, name, report=reported, cancelled=cancelled).entries
         except FileNotFoundError:
             continue  # an earlier attempt, or an administrator, deleted it
@@ -213,7 +213,7 @@ def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[tu
     leftovers: list[tuple[str, str]] = []
     for directory in effective(directories):
         try:
-            with _base(directory.path) as base:
+            with host.open_directory(directory.path) as base:
                 found = storage.leftovers(base)
         except OSError as error:  # whoever logs in is refused for it: no reason to end
             log.error("%s cannot be looked into: %s", directory.path, error)
@@ -235,7 +235,7 @@ def unused(leftovers: Sequence[tuple[str, str]], cancelled: Callable[[], bool]) 
 def delete_leftover(path: str, name: str, cancelled: Callable[[], bool]) -> None:
     """Logs what cannot be deleted."""
     try:
-        with _base(path) as base:
+        with host.open_directory(path) as base:
             deletion.remove_tree(base, name, cancelled=cancelled)
     except OSError as error:
         log.error(
@@ -350,23 +350,7 @@ def _place(entry: InstanceDirectory, inner: int) -> mountns.PrivateDirectory:
 def _roll_back(entries: Sequence[InstanceDirectory]) -> None:
     for entry in entries:
         try:
-            with _base(entry.directory.path) as base:
+            with host.open_directory(entry.directory.path) as base:
                 deletion.remove_tree(base, entry.barrier)
         except OSError as error:
             log.error("Half-made instance directory stays until the next start: %s", error)
-
-
-def _on_host(path: str) -> str:
-    return f"{mountns.HOST}/root{path}"
-
-
-@contextlib.contextmanager
-def _base(path: str) -> Iterator[int]:
-    """A descriptor of the host's own directory, whatever mount namespace the unit's sandbox gave to this
-    process.
-    """
-    fd = os.open(_on_host(path), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)

@@ -17,7 +17,7 @@ from typing import Final
 from polytmpd.core import names
 from polytmpd.core.model import Directory, Instance, InstanceDirectory
 from polytmpd.core.names import INNER
-from polytmpd.kernel import mountinfo, mountns, processes
+from polytmpd.kernel import host, mountinfo, mountns, processes
 from polytmpd.kernel.mountinfo import Mount
 
 _BARRIERS: Final = f"/{names.PREFIX}".encode()
@@ -78,11 +78,11 @@ def living(directories: Sequence[Directory]) -> Iterator[Living]:
     long it is.
     """
     peers = _peers(mountinfo.read("1"))
-    host = mountns.host_namespace_inode()
+    hosts_own = host.namespace_inode()
     for namespace, _, mounts in processes.in_each_namespace(_privileged_mounts):
         private = _private(mounts, directories)
         owner = names.owner(next(iter(private.values()), ""))
-        if namespace != host and owner is not None and _peers(mounts) & peers:
+        if namespace != hosts_own and owner is not None and _peers(mounts) & peers:
             yield Living(owner, namespace, tuple(mounts))
 
 
@@ -146,12 +146,8 @@ def mounted_barriers(
 
 def _identity(path: str) -> tuple[str, str]:
     """Device and root of a directory of the host, as mountinfo has them of a mount of it."""
-    place = f"{mountns.HOST}/root{path}"
-    fd = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with host.open_directory(path) as fd:
         mount_id = mountinfo.mount_id_of(fd)
-    finally:
-        os.close(fd)
     for entry in mountinfo.read("1"):
         if entry.mount_id == mount_id:
             below = os.path.relpath(path, entry.mount_point)

@@ -23,9 +23,9 @@ from typing import Final
 from polytmpd.config import SOCKET_DIRECTORIES
 from polytmpd.core.model import Directory, Lifetime
 from polytmpd.core.names import CLEANER_PATTERN, INNER
-from polytmpd.kernel.mountns import HOST
+from polytmpd.kernel import host
 
-DIRECTORY: Final = Path(f"{HOST}/root/run/tmpfiles.d")
+DIRECTORY: Final = Path(host.path("/run/tmpfiles.d"))
 NAME: Final = "polytmpd.conf"
 
 _HEAD: Final = (

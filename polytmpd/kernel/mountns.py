@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from polytmpd.core.names import SENTINEL
-from polytmpd.kernel import mountinfo
+from polytmpd.kernel import host, mountinfo
 from polytmpd.kernel.mountinfo import Mount
 from polytmpd.kernel.syscalls import (
     AT_EMPTY_PATH,
@@ -66,7 +66,6 @@ from polytmpd.kernel.syscalls import (
 
 T = TypeVar("T")
 
-HOST: Final = "/proc/1"
 # One page at most, no access for anybody: it only has to end with the namespace.
 _SENTINEL_OPTIONS: Final = (("size", "4k"), ("nr_inodes", "2"), ("mode", "0000"))
 _BUILDS_AT_MOST: Final = 8
@@ -172,7 +171,7 @@ def share_again(namespace: int, path: str, names: Sequence[str]) -> list[str]:
     def share() -> list[str]:
         changed = []
         with contextlib.ExitStack() as fds:
-            host_ns = open_host_namespace()
+            host_ns = host.open_namespace()
             fds.callback(os.close, host_ns)
             unshare(CLONE_FS)
             setns(host_ns, CLONE_NEWNS)
@@ -182,8 +181,8 @@ def share_again(namespace: int, path: str, names: Sequence[str]) -> list[str]:
                 fds.callback(os.close, trees[-1][1])
             setns(namespace, CLONE_NEWNS)
             for place, tree in trees:
-                there, host = os.stat(place, follow_symlinks=False), os.fstat(tree)
-                if (there.st_dev, there.st_ino) == (host.st_dev, host.st_ino):
+                there = os.stat(place, follow_symlinks=False)
+                if os.path.samestat(there, os.fstat(tree)):
                     continue
                 with contextlib.suppress(OSError):  # EINVAL: the mount went with its mount point
                     umount2(place, MNT_DETACH | UMOUNT_NOFOLLOW)
@@ -257,16 +256,6 @@ def _in_disposable_thread(work: Callable[[], T]) -> T:
     return results[0]
 
 
-def open_host_namespace() -> int:
-    """A descriptor of PID 1's mount namespace, the caller's to close."""
-    return os.open(f"{HOST}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def host_namespace_inode() -> int:
-    """The inode of PID 1's mount namespace."""
-    return os.stat(f"{HOST}/ns/mnt").st_ino
-
-
 def is_privileged(fd: int) -> bool:
     """Whether a mount namespace belongs to our own user namespace, as what root makes does.
 
@@ -304,7 +293,7 @@ def _build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[st
             fds.callback(os.close, fd)
             return fd
 
-        host_ns = owned(open_host_namespace())
+        host_ns = owned(host.open_namespace())
         unshare(CLONE_FS)
         setns(host_ns, CLONE_NEWNS)
         containing = _find_containing(directories, owned)

@@ -270,7 +270,9 @@ class Room:
 
 @pytest.fixture
 async def host(base: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Room]:
-    monkeypatch.setattr(displaylocks, "HOST", "/proc/self")  # in a container PID 1 may be another's
+    monkeypatch.setattr(
+        "polytmpd.kernel.host.ROOT", "/proc/self/root"
+    )  # in a container PID 1 may be another's
     (base / SOCKETS).mkdir()
     (base / SOCKETS).chmod(0o1777)
     room = Room(base)

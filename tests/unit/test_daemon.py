@@ -265,7 +265,7 @@ class World:
 
 @pytest.fixture
 async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    monkeypatch.setattr("polytmpd.kernel.mountns.host_namespace_inode", lambda: OWN_NAMESPACE)
+    monkeypatch.setattr("polytmpd.kernel.host.namespace_inode", lambda: OWN_NAMESPACE)
 
     def getpwuid(uid: int) -> Any:
         users = {user.uid: user.name for user in (ALICE, BOB)} | {1002: "carol"}
@@ -352,7 +352,7 @@ async def test_unknown_user(world: World) -> None:
 
 
 async def test_a_caller_in_a_namespace_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polytmpd.kernel.mountns.host_namespace_inode", lambda: 1)
+    monkeypatch.setattr("polytmpd.kernel.host.namespace_inode", lambda: 1)
     with pytest.raises(NotPolyinstantiatedError, match=f"process {os.getpid()} lives in"):
         await world.login()
     await world.settle()
@@ -1000,7 +1000,7 @@ async def test_a_login_service_with_threads_is_looked_at_once(
     await world.active(ALICE, "1")
     await world.active(BOB, "2")
     looked: list[str] = []
-    monkeypatch.setattr("polytmpd.kernel.mountns.host_namespace_inode", lambda: 1)
+    monkeypatch.setattr("polytmpd.kernel.host.namespace_inode", lambda: 1)
     monkeypatch.setattr("polytmpd.kernel.processes.namespace_paths", lambda _: iter(["leader", "thread"]))
     monkeypatch.setattr("polytmpd.kernel.processes._inode", lambda path: looked.append(path))
     with pytest.raises(NotPolyinstantiatedError):

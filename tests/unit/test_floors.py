@@ -56,7 +56,7 @@ def own_imports(module: str) -> set[str]:
 
 def test_the_walk_sees_what_is_there() -> None:
     assert "polytmpd.kernel.syscalls" in own_imports("polytmpd.storage")
-    assert "polytmpd.kernel.mountns" in own_imports("polytmpd.daemon"), "from polytmpd.kernel import mountns"
+    assert "polytmpd.kernel.host" in own_imports("polytmpd.daemon"), "from polytmpd.kernel import host"
     assert len(NAMES) > 20
 
 
