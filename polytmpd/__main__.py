@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from polytmpd import __version__, config, journal, sdnotify
+from polytmpd.blocking.state import StateDirectory
 from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.logind import Logind
 from polytmpd.bus.service import Service
@@ -22,7 +23,6 @@ from polytmpd.executor import Executor
 from polytmpd.kernel import host
 from polytmpd.kernel.host import in_words
 from polytmpd.slices import Slices
-from polytmpd.state import StateDirectory
 
 log = logging.getLogger("polytmpd")
 

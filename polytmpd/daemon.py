@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, TypeVar
 
 from polytmpd import devices
+from polytmpd.blocking.storage import usage as count_usage
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.logind import Logind, Session, User
 from polytmpd.bus.service import QUESTIONS_AT_ONCE
@@ -40,7 +41,6 @@ from polytmpd.kernel import holders, host, processes
 from polytmpd.kernel.host import in_words
 from polytmpd.kernel.mountinfo import Mount
 from polytmpd.slices import CGROUP_ROOTS, Slices
-from polytmpd.storage import usage as count_usage
 
 log = logging.getLogger(__name__)
 

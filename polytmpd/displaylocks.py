@@ -37,7 +37,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from polytmpd import shared
+from polytmpd.blocking import shared
 from polytmpd.core.model import Directory, Instance, Lifetime
 from polytmpd.core.names import INNER
 from polytmpd.journal import fields

@@ -19,7 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
-from polytmpd import instances, recovery, sdnotify, tmpfiles
+from polytmpd import sdnotify
+from polytmpd.blocking import instances, recovery, tmpfiles
+from polytmpd.blocking.state import StateDirectory
 from polytmpd.core import names
 from polytmpd.core.model import (
     Directory,
@@ -38,7 +40,6 @@ from polytmpd.kernel.inotify import (
     living_watches,
 )
 from polytmpd.kernel.mountinfo import Mount
-from polytmpd.state import StateDirectory
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from polytmpd import deletion, executor, instances, sdnotify, shared, storage
+from polytmpd import executor, sdnotify
+from polytmpd.blocking import deletion, instances, shared, storage
+from polytmpd.blocking.state import StateDirectory
 from polytmpd.kernel import mountinfo, mountns, processes
-from polytmpd.state import StateDirectory
 
 DIRECTORY: Final = Path("/run/polytmp-faults")
 

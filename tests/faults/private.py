@@ -21,12 +21,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
+from polytmpd.blocking.state import StateDirectory
 from polytmpd.core.model import Directory, Instance, Lifetime
 from polytmpd.executor import Executor
 from polytmpd.kernel import mountinfo
 from polytmpd.kernel.inotify import Inotify, living_watches
 from polytmpd.kernel.syscalls import MNT_DETACH, MS_PRIVATE, MS_REC, mount, umount2
-from polytmpd.state import StateDirectory
 from tests.faults.launcher import CHANGES, Faults, Plan, install
 
 UID: Final = 1001

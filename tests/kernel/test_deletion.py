@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd import deletion, storage
+from polytmpd.blocking import deletion, storage
 from polytmpd.kernel import syscalls
 from tests.kernel.children import alone, attackers, become, in_child, in_namespace, start
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd import recovery
+from polytmpd.blocking import recovery
 from polytmpd.kernel import syscalls
 from tests.kernel import children
 from tests.kernel.world import run_alone

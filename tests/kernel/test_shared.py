@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from polytmpd import shared
+from polytmpd.blocking import shared
 
 pytestmark = pytest.mark.kernel
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd import storage
+from polytmpd.blocking import storage
 from polytmpd.core import names
 from polytmpd.kernel import syscalls
 from tests.kernel.children import attackers, in_namespace

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from polytmpd import executor, instances, recovery, sdnotify
+from polytmpd import executor, sdnotify
+from polytmpd.blocking import instances, recovery
+from polytmpd.blocking.recovery import Living
+from polytmpd.blocking.state import StateDirectory
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
 from polytmpd.executor import Executor
 from polytmpd.kernel import mountns
 from polytmpd.kernel.mountinfo import Mount, parse_line
-from polytmpd.recovery import Living
-from polytmpd.state import StateDirectory
 from tests.unit.settled import eventually
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]

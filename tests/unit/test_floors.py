@@ -55,7 +55,7 @@ def own_imports(module: str) -> set[str]:
 
 
 def test_the_walk_sees_what_is_there() -> None:
-    assert "polytmpd.kernel.syscalls" in own_imports("polytmpd.storage")
+    assert "polytmpd.kernel.syscalls" in own_imports("polytmpd.blocking.storage")
     assert "polytmpd.kernel.host" in own_imports("polytmpd.daemon"), "from polytmpd.kernel import host"
     assert len(NAMES) > 20
 
@@ -79,6 +79,11 @@ def test_nothing_is_imported_from_above_or_from_the_side(module: str) -> None:
 def test_the_core_is_pure(module: str) -> None:
     assert {name.partition(".")[0] for name in imports(module)} & IMPURE == set()
     assert {part(name) for name in own_imports(module)} <= {"core"}
+
+
+@pytest.mark.parametrize("module", [name for name in NAMES if part(name) == "blocking"])
+def test_what_blocks_knows_no_event_loop(module: str) -> None:
+    assert "asyncio" not in {name.partition(".")[0] for name in imports(module)}
 
 
 def test_one_module_imports_the_bus_library() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd import accounts, instances
+from polytmpd.blocking import accounts, instances
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
 from polytmpd.kernel import mountinfo, mountns, processes
 from polytmpd.kernel.mountinfo import Mount, parse_line

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from polytmpd.blocking.state import VERSION, StateDirectory, decode, encode
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
-from polytmpd.state import VERSION, StateDirectory, decode, encode
 
 pytestmark = pytest.mark.unit
 

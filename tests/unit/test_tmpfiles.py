@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd import tmpfiles
+from polytmpd.blocking import tmpfiles
 from polytmpd.config import SOCKET_DIRECTORIES, Config
 from polytmpd.core.model import Directory, Lifetime
 

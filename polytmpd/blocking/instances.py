@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from polytmpd import accounts, deletion, recovery, shared, storage
+from polytmpd.blocking import accounts, deletion, recovery, shared, storage
 from polytmpd.core import names
 from polytmpd.core.model import (
     Directory,
