@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, TypeVar
 
 from polytmpd import devices
-from polytmpd.blocking.storage import usage as count_usage
+from polytmpd.blocking import usage
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.logind import Logind, Session, User
 from polytmpd.bus.service import QUESTIONS_AT_ONCE
@@ -353,7 +353,7 @@ class Daemon:
                 except FileNotFoundError:  # set aside, and being deleted
                     continue
                 with directory:
-                    used = count_usage(directory, cancelled)
+                    used = usage.count(directory, cancelled)
                 result.append((entry.directory.path, used.bytes, used.inodes))
             return result
 

@@ -34,11 +34,13 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
+from polytmpd.blocking import barriers
 from polytmpd.kernel import syscalls
+from polytmpd.kernel.descriptor import Descriptor
 
 # How many directories below the barrier are open at a time (two descriptors each: os.scandir has its own).
 _DEPTH: Final = 8
@@ -53,13 +55,7 @@ _ROUNDS: Final = 64
 _ATTEMPTS: Final = 8
 _REPORT_EVERY: Final = 1024
 
-_RESOLVE: Final = (
-    syscalls.RESOLVE_BENEATH
-    | syscalls.RESOLVE_NO_XDEV
-    | syscalls.RESOLVE_NO_SYMLINKS
-    | syscalls.RESOLVE_NO_MAGICLINKS
-)
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+_RESOLVE: Final = barriers.RESOLVE | syscalls.RESOLVE_NO_SYMLINKS
 _PROTECTED: Final = syscalls.FS_IMMUTABLE_FL | syscalls.FS_APPEND_FL
 _NOT_EMPTY: Final = (errno.ENOTEMPTY, errno.EEXIST)
 _NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
@@ -87,23 +83,9 @@ def remove_tree(
     rest: at the end OSError names the first such entry and says how many there are. It can then be called
     again. FileNotFoundError where there is no barrier; FileExistsError where it is not one of ours.
     """
-    where = f"{_path_of(base_fd)}/{name}"
-    if not name or "/" in name or name in {".", ".."}:
-        raise OSError(errno.EINVAL, "not the name of a directory entry", name)
-    try:
-        barrier = syscalls.openat2(base_fd, name, _DIRECTORY, _RESOLVE)
-    except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where) from None
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EXDEV):
-            text = f"not ours: {error.strerror}"
-            raise FileExistsError(errno.EEXIST, text, where) from None
-        raise OSError(error.errno, error.strerror, where) from None
-    try:
-        found = os.fstat(barrier)
-        if (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) != (0, 0, 0o700):
-            text = f"not ours: owner {found.st_uid}:{found.st_gid}, mode {stat.S_IMODE(found.st_mode):04o}"
-            raise FileExistsError(errno.EEXIST, text, where)
+    where = barriers.path_in(base_fd, name)
+    with ExitStack() as fds:
+        barrier = barriers.open_barrier(base_fd, name, fds)
         work = _Removal(barrier, where, report or (lambda _: None), cancelled or (lambda: False))
         try:
             complete = work.run()
@@ -114,8 +96,6 @@ def remove_tree(
         if report is not None:
             report(work.entries)
         return Removed(work.entries, complete)
-    finally:
-        os.close(barrier)
 
 
 class _Frame:
@@ -123,7 +103,7 @@ class _Frame:
 
     __slots__ = ("_names", "fd", "name", "rounds", "stuck", "unprotected")
 
-    def __init__(self, fd: int, name: str) -> None:
+    def __init__(self, fd: Descriptor, name: str) -> None:
         self.fd = fd
         self.name = name
         self.rounds = 0
@@ -153,7 +133,7 @@ class _Frame:
 
 class _Removal:
     def __init__(
-        self, barrier: int, where: str, report: Callable[[int], None], cancelled: Callable[[], bool]
+        self, barrier: Descriptor, where: str, report: Callable[[int], None], cancelled: Callable[[], bool]
     ) -> None:
         self.entries = 0
         self._where = where
@@ -299,12 +279,12 @@ class _Removal:
         self._frames.append(child)
 
     def _open(self, frame: _Frame, name: str) -> _Frame:
-        child = _Frame(syscalls.openat2(frame.fd, name, _DIRECTORY, _RESOLVE), name)
+        child = _Frame(syscalls.openat2(frame.fd, name, barriers.DIRECTORY, _RESOLVE), name)
         try:
             self._possess(child.fd)
             child.list()
         except OSError:
-            os.close(child.fd)
+            child.fd.close()
             raise
         return child
 
@@ -355,7 +335,7 @@ class _Removal:
     def _pop(self) -> None:
         frame = self._frames.pop()
         frame.close_listing()
-        os.close(frame.fd)
+        frame.fd.close()
 
     # --- immutable and append-only ---
 
@@ -369,21 +349,14 @@ class _Removal:
             path_fd = syscalls.openat2(frame.fd, name, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
         except OSError:
             return cleared
-        try:
+        with path_fd, suppress(OSError):
             found = os.fstat(path_fd)
             # A file that has another name, perhaps outside, is not ours to change: its protection may be the
             # administrator's, and the link older than it. Anything but a file or directory is never opened.
             if stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
                 # Through /proc it is the very inode that was looked at, whatever the name means by now.
-                fd = os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                try:
+                with Descriptor.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_NONBLOCK) as fd:
                     return _clear_flags(fd) or cleared
-                finally:
-                    os.close(fd)
-        except OSError:
-            return cleared
-        finally:
-            os.close(path_fd)
         return cleared
 
     # --- the books ---
@@ -423,11 +396,3 @@ def _clear_flags(fd: int) -> bool:
     except OSError:  # a file system without flags, or without the capability: the first error says it better
         return False
     return True
-
-
-def _path_of(fd: int) -> str:
-    """For messages alone."""
-    try:
-        return str(Path(f"/proc/self/fd/{fd}").readlink())
-    except OSError:
-        return f"(descriptor {fd})"

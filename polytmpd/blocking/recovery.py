@@ -18,6 +18,7 @@ from polytmpd.core import names
 from polytmpd.core.model import Directory, Instance, InstanceDirectory
 from polytmpd.core.names import INNER
 from polytmpd.kernel import host, mountinfo, mountns, processes
+from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.mountinfo import Mount
 
 _BARRIERS: Final = f"/{names.PREFIX}".encode()
@@ -87,11 +88,8 @@ def living(directories: Sequence[Directory]) -> Iterator[Living]:
 
 
 def _privileged_mounts(process: str) -> list[Mount]:
-    fd = os.open(f"/proc/{process}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with Descriptor.open(f"/proc/{process}/ns/mnt", os.O_RDONLY) as fd:
         return mountinfo.read(process) if mountns.is_privileged(fd) else []
-    finally:
-        os.close(fd)
 
 
 def reconstruct(

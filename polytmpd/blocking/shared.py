@@ -15,9 +15,10 @@ import os
 import stat
 from typing import Final
 
+from polytmpd.kernel.descriptor import Descriptor
+
 _MODE: Final = 0o1777
 _UNFINISHED: Final = 0o700
-_OPEN: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def ensure(base_fd: int, name: str) -> None:
@@ -27,11 +28,8 @@ def ensure(base_fd: int, name: str) -> None:
     """
     with contextlib.suppress(FileExistsError):
         os.mkdir(name, _UNFINISHED, dir_fd=base_fd)
-    fd = os.open(name, _OPEN, dir_fd=base_fd)
-    try:
+    with Descriptor.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=base_fd) as fd:
         found = os.fstat(fd)
-    finally:
-        os.close(fd)
     if _may_be_unfinished(found):
         _finish(base_fd, name)
     elif reason := _objection(found):
@@ -39,15 +37,12 @@ def ensure(base_fd: int, name: str) -> None:
 
 
 def _finish(base_fd: int, name: str) -> None:
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=base_fd)
-    try:
+    with Descriptor.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=base_fd) as fd:
         with os.scandir(fd) as entries:
             is_empty = next(entries, None) is None  # what root has filled, he closed on purpose
         if is_empty and _may_be_unfinished(os.fstat(fd)):
             os.fchown(fd, 0, 0)
             os.fchmod(fd, _MODE)
-    finally:
-        os.close(fd)
 
 
 def _may_be_unfinished(found: os.stat_result) -> bool:

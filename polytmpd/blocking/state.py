@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
+from polytmpd.kernel.descriptor import Descriptor
 
 VERSION: Final = 1
 _BYTES_AT_MOST: Final = 65536
@@ -37,11 +38,11 @@ class StateDirectory:
         Raises OSError where another process does: a second daemon would take the first one's instances for
         left over.
         """
-        fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = Descriptor.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(fd)
+            fd.close()
             text = "another polytmpd is running, see systemctl status polytmpd"
             raise BlockingIOError(errno.EWOULDBLOCK, text, str(self._path)) from None
 
@@ -110,13 +111,10 @@ def _put_away(path: Path) -> str:
 
 
 def _read(path: Path) -> Any:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
+    with Descriptor.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ValueError("is not a regular file")
         data = os.read(fd, _BYTES_AT_MOST + 1)
-    finally:
-        os.close(fd)
     if len(data) > _BYTES_AT_MOST:
         raise ValueError("too large for a state file")
     return json.loads(data)

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from polytmpd import executor, sdnotify
-from polytmpd.blocking import deletion, instances, shared, storage
+from polytmpd.blocking import barriers, deletion, instances, shared, storage
 from polytmpd.blocking.state import StateDirectory
-from polytmpd.kernel import mountinfo, mountns, processes
+from polytmpd.kernel import descriptor, host, mountinfo, mountns, processes
 
 DIRECTORY: Final = Path("/run/polytmp-faults")
 
@@ -44,13 +44,15 @@ CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
 """What changes the world: (where, the module in it that is used, functions)."""
 
 READS: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
+    (descriptor, "os", ("open", "dup")),
     (mountns, "os", ("open", "fstat")),
     (mountinfo, "", ("read", "mount_id_of")),
-    (storage, "os", ("open", "fstat", "getxattr", "readlink")),
-    (storage, "syscalls", ("openat2",)),
-    (shared, "os", ("open", "fstat")),
-    (executor, "os", ("open", "fstat")),
-    (instances, "os", ("open", "fstat")),
+    (barriers, "os", ("fstat",)),
+    (barriers, "syscalls", ("openat2",)),
+    (storage, "os", ("fstat", "getxattr", "readlink")),
+    (shared, "os", ("fstat",)),
+    (executor, "os", ("fstat",)),
+    (instances, "os", ("fstat",)),
     (processes, "os", ("open", "fstat")),
 )
 """What only looks, and can fail all the same."""
@@ -180,9 +182,20 @@ def _wrap(target: object, attribute: str, name: str, faults: Faults) -> None:
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return faults.step(name, lambda: original(*args, **kwargs))
+        step = _of_caller(name) if name.startswith("descriptor.") else name
+        return faults.step(step, lambda: original(*args, **kwargs))
 
     setattr(target, attribute, wrapped)
+
+
+def _of_caller(name: str) -> str:
+    """descriptor.os.open → shared.os.open: who opens says more than that something is opened."""
+    frame: types.FrameType | None = sys._getframe()
+    own = (__name__, descriptor.__name__, host.__name__)
+    while frame is not None and frame.f_globals["__name__"] in own:
+        frame = frame.f_back
+    caller = frame.f_globals["__name__"] if frame is not None else "?"
+    return f"{caller.rpartition('.')[2]}.{name.partition('.')[2]}"
 
 
 def _put_into_store() -> None:

@@ -12,18 +12,18 @@ import stat
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from polytmpd.blocking import deletion, storage
+from polytmpd.blocking import deletion, storage, usage
 from polytmpd.kernel import syscalls
 from tests.kernel.children import alone, attackers, become, in_child, in_namespace, start
+from tests.kernel.places import opened
 
 pytestmark = pytest.mark.kernel
 
@@ -41,29 +41,6 @@ def say(text: str) -> None:
 
 def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture(params=["/var/tmp", "/dev/shm"])
-def base(request: pytest.FixtureRequest) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.fail("these tests need root")
-    path = Path(tempfile.mkdtemp(prefix="polytmp-test-", dir=request.param))
-    path.chmod(0o1777)
-    before = open_fds()
-    yield path
-    after = open_fds()
-    subprocess.run(["chattr", "-R", "-f", "-ia", path], check=False)
-    subprocess.run(["rm", "-rf", "--one-file-system", path], check=False)
-    assert before == after, "a descriptor has leaked"
-
-
-@contextmanager
-def opened(path: Path, flags: int = os.O_PATH | os.O_DIRECTORY) -> Iterator[int]:
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def make(base: Path) -> Path:
@@ -265,7 +242,7 @@ def test_very_deep_with_few_descriptors_and_a_small_stack(base: Path, spare: int
             fd = os.open(inner, os.O_PATH)
             started = time.monotonic()
             if spare == 14:
-                results.append(storage.usage(fd))
+                results.append(usage.count(fd))
                 say(f"usage of {depth} levels: {time.monotonic() - started:.2f} s")
             os.close(fd)
             started = time.monotonic()
@@ -276,10 +253,10 @@ def test_very_deep_with_few_descriptors_and_a_small_stack(base: Path, spare: int
         thread.start()
         thread.join()
         assert results.pop() == deletion.Removed(depth + 4, complete=True)
-        for usage in results:
-            assert isinstance(usage, storage.Usage)
-            assert usage.complete
-            assert usage.inodes == depth + 3
+        for found in results:
+            assert isinstance(found, usage.Usage)
+            assert found.complete
+            assert found.inodes == depth + 3
 
     in_child(work)
     assert list(base.iterdir()) == []
@@ -293,7 +270,7 @@ def test_many_files(base: Path) -> None:
         for number in range(count):
             os.close(os.open(f"a file of some length {number}", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
         started = time.monotonic()
-        assert storage.usage(fd).inodes == count + 2
+        assert usage.count(fd).inodes == count + 2
         counted = time.monotonic() - started
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""make, adopt, set_aside, leftovers and usage on real file systems."""
+"""Making and adopting instance directories on real file systems."""
 
 import errno
 import os
 import shutil
 import stat
-import struct
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,87 +14,22 @@ from polytmpd.blocking import storage
 from polytmpd.core import names
 from polytmpd.kernel import syscalls
 from tests.kernel.children import attackers, in_namespace
+from tests.kernel.places import (
+    NAME,
+    SOCKETS,
+    SQUATTERS,
+    USER,
+    acl,
+    adopt,
+    assert_as_made,
+    make,
+    opened,
+    squat,
+)
 
 pytestmark = pytest.mark.kernel
 
-USER = 12345
-NAME = "polytmp-1000"
 ASIDE = names.removing("a" * 16)
-SOCKETS = [".X11-unix", ".ICE-unix"]
-
-
-@pytest.fixture(params=["/var/tmp", "/dev/shm"])
-def base(request: pytest.FixtureRequest) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.fail("these tests need root")
-    path = Path(tempfile.mkdtemp(prefix="polytmp-test-", dir=request.param))
-    path.chmod(0o1777)
-    before = len(os.listdir("/proc/self/fd"))
-    yield path
-    after = len(os.listdir("/proc/self/fd"))
-    subprocess.run(["rm", "-rf", "--one-file-system", path], check=False)
-    assert before == after, "a descriptor has leaked"
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def make(base: Path) -> None:
-    with opened(base) as fd:
-        os.close(storage.make(fd, NAME, SOCKETS))
-
-
-def adopt(base: Path) -> None:
-    with opened(base) as fd:
-        os.close(storage.adopt(fd, NAME, SOCKETS))
-
-
-def facts(path: Path) -> tuple[int, int, int, bool]:
-    at = path.lstat()
-    return at.st_uid, at.st_gid, stat.S_IMODE(at.st_mode), stat.S_ISDIR(at.st_mode)
-
-
-def assert_as_made(base: Path) -> None:
-    assert facts(base / NAME) == (0, 0, 0o700, True)
-    assert facts(base / NAME / "tmp") == facts(base)
-    for name in SOCKETS:
-        assert facts(base / NAME / "tmp" / name) == (0, 0, 0o1777, True)
-
-
-def acl(*entries: tuple[int, int, int]) -> bytes:
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
-
-
-def squat(path: Path, kind: str) -> None:
-    if kind == "file":
-        path.touch()
-    elif kind == "symlink":
-        target = path.parent / "target"
-        target.mkdir(0o700)
-        path.symlink_to(target)
-    elif kind == "dangling":
-        path.symlink_to("/nowhere")
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "device":
-        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
-    else:
-        path.mkdir(0o700)
-        if kind == "owner":
-            os.chown(path, USER, USER)
-        elif kind == "group":
-            os.chown(path, 0, USER)
-        elif kind == "mode":
-            path.chmod(0o755)
-
-
-SQUATTERS = ["file", "symlink", "dangling", "fifo", "device", "owner", "group", "mode"]
 
 
 # --- make ---
@@ -434,175 +364,3 @@ def test_a_full_disk_keeps_nobody_out_of_what_is_kept(base: Path, monkeypatch: p
         assert storage.remembered(fd, NAME) is None
         os.close(storage.adopt(fd, NAME, SOCKETS, "alice"))
         assert storage.remembered(fd, NAME) == "alice"
-
-
-# --- set_aside, leftovers ---
-
-
-def test_set_aside_under_another_name(base: Path) -> None:
-    with opened(base) as fd:
-        os.close(storage.make(fd, NAME, SOCKETS, "alice"))
-        new = names.former(1000, "0" * 16)
-        storage.set_aside(fd, NAME, new)
-        assert storage.remembered(fd, new) == "alice"
-        assert storage.leftovers(fd) == storage.Leftovers((), (), 0), "nobody deletes it"
-
-
-def test_set_aside_and_leftovers(base: Path) -> None:
-    make(base)
-    inode = (base / NAME).stat().st_ino
-    with opened(base) as fd:
-        storage.set_aside(fd, NAME, ASIDE)
-        assert (base / ASIDE).stat().st_ino == inode
-        with pytest.raises(FileNotFoundError):
-            storage.set_aside(fd, NAME, ASIDE)
-        os.close(storage.make(fd, NAME, SOCKETS))
-        with pytest.raises(FileExistsError):
-            storage.set_aside(fd, NAME, ASIDE)
-        (base / "polytmp-removing-0123").mkdir(0o700)
-        (base / f"{ASIDE}x").mkdir(0o700)
-        (base / f"{ASIDE}\n").mkdir(0o700)
-        assert storage.leftovers(fd) == storage.Leftovers((ASIDE,), (), 0)
-        former_boot = names.barrier("f" * 32, 1000, "0" * 16)
-        os.close(storage.make(fd, former_boot, SOCKETS))
-        assert set(storage.leftovers(fd).removable) == {ASIDE, former_boot}
-
-
-@pytest.mark.parametrize("kind", SQUATTERS)
-def test_foreign_leftovers(base: Path, kind: str) -> None:
-    name = "polytmp-removing-" + "0" * 16
-    squat(base / name, kind)
-    with opened(base) as fd:
-        found = storage.leftovers(fd)
-        assert found.removable == ()
-        assert found.foreign[0][0] == name
-        assert found.foreign[0][1]
-        with pytest.raises(FileExistsError, match="not ours"):
-            storage.set_aside(fd, name, ASIDE)
-
-
-def test_many_foreign_leftovers(base: Path) -> None:
-    for number in range(100):
-        (base / f"polytmp-removing-{number:016x}").touch()
-    with opened(base) as fd:
-        found = storage.leftovers(fd)
-    assert (len(found.foreign), found.foreign_count) == (16, 100)
-
-
-def test_mounted_leftovers(base: Path) -> None:
-    name = "polytmp-removing-" + "0" * 16
-    (base / name).mkdir(0o700)
-
-    def work() -> None:
-        syscalls.mount("tmpfs", str(base / name), "tmpfs", 0, "mode=700")
-        with opened(base) as fd:
-            assert storage.leftovers(fd).foreign == ((name, "something is mounted on it"),)
-
-    in_namespace(work)
-
-
-# --- usage ---
-
-
-def usage(path: Path, cancelled: Callable[[], bool] | None = None) -> storage.Usage:
-    with opened(path) as fd:
-        return storage.usage(fd, cancelled)
-
-
-def test_usage_is_what_du_says(base: Path) -> None:
-    make(base)
-    inner = base / NAME / "tmp"
-    at = inner
-    for level in range(60):
-        at = at / f"{level}"
-        at.mkdir()
-        (at / "file").write_bytes(b"x" * 10_000 * (level % 3))
-        (at / "beside" / "below").mkdir(parents=True)
-        (at / "link").symlink_to("/var")
-    os.link(at / "file", inner / "hard")
-    os.mkfifo(inner / "fifo")
-    with open(inner / "sparse", "wb") as sparse:
-        sparse.truncate(1 << 30)
-    os.sync()
-    said = subprocess.run(["du", "-s", "-B1", inner], capture_output=True, text=True, check=True).stdout
-    counted = subprocess.run(
-        ["du", "-s", "--inodes", inner], capture_output=True, text=True, check=True
-    ).stdout
-    found = usage(inner)
-    assert found == storage.Usage(int(said.split()[0]), int(counted.split()[0]), complete=True)
-    assert usage(inner, lambda: True).complete is False
-
-
-def test_usage_does_not_enter_mounts(base: Path) -> None:
-    make(base)
-    inner = base / NAME / "tmp"
-    other = base / "other"
-    other.mkdir()
-    for number in range(10):
-        (other / str(number)).touch()
-    for name in ("bind", "tmpfs"):
-        (inner / name).mkdir()
-    (inner / "file").touch()
-
-    def work() -> None:
-        syscalls.mount(str(other), str(inner / "bind"), None, 0x1000)
-        syscalls.mount("tmpfs", str(inner / "tmpfs"), "tmpfs", 0)
-        syscalls.mount(str(other / "1"), str(inner / "file"), None, 0x1000)
-        (inner / "tmpfs" / "x").touch()
-        assert usage(inner).inodes == 1 + len(SOCKETS)
-
-    in_namespace(work)
-
-
-def test_usage_while_it_is_moved_away(base: Path) -> None:
-    """The directories above are gone when the count comes back: what is counted is only ever in the tree."""
-    make(base)
-    inner = base / NAME / "tmp"
-    at = inner
-    for level in range(100):
-        for name in "abc":  # before and after the way down, whatever the order of the listing
-            (at / name).mkdir(parents=True)
-        (at / f"{level}").mkdir()
-        for name in "def":
-            (at / name).mkdir()
-        at = at / f"{level}"
-    for name in "abcdef":
-        (base / name).mkdir()
-        for number in range(1000):
-            (base / name / f"{number}").touch()
-    calls = 0
-
-    def move() -> bool:
-        nonlocal calls
-        calls += 1
-        if calls == 600:
-            inner.joinpath(*(str(level) for level in range(40))).rename(base / "elsewhere")
-        return False
-
-    found = usage(inner, move)
-    assert not found.complete
-    assert 100 < found.inodes <= 1 + len(SOCKETS) + 700
-
-
-def test_usage_while_others_change_it(base: Path) -> None:
-    make(base)
-    inner = base / NAME / "tmp"
-    fd = os.open(inner, os.O_RDONLY)
-
-    def shuffle(number: int) -> None:
-        os.fchdir(fd)
-        with suppress(FileExistsError):
-            os.mkdir("0")
-        os.mkdir(f"0/{number % 50}")
-        os.symlink("/usr", f"0/{number % 50}/link")
-        os.rename(f"0/{(number * 7) % 50}", f"0/{(number * 3) % 50}/x")
-        os.rename(f"0/{(number * 3) % 50}/x/x", f"0/{(number * 11) % 50}")
-        os.symlink("/usr", f"0/{(number * 13) % 50}")
-        os.unlink(f"0/{(number * 17) % 50}")
-
-    with attackers(USER, shuffle) as attack:
-        until = time.monotonic() + 1
-        while time.monotonic() < until:
-            assert usage(inner).inodes < 100_000
-        assert attack.rounds[0] > 1000
-    os.close(fd)

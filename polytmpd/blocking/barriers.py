@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a barrier is, and how to open one in a directory where anyone may create names.
+
+A barrier is a directory of root's with mode 0700, on the file system of the base directory that it lies in.
+Not here: making one and what is in it (storage), and emptying one (deletion).
+
+Hard facts
+- In a sticky directory of root's, nobody else can rename or remove what belongs to root. So a barrier, once
+  it is made or judged, stays what its name says. A base directory without that property is refused.
+- Neither O_PATH nor openat2(2) with RESOLVE_NO_XDEV reaches the code of a FIFO, a device, or a mounted file
+  system, so an unknown name is always opened that way first. stat(2) would enter a mount, and hang with it.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+from polytmpd.kernel import syscalls
+from polytmpd.kernel.descriptor import Descriptor
+
+MODE: Final = 0o700
+DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_XDEV | syscalls.RESOLVE_NO_MAGICLINKS
+"""One component below a descriptor: no mount is entered, and with O_PATH|O_NOFOLLOW a symbolic link is only
+looked at.
+"""
+
+
+def open_base(base_fd: int, fds: ExitStack) -> Descriptor:
+    """A readable descriptor of the base directory, which `fds` closes.
+
+    Raises OSError; PermissionError if others than root could rename what root puts there.
+    """
+    where = path_of(base_fd)
+    with naming(where):
+        base = fds.enter_context(Descriptor.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=base_fd))
+        found = os.fstat(base)
+        if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
+            raise PermissionError(
+                errno.EPERM, "not root's, or writable for others without the sticky bit", where
+            )
+    return base
+
+
+def open_barrier(base: int, name: str, fds: ExitStack) -> Descriptor:
+    """A readable descriptor of a barrier, which `fds` closes.
+
+    Raises OSError: FileNotFoundError, or FileExistsError that says why it is none of ours.
+    """
+    where = path_in(base, name)
+    with naming(where):
+        try:
+            fd = fds.enter_context(open_path(base, name))
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                raise FileExistsError(errno.EEXIST, f"not ours: {why(error)}", where) from None
+            raise
+        found = os.fstat(fd)
+        require_barrier(found, where)
+        if found.st_dev != os.fstat(base).st_dev:
+            raise FileExistsError(errno.EEXIST, "on another file system than its base directory", where)
+        return reopen(fd, fds)
+
+
+def require_barrier(found: os.stat_result, where: str) -> None:
+    """Raises FileExistsError that says what is wrong."""
+    reason = objection(found)
+    if reason is not None:
+        raise FileExistsError(errno.EEXIST, f"not ours: {reason}", where)
+
+
+def objection(found: os.stat_result) -> str | None:
+    """Why this is no barrier of ours; None if it is one."""
+    if stat.S_ISLNK(found.st_mode):
+        return "a symbolic link"
+    if not stat.S_ISDIR(found.st_mode):
+        return "not a directory"
+    if (found.st_uid, found.st_gid) != (0, 0):
+        return f"owned by {found.st_uid}:{found.st_gid}, not by root"
+    if stat.S_IMODE(found.st_mode) != MODE:
+        return f"mode {stat.S_IMODE(found.st_mode):04o} instead of {MODE:04o}"
+    return None
+
+
+def why(error: OSError) -> str:
+    """The reason for which a name could not be opened, for people."""
+    return "something is mounted on it" if error.errno == errno.EXDEV else str(error.strerror)
+
+
+def look(dirfd: int, name: str) -> os.stat_result:
+    """lstat(2) that does not enter a mount: OSError EXDEV instead."""
+    with open_path(dirfd, name) as fd:
+        return os.fstat(fd)
+
+
+def open_path(dirfd: int, name: str) -> Descriptor:
+    """An O_PATH descriptor of a directory entry, whatever it is; the caller's to close."""
+    return syscalls.openat2(dirfd, name, os.O_PATH | os.O_NOFOLLOW, RESOLVE)
+
+
+def reopen(fd: int, fds: ExitStack) -> Descriptor:
+    """The same directory for reading: its owner and mode cannot be set through an O_PATH descriptor."""
+    return fds.enter_context(Descriptor.open(".", DIRECTORY, dir_fd=fd))
+
+
+def path_in(base_fd: int, *names: str) -> str:
+    """The path of the first name in the base directory, for messages.
+
+    Raises OSError EINVAL if one of the names is not the name of a directory entry.
+    """
+    for name in names:
+        if not name or "/" in name or name in {".", ".."}:
+            raise OSError(errno.EINVAL, "not the name of a directory entry", name)
+    return f"{path_of(base_fd)}/{names[0]}"
+
+
+def path_of(fd: int) -> str:
+    """The path of an open descriptor, for messages only."""
+    try:
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError:
+        return f"(descriptor {fd})"
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Puts the whole path into an OSError that knows only a name or a descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if not (isinstance(error.filename, str) and error.filename.startswith("/")):
+            error.filename = path
+            error.filename2 = None
+        raise
