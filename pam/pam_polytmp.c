@@ -1,26 +1,26 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * pam_polytmp: puts a session into its user's mount namespace.
+ * pam_polytmp: moves a session into its user's mount namespace.
  *
- * Asks polytmpd for the user's namespace (AcquireNamespace) and joins it. Who gets one, what is in it and when
- * it ends is polytmpd's business; what to do when polytmpd cannot be reached is decided here.
+ * Asks polytmpd for the user's namespace (AcquireNamespace) and joins it. polytmpd decides who gets one, what is
+ * in it and when it ends. This module decides what happens if polytmpd cannot be reached.
  *
  * Hard facts:
  *  - setns(2): "A process can't join a new mount namespace if it is sharing filesystem-related attributes"
- *    (CLONE_FS). Threads share them (gdm-session-worker has threads), so does a vfork() parent: EINVAL.
- *    unshare(CLONE_FS) comes first; it needs no privilege and moves nothing.
- *  - A thread has a mount namespace, a process has not (namespaces(7)): setns() moves the calling thread and
- *    what it forks. /proc/self is the thread group leader, /proc/thread-self the caller (proc(5)).
+ *    (CLONE_FS). Threads share them (gdm-session-worker has threads), and so does a vfork() parent: EINVAL.
+ *    So unshare(CLONE_FS) comes first. It needs no privilege and moves nothing.
+ *  - A mount namespace belongs to a thread, not to a process (namespaces(7)): setns() moves the calling thread
+ *    and what it forks. /proc/self is the thread group leader, /proc/thread-self the caller (proc(5)).
  *  - setns(CLONE_NEWNS) sets root and working directory to the namespace's root (mntns_install() in the kernel;
- *    no man page says so). One that fails has changed neither; after it nothing can fail. So no rollback here.
- *  - The working directory is looked up anew, as root, among names that users made: openat2(2) without
- *    symlinks, else a link at /tmp/x would carry a session past a directory its user may not enter. The path
- *    from getcwd(2) has none. For a directory outside the root it is "(unreachable)/...".
+ *    no man page says so). If it fails it has changed neither, and after it nothing can fail: no rollback.
+ *  - The working directory is looked up again, as root, among names that users made: openat2(2) without
+ *    symlinks. Otherwise a link at /tmp/x could take a session past a directory that its user may not enter.
+ *    The path from getcwd(2) has none. For a directory outside the root it is "(unreachable)/...".
  *  - sd-bus reads DBUS_SYSTEM_BUS_ADDRESS with secure_getenv(3): su and sudo are set-user-ID (AT_SECURE), so
- *    their callers cannot send the question elsewhere.
+ *    their callers cannot redirect the request.
  *  - sd_bus_call() and sd_bus_flush() first wait for the connection to be set up, up to 90 s, whatever the
- *    call's timeout. Hence await_reply(), and a close without flush: no reply, and the question is withdrawn.
- *  - The bus answers NoReply for a service that has ended; asked again, it has systemd start it, or waits.
+ *    call's timeout. Hence await_reply(), and a close without flush, which withdraws an unanswered request.
+ *  - The bus returns NoReply if the service ends. Asked again, it has systemd start the service, or waits.
  */
 
 #include <ctype.h>
@@ -65,7 +65,7 @@ struct session {
         int flags;
         const char *user;
         uid_t uid;
-        unsigned long timeout; /* seconds, for connection, authentication and answer together */
+        unsigned long timeout; /* seconds, for connection, authentication and reply together */
         bool debug;
 };
 
@@ -83,7 +83,7 @@ static int out_of_memory(const struct session *s) {
         return PAM_BUF_ERR;
 }
 
-/* One line for the log and one for the user, who is not shown the error's name. */
+/* One line for the log and one for the user, without the name of the D-Bus error. */
 __attribute__((format(printf, 3, 4)))
 static int refuse(const struct session *s, const char *error_name, const char *format, ...) {
         CLEANUP(freep) char *reason = NULL;
@@ -97,9 +97,9 @@ static int refuse(const struct session *s, const char *error_name, const char *f
                 reason = NULL; /* vasprintf(3): undefined on failure */
                 return out_of_memory(s);
         }
-        for (int i = 0; i < n; i++) /* it came from elsewhere and goes to a log and a terminal */
+        for (int i = 0; i < n; i++) /* untrusted text for a log and a terminal */
                 reason[i] = iscntrl((unsigned char) reason[i]) ? ' ' : reason[i];
-        reason[n > 0 && reason[n - 1] == '.' ? n - 1 : n] = '\0'; /* the user's line goes on after it */
+        reason[n > 0 && reason[n - 1] == '.' ? n - 1 : n] = '\0'; /* the user's line continues after it */
         pam_syslog(s->pamh, LOG_ERR, "no private /tmp for user %s, refusing the session: %s%s%s",
                    s->user, error_name ? error_name : "", error_name ? ": " : "", reason);
         if (!(s->flags & PAM_SILENT))
@@ -112,7 +112,7 @@ static bool parse_number(const char *text, unsigned long max, unsigned long *ret
         unsigned long value;
         char *end;
 
-        if (!isdigit((unsigned char) text[0])) /* strtoul() takes blanks and signs */
+        if (!isdigit((unsigned char) text[0])) /* strtoul() accepts blanks and signs */
                 return false;
         errno = 0;
         value = strtoul(text, &end, 10);
@@ -122,7 +122,7 @@ static bool parse_number(const char *text, unsigned long max, unsigned long *ret
         return true;
 }
 
-/* A typo must not lock everybody out: what is wrong is named in the log and otherwise ignored. */
+/* A typo must not lock everyone out: log what is wrong and ignore it. */
 static void parse_arguments(struct session *s, int argc, const char **argv) {
         s->timeout = TIMEOUT_DEFAULT;
         for (int i = 0; i < argc; i++) {
@@ -145,7 +145,7 @@ static int find_user(struct session *s) {
         const struct passwd *pw;
 
         if (pam_get_item(s->pamh, PAM_USER, &item) != PAM_SUCCESS || !item || !*(const char *) item) {
-                pam_syslog(s->pamh, LOG_ERR, "a session without a user name");
+                pam_syslog(s->pamh, LOG_ERR, "the session has no user name");
                 return PAM_USER_UNKNOWN;
         }
         s->user = item;
@@ -172,7 +172,7 @@ static bool is_system_user(const struct session *s) {
         unsigned long min = login_defs(s->pamh, "UID_MIN", UID_MIN_DEFAULT);
         unsigned long max = login_defs(s->pamh, "UID_MAX", UID_MAX_DEFAULT);
 
-        if (min > max) /* or everybody would be one */
+        if (min > max) /* or every user would be one */
                 return s->uid < UID_MIN_DEFAULT || s->uid > UID_MAX_DEFAULT;
         return s->uid < min || s->uid > max;
 }
@@ -181,36 +181,36 @@ static bool same_file(const struct stat *a, const struct stat *b) {
         return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
-/* The namespaces that this module must not leave: PAM_SUCCESS when there are none. */
+/* Checks for namespaces that the session must not leave. PAM_SUCCESS if there are none. */
 static int check_caller(const struct session *s) {
         struct stat root, init_root, thread, leader;
 
         if (geteuid() != 0)
                 return refuse(s, NULL, "the calling process is not root");
         if (stat("/", &root) < 0)
-                return refuse(s, NULL, "cannot look at /: %s", strerror(errno));
+                return refuse(s, NULL, "cannot stat /: %s", strerror(errno));
         if (stat("/proc/1/root", &init_root) < 0) {
                 if (errno != ENOENT)
-                        return refuse(s, NULL, "cannot look at /proc/1/root: %s", strerror(errno));
-                memset(&init_root, 0, sizeof(init_root)); /* no /proc: only a chroot has none */
+                        return refuse(s, NULL, "cannot stat /proc/1/root: %s", strerror(errno));
+                memset(&init_root, 0, sizeof(init_root)); /* only a chroot has no /proc */
         }
         if (!same_file(&root, &init_root)) {
-                pam_syslog(s->pamh, LOG_NOTICE, "in a chroot: user %s keeps its /tmp", s->user);
+                pam_syslog(s->pamh, LOG_NOTICE, "user %s is in a chroot, keeping the chroot's /tmp", s->user);
                 return PAM_IGNORE;
         }
         if (stat("/proc/thread-self/ns/mnt", &thread) < 0 || stat("/proc/self/ns/mnt", &leader) < 0)
-                return refuse(s, NULL, "cannot look at the mount namespace: %s", strerror(errno));
+                return refuse(s, NULL, "cannot stat the mount namespace: %s", strerror(errno));
         if (!same_file(&thread, &leader))
-                return refuse(s, NULL, "the calling thread is in another mount namespace than its process");
+                return refuse(s, NULL, "the calling thread is not in its process's mount namespace");
         return PAM_SUCCESS;
 }
 
 static bool is_unreachable(const sd_bus_error *error) {
-        static const char *const NAMES[] = { /* one that ends in a dot is a prefix */
+        static const char *const NAMES[] = { /* a name that ends in a dot is a prefix */
                 SD_BUS_ERROR_SERVICE_UNKNOWN, SD_BUS_ERROR_NAME_HAS_NO_OWNER, SD_BUS_ERROR_NO_REPLY,
                 SD_BUS_ERROR_DISCONNECTED, SD_BUS_ERROR_NO_SERVER, SD_BUS_ERROR_LIMITS_EXCEEDED,
                 SD_BUS_ERROR_TIMEOUT, "org.freedesktop.DBus.Error.TimedOut", "org.freedesktop.DBus.Error.Spawn.",
-                "org.freedesktop.systemd1.", /* of activation: UnitMasked, NoSuchUnit, ... */
+                "org.freedesktop.systemd1.", /* from activation: UnitMasked, NoSuchUnit, ... */
         };
 
         for (size_t i = 0; i < sizeof(NAMES) / sizeof(NAMES[0]); i++) {
@@ -222,7 +222,7 @@ static bool is_unreachable(const sd_bus_error *error) {
         return false;
 }
 
-/* System users must be able to work (cron jobs, the start of the host) while polytmpd is not there. */
+/* System users (cron jobs, the boot of the host) must keep working while polytmpd is not running. */
 static int unreachable(const struct session *s, const char *error_name, const char *why) {
         if (!is_system_user(s))
                 return refuse(s, error_name, "polytmpd cannot be reached: %s", why);
@@ -262,7 +262,7 @@ static int await_reply(sd_bus *bus, sd_bus_message **reply, uint64_t deadline) {
                 int r = sd_bus_process(bus, NULL);
                 uint64_t now;
 
-                if (*reply) /* before r: a connection may end right after its last message */
+                if (*reply) /* before r: the connection may end right after its last message */
                         return 0;
                 now = now_usec();
                 if (r >= 0 && now >= deadline)
@@ -274,7 +274,7 @@ static int await_reply(sd_bus *bus, sd_bus_message **reply, uint64_t deadline) {
         }
 }
 
-/* Gives a reply or an error reply, or a negative errno where there is none. The caller unrefs bus and reply. */
+/* Returns 0 with a reply or an error reply, or a negative errno. The caller unrefs bus and reply. */
 static int ask(const struct session *s, sd_bus **bus, sd_bus_message **reply) {
         CLEANUP(sd_bus_message_unrefp) sd_bus_message *call = NULL;
         uint64_t deadline = now_usec() + s->timeout * USEC_PER_SEC;
@@ -291,17 +291,17 @@ static int ask(const struct session *s, sd_bus **bus, sd_bus_message **reply) {
                 if (r >= 0)
                         r = await_reply(*bus, reply, deadline);
                 if (r >= 0 && sd_bus_message_is_method_error(*reply, SD_BUS_ERROR_NO_REPLY))
-                        died++; /* polytmpd, over the question, which is asked once more */
+                        died++; /* polytmpd ended before it replied: ask once more */
                 else if (r >= 0 && sd_bus_message_is_method_error(*reply, SD_BUS_ERROR_LIMITS_EXCEEDED) &&
                          now_usec() + 50000 < deadline)
-                        usleep(50000); /* too much waits for polytmpd, whoever sent it: keeps nobody out */
+                        usleep(50000); /* polytmpd's queue is full, which must not lock users out */
                 else
                         break;
         }
         return r;
 }
 
-/* PAM_SUCCESS: *ret_fd is the caller's to close. The connection, and any fd that came with it, is gone. */
+/* On PAM_SUCCESS the caller closes *ret_fd. The connection and the descriptors received on it are closed. */
 static int acquire_namespace(const struct session *s, int *ret_fd) {
         CLEANUP(sd_bus_close_unrefp) sd_bus *bus = NULL;
         CLEANUP(sd_bus_message_unrefp) sd_bus_message *reply = NULL;
@@ -313,14 +313,14 @@ static int acquire_namespace(const struct session *s, int *ret_fd) {
                 return error_reply(s, sd_bus_message_get_error(reply));
         r = sd_bus_message_has_signature(reply, "h") ? sd_bus_message_read(reply, "h", &fd) : -EPROTO;
         if (r < 0)
-                return refuse(s, NULL, "polytmpd's answer has no namespace: %s", strerror(-r));
+                return refuse(s, NULL, "polytmpd's reply contains no namespace: %s", strerror(-r));
         *ret_fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
         if (*ret_fd < 0)
-                return refuse(s, NULL, "cannot keep polytmpd's answer: %s", strerror(errno));
+                return refuse(s, NULL, "cannot duplicate the namespace descriptor: %s", strerror(errno));
         return PAM_SUCCESS;
 }
 
-/* Users can make mount namespaces too (unshare -Urm): one of another user namespace than ours is not taken. */
+/* Users can make mount namespaces too (unshare -Urm): reject those of a user namespace other than ours. */
 static bool is_mount_namespace_of_ours(int fd) {
         CLEANUP(closep) int userns_fd = -1;
         struct stat theirs, ours;
@@ -338,14 +338,14 @@ static void restore_working_directory(const struct session *s, const char *path)
         CLEANUP(closep) int fd = path ? (int) syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof(how)) : -1;
 
         if (fd >= 0 && fchdir(fd) == 0)
-                return; /* else stay where setns() has left us */
-        pam_syslog(s->pamh, LOG_NOTICE, "no working directory %s in the namespace of user %s, using /",
+                return; /* otherwise stay where setns() has put us */
+        pam_syslog(s->pamh, LOG_NOTICE, "working directory %s is not available in the namespace of user %s, using /",
                    path ? path : "(unknown)", s->user);
 }
 
 static int enter_namespace(const struct session *s, int ns_fd) {
         char cwd[PATH_MAX];
-        /* not libc's, which climbs ".." where the kernel says "(unreachable)/...", into another namespace's / */
+        /* not libc's, which climbs ".." into another namespace's / if the kernel returns "(unreachable)/..." */
         bool reachable = syscall(SYS_getcwd, cwd, sizeof(cwd)) > 0 && cwd[0] == '/';
 
         if (unshare(CLONE_FS) < 0)
@@ -364,14 +364,14 @@ static int open_session(struct session *s) {
         if (r != PAM_SUCCESS)
                 return r;
         if (s->debug)
-                pam_syslog(s->pamh, LOG_DEBUG, "asking for user %s's namespace (%lu s)", s->user, s->timeout);
+                pam_syslog(s->pamh, LOG_DEBUG, "requesting the namespace of user %s (%lu s)", s->user, s->timeout);
         r = acquire_namespace(s, &fd);
         if (r != PAM_SUCCESS)
                 return r;
         if (!is_mount_namespace_of_ours(fd))
-                return refuse(s, NULL, "what polytmpd gave is not a mount namespace of this host");
+                return refuse(s, NULL, "polytmpd's reply is not a mount namespace of this host");
         if (fstat(fd, &theirs) < 0 || stat("/proc/thread-self/ns/mnt", &ours) < 0)
-                return refuse(s, NULL, "cannot look at the mount namespace: %s", strerror(errno));
+                return refuse(s, NULL, "cannot stat the mount namespace: %s", strerror(errno));
         r = same_file(&theirs, &ours) ? PAM_SUCCESS : enter_namespace(s, fd);
         if (r == PAM_SUCCESS && s->debug)
                 pam_syslog(s->pamh, LOG_DEBUG, "user %s is in mnt:[%ju]", s->user, (uintmax_t) theirs.st_ino);
@@ -384,7 +384,7 @@ EXPORT int pam_sm_open_session(pam_handle_t *pamh, int flags, int argc, const ch
         int r = find_user(&s);
 
         if (r == PAM_SUCCESS && s.uid == 0)
-                r = PAM_IGNORE; /* root is never moved; nobody is asked */
+                r = PAM_IGNORE; /* root is never moved, and polytmpd is not asked */
         else if (r == PAM_SUCCESS) {
                 parse_arguments(&s, argc, argv);
                 r = open_session(&s);
@@ -393,7 +393,7 @@ EXPORT int pam_sm_open_session(pam_handle_t *pamh, int flags, int argc, const ch
         return r;
 }
 
-/* Nothing to undo: a namespace ends with its last process, and close hooks are not always run (systemd#8598). */
+/* Nothing to undo: a namespace ends with its last process, and close hooks may not run (systemd#8598). */
 EXPORT int pam_sm_close_session(UNUSED pam_handle_t *h, UNUSED int flags, UNUSED int n, UNUSED const char **v) {
         return PAM_SUCCESS;
 }

@@ -373,7 +373,7 @@ def test_a_session_in_a_chroot_is_left_alone(machine: Machine) -> None:
             "chroot /srv/root sh -c 'cd /home && su alice -c \"readlink /proc/self/ns/mnt; pwd\"'"
         )
         assert seen.stdout.split() == [machine.sh(HOST).stdout.strip(), "/home"]
-        assert "in a chroot: user alice keeps its /tmp" in machine.journal("-n", "50")
+        assert "user alice is in a chroot, keeping the chroot's /tmp" in machine.journal("-n", "50")
     finally:
         machine.sh("umount /srv/root/*; rm -r --one-file-system /srv/root", check=False)
 

@@ -259,7 +259,7 @@ def test_a_working_directory_elsewhere_is_kept(
 def assert_at_the_root(session: Session, namespace: Namespace, directory: str) -> None:
     assert_joined(session, namespace)
     assert session.cwd == "/"
-    line = f"no working directory {directory} in the namespace of user alice, using /"
+    line = f"working directory {directory} is not available in the namespace of user alice, using /"
     assert session.log == [("NOTICE", line)]
     assert session.messages == []
 
@@ -334,7 +334,7 @@ def test_an_unknown_user(world: World, bus: Bus, daemon: MakeDaemon, private: Na
 def test_no_user_name(world: World) -> None:
     session = world.open_session("-u", "")
     assert session.result == PAM_USER_UNKNOWN
-    assert session.log == [("ERR", "a session without a user name")]
+    assert session.log == [("ERR", "the session has no user name")]
 
 
 def test_a_caller_that_is_not_root(world: World) -> None:
@@ -354,7 +354,7 @@ def test_in_a_chroot_nothing_is_done(world: World, bus: Bus, daemon: MakeDaemon,
     fake = daemon(open=[private.path])
     world.shell(f"{CHROOT}\nmount --rbind /proc proc")
     session = world.open_session("-r", "/tmp/chroot", bus=bus.address)
-    assert_skipped(session, "NOTICE", "in a chroot: user alice keeps its /tmp")
+    assert_skipped(session, "NOTICE", "user alice is in a chroot, keeping the chroot's /tmp")
     assert fake.stop() == []
 
 
@@ -362,7 +362,7 @@ def test_in_a_chroot_nothing_is_done(world: World, bus: Bus, daemon: MakeDaemon,
 def test_in_a_chroot_without_proc_nothing_is_done(world: World) -> None:
     world.shell(f"{CHROOT}\nmkdir -p proc/thread-self/fd")  # the harness counts in there
     session = world.open_session("-r", "/tmp/chroot")
-    assert_skipped(session, "NOTICE", "in a chroot: user alice keeps its /tmp")
+    assert_skipped(session, "NOTICE", "user alice is in a chroot, keeping the chroot's /tmp")
 
 
 def test_a_thread_in_another_namespace_than_its_process(
@@ -371,7 +371,7 @@ def test_a_thread_in_another_namespace_than_its_process(
     fake = daemon(open=[private.path])
     other = world.make_namespace()
     session = world.open_session("-T", "-n", other.inner_path, bus=bus.address)
-    assert_refused(session, "the calling thread is in another mount namespace than its process")
+    assert_refused(session, "the calling thread is not in its process's mount namespace")
     assert session.namespace == other.inode
     assert fake.stop() == []
 
@@ -448,8 +448,8 @@ def test_after_a_refusal_the_working_directory_is_as_it_was(
 
 # -- hostile answers -------------------------------------------------------------------------------
 
-NO_NAMESPACE = "polytmpd's answer has no namespace: Protocol error"
-NOT_OURS = "what polytmpd gave is not a mount namespace of this host"
+NO_NAMESPACE = "polytmpd's reply contains no namespace: Protocol error"
+NOT_OURS = "polytmpd's reply is not a mount namespace of this host"
 
 
 @pytest.mark.parametrize(
@@ -760,7 +760,7 @@ def test_a_bad_timeout_is_named_and_the_default_used(
     assert_joined(session, private)
     assert session.log[:2] == [
         ("ERR", f"'timeout={value}' is not a number of seconds from 1 to 600, using 20"),
-        ("DEBUG", "asking for user alice's namespace (20 s)"),
+        ("DEBUG", "requesting the namespace of user alice (20 s)"),
     ]
 
 
@@ -771,7 +771,7 @@ def test_a_good_timeout(world: World, bus: Bus, daemon: MakeDaemon, private: Nam
     session = world.open_session(bus=bus.address)
     assert_joined(session, private)
     assert session.log == [
-        ("DEBUG", f"asking for user alice's namespace ({int(value)} s)"),
+        ("DEBUG", f"requesting the namespace of user alice ({int(value)} s)"),
         ("DEBUG", f"user alice is in mnt:[{private.inode}]"),
     ]
 
