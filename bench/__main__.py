@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""python -m bench: prints a table; --write puts it into bench/results.md too.
+"""python -m bench: prints tables; --write also writes them to bench/results.md.
 
-Logins are measured on one machine, with the three configurations of PAM in turn, login after login, so that
-what else the outer machine does falls on all of them alike. Nothing is asserted.
+Measures logins on one machine with three PAM configurations in turn, login after login, so that other load
+affects all of them alike.
+Not here: assertions; how namespaces are measured (namespaces.py).
 """
 
 import argparse
@@ -25,13 +26,13 @@ RESULTS: Final = PROJECT / "bench" / "results.md"
 _STACKS: Final = "/etc/pam.d/common-session /etc/pam.d/common-session-noninteractive"
 _OFF: Final = f"sed -i '/pam_polytmp.so/d; /pam_namespace.so/d' {_STACKS}"
 
-# as namespace.conf(5) has it, with an instance for each user
+# as in namespace.conf(5), with one instance per user
 _INSTANCES: Final = r"""
 mkdir -p -m 000 /tmp-inst /var/tmp/tmp-inst
 printf '%s\n' '/tmp /tmp-inst/ user root' '/var/tmp /var/tmp/tmp-inst/ user root' \
     > /etc/security/namespace.conf
 """
-# without its daemon, which works at logind's signals whether PAM asks or not
+# without the daemon, which reacts to logind's signals even if PAM does not ask
 _NOT: Final = f"systemctl mask --quiet --runtime --now polytmpd; {_OFF}"
 CONFIGURATIONS: Final = {
     "plain": _NOT,
@@ -41,7 +42,7 @@ CONFIGURATIONS: Final = {
         f"for f in {_STACKS}; do echo 'session required pam_polytmp.so' >> $f; done"
     ),
 }
-"""What PAM runs at last, by the name it has in the table."""
+"""Name in the table → script that makes it the last module in the session stacks."""
 
 
 def _login(machine: Machine) -> float:
@@ -71,15 +72,15 @@ def logins(machine: Machine, repeat: int) -> dict[str, dict[str, float]]:
     }
     for number in range(repeat + 1):
         for name, script in CONFIGURATIONS.items():
-            _alone(machine)  # before: a daemon that is stopped removes nothing
+            _alone(machine)  # first, because a stopped daemon removes nothing
             machine.sh(script)
             first = _login(machine)
             _alone(machine)
             with machine.session("alice") as session:
                 if (session.run("readlink /proc/self/ns/mnt") == host) != (name == "plain"):
-                    raise BedError(f"{name} is not what PAM runs")
+                    raise BedError(f"PAM does not run {name}")
                 second = statistics.median(_login(machine) for _ in range(3))
-            if number:  # the first turn warms up
+            if number:  # the first round warms up
                 times["first session"][name].append(first)
                 times["a session open"][name].append(second)
     _alone(machine)
@@ -112,7 +113,7 @@ asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))
 
 
 def calls(machine: Machine) -> dict[str, float]:
-    """AcquireNamespace of an instance that is there, calls a second, on one connection."""
+    """AcquireNamespace calls per second, on one connection, for an existing instance."""
     result = {}
     with machine.session("alice"):
         for at_once in (1, 8):
@@ -194,10 +195,10 @@ def namespace_table() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Figures of polytmp.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of polytmp.")
     parser.add_argument("--release", choices=RELEASES, action="append")
     parser.add_argument("--repeat", type=int, default=15)
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(PROJECT)} too")
+    parser.add_argument("--write", action="store_true", help=f"also write {RESULTS.relative_to(PROJECT)}")
     arguments = parser.parse_args()
     try:
         require_tools()
@@ -209,7 +210,7 @@ def main() -> int:
     text = "\n\n".join(parts) + "\n"
     print(text)  # noqa: T201
     if arguments.write:
-        RESULTS.write_text(f"# Figures\n\nWritten by `python -m bench --write`.\n\n{text}")
+        RESULTS.write_text(f"# Benchmarks\n\nWritten by `python -m bench --write`.\n\n{text}")
     return 0
 
 

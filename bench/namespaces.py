@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a namespace costs, through the daemon's own module: python -m bench.namespaces, JSON on stdout.
+"""Measures what a namespace costs, with the daemon's own module: python -m bench.namespaces, JSON on stdout.
 
-Runs where mounts do no harm: `unshare --mount --pid --fork --mount-proc`, so that PID 1's namespace is ours.
+Run it under `unshare --mount --pid --fork --mount-proc`: then mounts do no harm, and PID 1's namespace is
+ours.
+Not here: logins and calls (__main__.py).
 """
 
 import ctypes
@@ -30,7 +32,7 @@ def _call(result: int) -> None:
 
 
 def _slab() -> int:
-    """Kernel memory in KiB, of all slabs and percpu."""
+    """Kernel memory in KiB: all slabs, percpu and kernel stacks."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return sum(int(fields[name].split()[0]) for name in ("Slab", "Percpu", "KernelStack"))
 
@@ -45,7 +47,7 @@ def _milliseconds(work: Callable[[], object], repeat: int = REPEAT) -> float:
 
 
 class _Builder:
-    """Namespaces with a private /tmp and /var/tmp, made as the daemon makes them."""
+    """Makes namespaces with a private /tmp and /var/tmp, as the daemon does."""
 
     def __init__(self, base: Path) -> None:
         self._inotify = Inotify()
@@ -65,7 +67,7 @@ def main() -> int:
     root = Path("/")
     _call(_libc.mount(b"none", b"/", None, (1 << 20) | (1 << 14), None))  # MS_SHARED | MS_REC
     for path in (b"/tmp", b"/var/tmp"):
-        _call(_libc.mount(b"bench", path, b"tmpfs", 0, None))  # our own: nothing is written outside
+        _call(_libc.mount(b"bench", path, b"tmpfs", 0, None))  # our own, so that nothing is written outside
     builder = _Builder(root)
     result: dict[str, float] = {"mounts": len(Path("/proc/self/mountinfo").read_text().splitlines())}
     alive: list[int] = []
@@ -74,7 +76,7 @@ def main() -> int:
         before, made_before = _slab(), len(alive)
         while len(alive) < number:
             alive.append(builder.build())
-        if number == ALIVE[-1]:  # of the whole system: the shorter it takes, the less of others is in it
+        if number == ALIVE[-1]:  # of the whole system: the shorter, the less of others in it
             memory = (_slab() - before) // (number - made_before)
         made: list[int] = []
         result[f"create, {number} alive, ms"] = _milliseconds(lambda: made.append(builder.build()))  # noqa: B023
@@ -92,7 +94,7 @@ def _mount_and_umount() -> None:
 
 
 def _setns(fd: int) -> float:
-    """Of this process: at the end."""
+    """Microseconds per setns(2). It moves this process, so measure it last."""
     _call(_libc.unshare(CLONE_FS))
     return _milliseconds(lambda: _call(_libc.setns(fd, CLONE_NEWNS)), 1000) * 1000
 
