@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The tour of README.md, as it stands there: every command is typed, every answer compared.
+"""Runs the tour of README.md: types every command and compares every output.
 
-The rule: `…` in a line of the answer stands for what is different each time, nothing included; a line of `…`
-alone stands for any number of lines; several blanks are as good as one, and those around `…` may be missing.
-What is to be seen may come a moment later: a command is typed again until it answers as README.md says.
+The rule: `…` within a line of output stands for any text, including none; a line with only `…` stands for
+any number of lines; several blanks match one, and blanks around `…` may be missing.
+The expected output may take a moment: a command is repeated until its output is the one in README.md.
 """
 
 import re
@@ -27,7 +27,7 @@ PATIENCE = 60
 
 @dataclass(slots=True)
 class Step:
-    """A command, who types it, and the lines that it answers."""
+    """A command, who types it, and its lines of output."""
 
     who: str
     command: str
@@ -35,7 +35,7 @@ class Step:
 
 
 def tour() -> list[Step]:
-    """What stands in the blocks of the section."""
+    """The steps in the console blocks of the section."""
     section = README.read_text().partition("\n## Tour\n")[2].partition("\n## ")[0]
     steps: list[Step] = []
     for block in re.findall(r"(?ms)^```console\n(.*?)^```$", section):
@@ -43,7 +43,7 @@ def tour() -> list[Step]:
             if typed := re.fullmatch(r"(alice\$|#) (.+)", line):
                 steps.append(Step("alice" if typed[1] == "alice$" else "root", typed[2]))
             else:
-                assert number, f"a block begins with what nobody typed: {line}"
+                assert number, f"a block does not begin with a command: {line}"
                 steps[-1].answer.append(line)
     return steps
 
@@ -77,7 +77,7 @@ def test_the_tour_is_there() -> None:
         assert any(f"polytmpctl {command}" in line for line in commands), command
     assert {line.split()[0] for line in commands} >= {"busctl", "journalctl"}
     for step in tour():
-        assert re.sub(r"[\s…]", "", "".join(step.answer)) or not step.answer, f"{step.command}: says nothing"
+        assert re.sub(r"[\s…]", "", "".join(step.answer)) or not step.answer, f"{step.command}: all is …"
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the documentation says of the code is so."""
+"""The documentation agrees with the code."""
 
 import re
 from pathlib import Path

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The manual names all that there is: options, settings, arguments, D-Bus members, messages.
+"""The manual covers everything: options, settings, arguments, D-Bus members, messages.
 
-Pages are read as a reader sees them, rendered by man(1), so that what is in the source and not shown counts
-as missing. Whether what they say is true is for people to find out.
+The tests read the pages as man(1) renders them, so that text that is in the source but not shown counts as
+missing. Not here: whether the pages are true, which takes a person to check.
 """
 
 import re
@@ -45,14 +45,14 @@ def run(*argv: str | Path, **environment: str) -> "subprocess.CompletedProcess[s
 
 @cache
 def page(name: str) -> str:
-    """The text of a page, in lines too long to be broken."""
+    """The text of a page, with lines too long to be broken."""
     done = run("man", "--no-hyphenation", "--no-justification", "-l", MAN / name, MANWIDTH="1000")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def is_entry(name: str, text: str, section: str = "") -> bool:
-    """Whether an item of a list has that head: alone, among others, or with what it takes."""
+    """Whether a list item has that head: alone, among others, or followed by its argument."""
     shown = page(name)
     if section:
         shown = re.split(r"(?m)^(?=\S)", shown.partition(f"\n{section}\n")[2])[0]
@@ -189,7 +189,7 @@ def test_each_argument_of_the_module_is_explained() -> None:
 
 def test_each_return_value_of_the_module_is_explained() -> None:
     returned = set(re.findall(r"\bPAM_[A-Z_]+\b", (ROOT / "pam/pam_polytmp.c").read_text()))
-    returned -= {"PAM_USER", "PAM_SILENT"}  # an item and a flag
+    returned -= {"PAM_USER", "PAM_SILENT"}  # an item and a flag, not return values
     assert {value for value in returned if not is_entry("pam_polytmp.8", value)} == set()
 
 
@@ -197,7 +197,7 @@ def test_each_return_value_of_the_module_is_explained() -> None:
 
 
 def members() -> Iterator[tuple[str, str, str]]:
-    """(interface, member, how the page writes it) of all that the daemon serves, by the golden XML."""
+    """(interface, member, how the page writes it) for everything in the golden XML."""
     for name in ("manager", "instance"):
         tree = ET.fromstring((ROOT / f"tests/bus/golden/{name}.xml").read_text())  # our own file
         for interface in tree.iter("interface"):
@@ -246,7 +246,7 @@ def test_the_catalog_has_each_message_once() -> None:
 
 
 def test_the_catalog_is_understood(tmp_path: Path) -> None:
-    """By the program that compiles it when the package is installed."""
+    """journalctl compiles it, as when the package is installed."""
     for directory in ("usr/lib/systemd/catalog", "var/lib/systemd/catalog"):
         (tmp_path / directory).mkdir(parents=True)
     shutil.copy(CATALOG, tmp_path / "usr/lib/systemd/catalog")
@@ -264,7 +264,7 @@ def test_the_catalog_is_understood(tmp_path: Path) -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """As GitHub and others make them of headings."""
+    """The anchors that GitHub and others derive from headings."""
     headings = re.findall(r"(?m)^#+ (.*)$", path.read_text())
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

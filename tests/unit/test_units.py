@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is not Python: units, tmpfiles.d, D-Bus and polkit XML, maintainer scripts.
+"""Files that are not Python: units, tmpfiles.d, D-Bus and polkit XML, maintainer scripts.
 
-Each goes through the checker that its own project ships. A tool that is missing is a failure, not a skip:
+Each goes through the checker that its own project ships. A missing tool is a failure, not a skip:
 `make setup` installs them all.
 """
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).resolve().parents[2]
 POLKIT_DTD = Path("/usr/share/polkit-1/policyconfig-1.dtd")
 
-# What Debian 12's systemd (252) has not heard of: it says so and goes on.
+# Unknown to Debian 12's systemd (252), which logs this and continues.
 NEWER_THAN_252 = {"FileDescriptorStorePreserve": 254}
 
 ANYBODY = {
@@ -65,7 +65,7 @@ def unit() -> str:
 
 
 def test_unit_is_valid(tmp_path: Path) -> None:
-    # the program may not be installed here
+    # the program may not be installed on this machine
     text = re.sub(r"(?m)^ExecStart=.*", "ExecStart=/bin/true", unit())
     version = systemd_version()
     for key, since in NEWER_THAN_252.items():
@@ -98,7 +98,7 @@ def test_activation_starts_the_unit() -> None:
 
 
 def test_tmpfiles_keeps_instances_and_ages_contents(tmp_path: Path) -> None:
-    """As the cleaner would at "age 0": everything that nothing keeps it from is gone."""
+    """With "age 0" the cleaner deletes everything that no line protects."""
     config = tmp_path / "usr/lib/tmpfiles.d"
     config.mkdir(parents=True)
     (config / "tmp.conf").write_text("q /tmp 1777 - - 0\nq /var/tmp 1777 - - 0\n")
