@@ -15,6 +15,11 @@ from polytmpd.bus.contract import (
     PATH,
     REMOVE_PERSISTENT,
     SERVICE,
+    InstanceMethod,
+    InstanceProperty,
+    ManagerMethod,
+    ManagerProperty,
+    ManagerSignal,
 )
 from polytmpd.core.names import object_owner, object_path
 
@@ -68,22 +73,27 @@ class Polytmp:
         self._interactive = interactive
 
     async def _manager(
-        self, member: str, signature: str = "", *body: Any, quiet: bool = False, **more: Any
+        self, member: ManagerMethod, signature: str = "", *body: Any, quiet: bool = False, **more: Any
     ) -> list[Any]:
         interactive = self._interactive and not quiet
         return await self._connection.ask(
-            SERVICE, PATH, MANAGER, member, signature, body, interactive=interactive, **more
+            SERVICE, PATH, MANAGER, member.value, signature, body, interactive=interactive, **more
         )
 
-    async def _instance(self, uid: int, member: str) -> list[Any]:
+    async def _instance(self, uid: int, member: InstanceMethod) -> list[Any]:
         # As long as a person takes to type a password.
         timeout = None if self._interactive else 25.0
         return await self._connection.ask(
-            SERVICE, object_path(uid), INSTANCE, member, interactive=self._interactive, timeout=timeout
+            SERVICE,
+            object_path(uid),
+            INSTANCE,
+            member.value,
+            interactive=self._interactive,
+            timeout=timeout,
         )
 
     async def instances(self) -> list[Listed]:
-        (rows,) = await self._manager("ListInstances")
+        (rows,) = await self._manager(ManagerMethod.LIST_INSTANCES)
         return [Listed(*row) for row in rows]
 
     async def all_properties(self) -> dict[int, dict[str, Any]]:
@@ -97,7 +107,7 @@ class Polytmp:
 
     async def instance(self, uid: int) -> str:
         """Its object path; NoSuchInstance where the user has none."""
-        (path,) = await self._manager("GetInstance", "u", uid)
+        (path,) = await self._manager(ManagerMethod.GET_INSTANCE, "u", uid)
         return str(path)
 
     async def properties(self, uid: int) -> dict[str, Any]:
@@ -115,7 +125,7 @@ class Polytmp:
         return _plain(found)
 
     async def holders(self, uid: int) -> list[Holder]:
-        (rows,) = await self._instance(uid, "ListHolders")
+        (rows,) = await self._instance(uid, InstanceMethod.LIST_HOLDERS)
         return [Holder(*row) for row in rows]
 
     async def usage(self, uid: int, *, quiet: bool = False) -> list[tuple[str, int, int]]:
@@ -123,17 +133,17 @@ class Polytmp:
 
         quiet: nobody is asked for a password, as where the caller does not wait for one to be typed.
         """
-        (rows,) = await self._manager("GetUserUsage", "u", uid, timeout=None, quiet=quiet)
+        (rows,) = await self._manager(ManagerMethod.GET_USER_USAGE, "u", uid, timeout=None, quiet=quiet)
         return [(directory, size, inodes) for directory, size, inodes in rows]
 
     async def resolve(self, uid: int, path: str) -> str:
-        (found,) = await self._manager("ResolvePath", "us", uid, path, timeout=None)
+        (found,) = await self._manager(ManagerMethod.RESOLVE_PATH, "us", uid, path, timeout=None)
         return str(found)
 
     async def uid_of_process(self, pid: int) -> int | None:
         """Whose instance a process lives in; None where in nobody's."""
         try:
-            (path,) = await self._manager("GetInstanceByPID", "u", pid)
+            (path,) = await self._manager(ManagerMethod.GET_INSTANCE_BY_PID, "u", pid)
         except BusError as error:
             if error.name.endswith(".NotPolyinstantiated"):
                 return None
@@ -142,7 +152,7 @@ class Polytmp:
 
     async def acquire(self, uid: int) -> int:
         """A descriptor of the namespace, the caller's to close."""
-        fds = await self._manager("AcquireNamespace", "u", uid, keep_fds=True)
+        fds = await self._manager(ManagerMethod.ACQUIRE_NAMESPACE, "u", uid, keep_fds=True)
         if len(fds) != 1:
             raise BusError(f"{DBUS}.Error.Failed", "polytmpd handed over no namespace")
         return int(fds[0])
@@ -150,23 +160,23 @@ class Polytmp:
     async def remove(self, uid: int, *, persistent: bool) -> None:
         """Returns when everything is deleted, which takes as long as it takes."""
         flags = REMOVE_PERSISTENT if persistent else 0
-        await self._manager("RemoveInstanceWithFlags", "ut", uid, flags, timeout=None)
+        await self._manager(ManagerMethod.REMOVE_INSTANCE_WITH_FLAGS, "ut", uid, flags, timeout=None)
 
     async def removed_entries(self, uid: int) -> int:
         """How many files and directories the removal that runs for the user has deleted so far.
 
         Nobody is asked for a password for that.
         """
-        (entries,) = await self._manager("GetRemovalProgress", "u", uid, quiet=True)
+        (entries,) = await self._manager(ManagerMethod.GET_REMOVAL_PROGRESS, "u", uid, quiet=True)
         return int(entries)
 
     async def directories(self) -> list[str]:
         """The directories that new instances make private."""
-        found = await _property(self._connection, SERVICE, PATH, MANAGER, "Directories")
+        found = await _property(self._connection, SERVICE, PATH, MANAGER, ManagerProperty.DIRECTORIES)
         return [str(directory) for directory in found]
 
     async def version(self) -> str:
-        return str(await _property(self._connection, SERVICE, PATH, MANAGER, "Version"))
+        return str(await _property(self._connection, SERVICE, PATH, MANAGER, ManagerProperty.VERSION))
 
     async def follow(
         self,
@@ -182,7 +192,7 @@ class Polytmp:
         def on_added(_: str, body: list[Any]) -> None:
             uid = object_owner(body[0])
             if uid is not None and INSTANCE in body[1]:
-                new(uid, str(_plain(body[1][INSTANCE]).get("State", "")))
+                new(uid, str(_plain(body[1][INSTANCE]).get(InstanceProperty.STATE, "")))
 
         def on_removed(_: str, body: list[Any]) -> None:
             removed(body[0])
@@ -193,7 +203,7 @@ class Polytmp:
                 changed(uid, _plain(body[1]), list(body[2]))
 
         await self._connection.subscribe(SERVICE, OBJECT_MANAGER, "InterfacesAdded", on_added)
-        await self._connection.subscribe(SERVICE, MANAGER, "InstanceRemoved", on_removed)
+        await self._connection.subscribe(SERVICE, MANAGER, ManagerSignal.INSTANCE_REMOVED.value, on_removed)
         await self._connection.subscribe(SERVICE, PROPERTIES, "PropertiesChanged", on_changed)
         await self._connection.follow_owner(SERVICE, lambda name: owner(name is not None))
 
@@ -269,7 +279,7 @@ class Neighbours:
 
 
 async def _property(connection: Connection, service: str, path: str, interface: str, name: str) -> Any:
-    (value,) = await connection.ask(service, path, PROPERTIES, "Get", "ss", (interface, name))
+    (value,) = await connection.ask(service, path, PROPERTIES, "Get", "ss", (interface, str(name)))
     return value.value
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from polytmpd import __version__, config
 from polytmpd.bus.connection import BusError
+from polytmpd.bus.contract import InstanceProperty
 from polytmpd.ctl import host, output, pamstacks, settings, users
 from polytmpd.ctl.commands import Answer, Context
 from polytmpd.ctl.host import Result
@@ -278,7 +279,8 @@ async def _logged_in(
         yield Result("sessions", "in the shared /tmp", "pass", text)
     try:
         states = {
-            found["User"]: found["State"] for found in (await context.client.all_properties()).values()
+            found[InstanceProperty.USER]: found[InstanceProperty.STATE]
+            for found in (await context.client.all_properties()).values()
         }
     except BusError:
         return

@@ -13,6 +13,7 @@ from typing import Any
 
 from polytmpd.bus.client import Neighbours, Polytmp
 from polytmpd.bus.connection import BusError
+from polytmpd.bus.contract import InstanceProperty
 from polytmpd.ctl import output, users
 from polytmpd.ctl.arguments import Options
 from polytmpd.ctl.output import Failure, Style
@@ -46,8 +47,8 @@ async def list_instances(context: Context) -> Answer:
             {
                 "uid": entry.uid,
                 "user": entry.user,
-                "state": found.get("State"),
-                "since": found.get("CreatedUSec"),
+                "state": found.get(InstanceProperty.STATE),
+                "since": found.get(InstanceProperty.CREATED_USEC),
             }
         )
     if not rows:
@@ -177,7 +178,7 @@ async def path(context: Context) -> Answer:
         file = _absolute(word, own=uid == os.geteuid())
         if (owner := _owner(file, places)) is not None:
             whose, inside = owner
-            user = places[whose]["User"]
+            user = places[whose][InstanceProperty.USER]
             rows.append({"uid": whose, "user": user, "path": inside, "host_path": file})
             lines.append(f"{user}:{inside}")
             continue
@@ -203,7 +204,7 @@ def _absolute(word: str, *, own: bool) -> str:
 
 def _owner(file: str, places: dict[int, dict[str, Any]]) -> tuple[int, str] | None:
     for uid, found in places.items():
-        for directory, host, _ in found["Directories"]:
+        for directory, host, _ in found[InstanceProperty.DIRECTORIES]:
             if file == host or file.startswith(f"{host}/"):
                 return uid, directory + file[len(host) :]
     return None

@@ -10,6 +10,7 @@ import os
 import pwd
 from typing import Final, NoReturn
 
+from polytmpd.bus.contract import InstanceProperty
 from polytmpd.ctl import users
 from polytmpd.ctl.commands import Context
 from polytmpd.ctl.output import Failure
@@ -26,7 +27,7 @@ async def prepare(context: Context) -> list[str]:
     uid = users.uid_of(user, instances)
     if uid not in {entry.uid for entry in instances}:
         raise users.no_instance(uid, user)
-    state = (await context.client.properties(uid))["State"]
+    state = (await context.client.properties(uid))[InstanceProperty.STATE]
     if state not in _TO_BE_ENTERED:
         raise Failure(f"The instance of {user} is in the state '{state}': nobody can enter it now.")
     directories = await context.client.directories()

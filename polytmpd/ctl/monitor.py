@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from polytmpd.bus.connection import Connection
+from polytmpd.bus.contract import InstanceProperty
 from polytmpd.ctl import output, users
 from polytmpd.ctl.commands import Context
 from polytmpd.ctl.output import Failure
@@ -30,7 +31,7 @@ class Monitor:
         for entry in await self._context.client.instances():
             self._names[entry.uid] = entry.user
         for uid, values in (await self._context.client.all_properties()).items():
-            self._states[uid] = values["State"]
+            self._states[uid] = values[InstanceProperty.STATE]
         if self._context.options.legend and self._context.options.json == "off":
             count = output.count(len(self._names), "instance")
             sys.stderr.write(f"Monitoring, {count} now. Press ^C to end.\n")
@@ -47,12 +48,12 @@ class Monitor:
         self._names.pop(uid, None)
 
     def _changed(self, uid: int, values: dict[str, Any], invalidated: list[str]) -> None:
-        state = values.get("State")
+        state = values.get(InstanceProperty.STATE)
         before = self._states.get(uid, "")
         if state is not None and state != before:
             self._states[uid] = state
             self._tell("state", uid, state=state, before=before)
-        others = sorted({*values, *invalidated} - {"State"})
+        others = sorted({*values, *invalidated} - {InstanceProperty.STATE})
         if others:
             self._tell("changed", uid, properties=others)
 

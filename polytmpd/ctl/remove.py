@@ -11,6 +11,7 @@ import time
 from typing import Any, Final
 
 from polytmpd.bus.connection import BusError
+from polytmpd.bus.contract import InstanceProperty
 from polytmpd.ctl import output, users
 from polytmpd.ctl.commands import Answer, Context
 from polytmpd.ctl.output import Failure
@@ -82,9 +83,9 @@ async def _failed_instance(context: Context, uid: int, user: str) -> list[list[s
         if error.name.endswith((".AccessDenied", ".InteractiveAuthorizationRequired")):
             return []  # the removal itself is another question
         raise
-    state = found["State"]
+    state = found[InstanceProperty.STATE]
     if state == "failed":
-        return list(found["Directories"])
+        return list(found[InstanceProperty.DIRECTORIES])
     holders = await context.client.holders(uid)
     names = ", ".join(f"{_short(holder.command)} ({holder.pid})" for holder in holders[:5])
     more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from polytmpd.bus.client import Holder, Session
 from polytmpd.bus.connection import BusError
+from polytmpd.bus.contract import InstanceProperty
 from polytmpd.ctl import output, tree, users
 from polytmpd.ctl.commands import Answer, Context
 
@@ -48,31 +49,31 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
         sessions = await context.neighbours.sessions(uid)
     except BusError:
         sessions = []
-    private = [directory for directory, *_ in values["Directories"]]
+    private = [directory for directory, *_ in values[InstanceProperty.DIRECTORIES]]
     directories = []
-    for directory, host, lifetime in values["Directories"]:
+    for directory, host, lifetime in values[InstanceProperty.DIRECTORIES]:
         counted = usage.get(directory)
         directories.append(
             {
                 "directory": directory,
-                "path": host if not _is_set_aside(values["State"], lifetime) else None,
+                "path": host if not _is_set_aside(values[InstanceProperty.STATE], lifetime) else None,
                 "lifetime": lifetime,
                 "bytes": counted[1] if counted else None,
                 "inodes": counted[2] if counted else None,
             }
         )
     return {
-        "uid": values["UID"],
-        "user": values["User"],
-        "state": values["State"],
-        "since": values["CreatedUSec"],
-        "removed": await _removed(context, uid, values["State"]),
-        "control_group": values["ControlGroup"],
-        "namespace": values["NamespaceID"],
+        "uid": values[InstanceProperty.UID],
+        "user": values[InstanceProperty.USER],
+        "state": values[InstanceProperty.STATE],
+        "since": values[InstanceProperty.CREATED_USEC],
+        "removed": await _removed(context, uid, values[InstanceProperty.STATE]),
+        "control_group": values[InstanceProperty.CONTROL_GROUP],
+        "namespace": values[InstanceProperty.NAMESPACE_ID],
         "directories": directories,
-        "shared": values["SharedPaths"],
+        "shared": values[InstanceProperty.SHARED_PATHS],
         "sessions": [_session(session) for session in sessions],
-        "mounts": _mounts(holders, private, values["SharedPaths"]),
+        "mounts": _mounts(holders, private, values[InstanceProperty.SHARED_PATHS]),
         "processes": [
             {
                 "pid": holder.pid,
