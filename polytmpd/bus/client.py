@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from polytmpd.bus.connection import DBUS, BusError, Connection
+from polytmpd.bus.connection import DBUS, OBJECT_MANAGER, PROPERTIES, BusError, Connection, plain
 from polytmpd.bus.contract import (
     INSTANCE,
     MANAGER,
@@ -23,8 +23,6 @@ from polytmpd.bus.contract import (
 )
 from polytmpd.core.names import object_owner, object_path
 
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
-OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
 LOGIN1: Final = "org.freedesktop.login1"
 LOGIN1_PATH: Final = "/org/freedesktop/login1"
 SYSTEMD1: Final = "org.freedesktop.systemd1"
@@ -100,7 +98,7 @@ class Polytmp:
         """The properties of all instances that the caller may see, in one call."""
         (objects,) = await self._connection.ask(SERVICE, PATH, OBJECT_MANAGER, "GetManagedObjects")
         return {
-            uid: _plain(interfaces[INSTANCE])
+            uid: plain(interfaces[INSTANCE])
             for path, interfaces in objects.items()
             if INSTANCE in interfaces and (uid := object_owner(path)) is not None
         }
@@ -112,17 +110,13 @@ class Polytmp:
 
     async def properties(self, uid: int) -> dict[str, Any]:
         """The properties of an instance, as plain values."""
-        (found,) = await self._connection.ask(
+        return await self._connection.get_properties(
             SERVICE,
             object_path(uid),
-            PROPERTIES,
-            "GetAll",
-            "s",
-            (INSTANCE,),
+            INSTANCE,
             interactive=self._interactive,
             timeout=None if self._interactive else 25.0,
         )
-        return _plain(found)
 
     async def holders(self, uid: int) -> list[Holder]:
         (rows,) = await self._instance(uid, InstanceMethod.LIST_HOLDERS)
@@ -172,11 +166,15 @@ class Polytmp:
 
     async def directories(self) -> list[str]:
         """The directories that new instances make private."""
-        found = await _property(self._connection, SERVICE, PATH, MANAGER, ManagerProperty.DIRECTORIES)
+        found = await self._connection.get_property(
+            SERVICE, PATH, MANAGER, ManagerProperty.DIRECTORIES.value
+        )
         return [str(directory) for directory in found]
 
     async def version(self) -> str:
-        return str(await _property(self._connection, SERVICE, PATH, MANAGER, ManagerProperty.VERSION))
+        return str(
+            await self._connection.get_property(SERVICE, PATH, MANAGER, ManagerProperty.VERSION.value)
+        )
 
     async def follow(
         self,
@@ -192,7 +190,7 @@ class Polytmp:
         def on_added(_: str, body: list[Any]) -> None:
             uid = object_owner(body[0])
             if uid is not None and INSTANCE in body[1]:
-                new(uid, str(_plain(body[1][INSTANCE]).get(InstanceProperty.STATE, "")))
+                new(uid, str(plain(body[1][INSTANCE]).get(InstanceProperty.STATE, "")))
 
         def on_removed(_: str, body: list[Any]) -> None:
             removed(body[0])
@@ -200,7 +198,7 @@ class Polytmp:
         def on_changed(path: str, body: list[Any]) -> None:
             uid = object_owner(path)
             if uid is not None and body[0] == INSTANCE:
-                changed(uid, _plain(body[1]), list(body[2]))
+                changed(uid, plain(body[1]), list(body[2]))
 
         await self._connection.subscribe(SERVICE, OBJECT_MANAGER, "InterfacesAdded", on_added)
         await self._connection.subscribe(SERVICE, MANAGER, ManagerSignal.INSTANCE_REMOVED.value, on_removed)
@@ -215,8 +213,7 @@ class Neighbours:
         self._connection = connection
 
     async def has_owner(self, name: str) -> bool:
-        (found,) = await self._connection.ask_bus("NameHasOwner", "s", name)
-        return bool(found)
+        return await self._connection.has_owner(name)
 
     async def sessions(self, uid: int | None = None) -> list[Session]:
         """All sessions, or one user's, with what logind tells of each."""
@@ -226,12 +223,9 @@ class Neighbours:
             if uid is not None and owner != uid:
                 continue
             try:
-                (values,) = await self._connection.ask(
-                    LOGIN1, path, PROPERTIES, "GetAll", "s", (f"{LOGIN1}.Session",)
-                )
+                more = await self._connection.get_properties(LOGIN1, path, f"{LOGIN1}.Session")
             except BusError:  # it has just ended
                 continue
-            more = _plain(values)
             if more.get("Class", "user").startswith("manager"):  # user@.service's own, since systemd 256
                 continue
             found.append(
@@ -255,10 +249,8 @@ class Neighbours:
         )
         found: dict[str, Any] = {}
         for interface in ("Unit", "Service"):
-            (values,) = await self._connection.ask(
-                SYSTEMD1, path, PROPERTIES, "GetAll", "s", (f"{SYSTEMD1}.{interface}",)
-            )
-            found |= _plain({key: values[key] for key in properties if key in values})
+            values = await self._connection.get_properties(SYSTEMD1, path, f"{SYSTEMD1}.{interface}")
+            found |= {key: values[key] for key in properties if key in values}
         return found
 
     async def require_machine(self, name: str) -> None:
@@ -273,15 +265,7 @@ class Neighbours:
         )
 
     async def systemd_version(self) -> str:
-        return str(
-            await _property(self._connection, SYSTEMD1, SYSTEMD1_PATH, f"{SYSTEMD1}.Manager", "Version")
+        found = await self._connection.get_property(
+            SYSTEMD1, SYSTEMD1_PATH, f"{SYSTEMD1}.Manager", "Version"
         )
-
-
-async def _property(connection: Connection, service: str, path: str, interface: str, name: str) -> Any:
-    (value,) = await connection.ask(service, path, PROPERTIES, "Get", "ss", (interface, str(name)))
-    return value.value
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.value for name, value in values.items()}
+        return str(found)

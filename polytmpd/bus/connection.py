@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 DBUS: Final = "org.freedesktop.DBus"
 DBUS_PATH: Final = "/org/freedesktop/DBus"
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
 TIMEOUT: Final = 25.0
 """Seconds that an answer may take; sd-bus has the same default."""
 PRIMARY_OWNER: Final = 1
@@ -161,6 +163,33 @@ class Connection:
             raise BusError(str(reply.error_name), text)
         return fds if keep_fds else list(reply.body)
 
+    async def get_property(self, destination: str, path: str, interface: str, name: str) -> Any:
+        """The value of one property. Raises BusError."""
+        (value,) = await self.ask(destination, path, PROPERTIES, "Get", "ss", (interface, name))
+        return value.value
+
+    async def get_properties(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        *,
+        timeout: float | None = TIMEOUT,  # noqa: ASYNC109
+        interactive: bool = False,
+    ) -> dict[str, Any]:
+        """The values of all properties of an interface. Parameters are those of ask(). Raises BusError."""
+        (values,) = await self.ask(
+            destination,
+            path,
+            PROPERTIES,
+            "GetAll",
+            "s",
+            (interface,),
+            timeout=timeout,
+            interactive=interactive,
+        )
+        return plain(values)
+
     async def ask_bus(self, member: str, signature: str = "", *body: Any) -> list[Any]:
         """Call a method of the bus itself."""
         return await self.ask(DBUS, DBUS_PATH, DBUS, member, signature, body)
@@ -178,6 +207,10 @@ class Connection:
     async def pid_of(self, sender: str) -> int:
         """The process. Raises BusError where the sender is gone."""
         return int((await self.ask_bus("GetConnectionUnixProcessID", "s", sender))[0])
+
+    async def has_owner(self, name: str) -> bool:
+        """Whether a process owns the name now. Starts nothing. Raises BusError."""
+        return bool((await self.ask_bus("NameHasOwner", "s", name))[0])
 
     async def own_name(self, name: str) -> None:
         """Own a well-known name. Raises BusError where somebody else has it."""
@@ -237,8 +270,7 @@ class Connection:
         try:
             if len(waiting) == 1:
                 await self.ask_bus("AddMatch", "s", rule)
-            (there,) = await self.ask_bus("NameHasOwner", "s", name)
-            if not there and not gone.done():
+            if not await self.has_owner(name) and not gone.done():
                 gone.set_result(None)
             yield gone
         finally:
@@ -329,6 +361,11 @@ def _sent(future: "asyncio.Future[Any]", on_sent: Callable[[], None] | None) -> 
         log.debug("Message not sent: %s", error)
     if on_sent is not None:
         on_sent()
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Properties without the variants that they travel in."""
+    return {name: value.value for name, value in values.items()}
 
 
 def expects_reply(message: Message) -> bool:

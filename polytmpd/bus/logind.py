@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 SERVICE: Final = "org.freedesktop.login1"
 PATH: Final = "/org/freedesktop/login1"
 MANAGER: Final = "org.freedesktop.login1.Manager"
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _NO_LOGINS: Final = ("manager", "background")
 """How the classes of such sessions begin, see sd_session_get_class(3)."""
 _GONE: Final = ("org.freedesktop.login1.NoSuchSession", "org.freedesktop.DBus.Error.UnknownObject")
@@ -106,28 +105,17 @@ class Logind:
     async def _session(self, session: str, path: str) -> Session | None:
         """None where it is closing, or gone."""
         try:
-            (values,) = await self._connection.ask(
-                self._connection.owner(SERVICE), path, PROPERTIES, "GetAll", "s", (f"{SERVICE}.Session",)
+            values = await self._connection.get_properties(
+                self._connection.owner(SERVICE), path, f"{SERVICE}.Session"
             )
         except BusError as error:
             if error.name in _GONE:
                 return None
             raise
-        if values["State"].value == "closing":
+        if values["State"] == "closing":
             return None
-        is_login = not str(values["Class"].value).startswith(_NO_LOGINS)
-        return Session(session, User(values["User"].value[0], values["Name"].value), is_login)
-
-    async def _property(self, path: str, interface: str, name: str) -> Any:
-        (value,) = await self._connection.ask(
-            self._connection.owner(SERVICE),
-            path,
-            PROPERTIES,
-            "Get",
-            "ss",
-            (f"{SERVICE}.{interface}", name),
-        )
-        return value.value
+        is_login = not str(values["Class"]).startswith(_NO_LOGINS)
+        return Session(session, User(values["User"][0], values["Name"]), is_login)
 
     def _on_owner(self, owner: str | None) -> None:
         if owner is None:
@@ -142,7 +130,8 @@ class Logind:
 
     async def _tell_user(self, uid: int, path: str) -> None:
         try:
-            name = await self._property(path, "User", "Name")
+            owner = self._connection.owner(SERVICE)
+            name = await self._connection.get_property(owner, path, f"{SERVICE}.User", "Name")
         except BusError as error:
             log.debug("User %d went away again: %s", uid, error)
             return

@@ -11,14 +11,13 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from polytmpd.bus.connection import BusError, Connection
+from polytmpd.bus.connection import PROPERTIES, BusError, Connection
 
 log = logging.getLogger(__name__)
 
 SERVICE: Final = "org.freedesktop.systemd1"
 PATH: Final = "/org/freedesktop/systemd1"
 MANAGER: Final = "org.freedesktop.systemd1.Manager"
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _SLICE: Final = re.compile(rf"{PATH}/unit/user_2d(\d+)_2eslice", re.ASCII)
 _SCOPE: Final = re.compile(rf"{PATH}/unit/session_2d([0-9A-Za-z]+)_2escope")
 
@@ -79,14 +78,12 @@ class Systemd:
             (path,) = await self._connection.ask(
                 owner, PATH, MANAGER, "GetUnit", "s", (f"user-{uid}.slice",)
             )
-            (value,) = await self._connection.ask(
-                owner, path, PROPERTIES, "Get", "ss", (f"{SERVICE}.Slice", "ControlGroup")
-            )
+            group = await self._connection.get_property(owner, path, f"{SERVICE}.Slice", "ControlGroup")
         except BusError as error:
             if error.name.endswith((".NoSuchUnit", ".UnknownObject")):
                 return ""
             raise
-        return str(value.value)
+        return str(group)
 
     def _on_slice(self, path: str, body: list[Any]) -> None:
         if body[0] == f"{SERVICE}.Slice" and (match := _SLICE.fullmatch(path)):
