@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of org.polytmp1, and of what polytmpctl shows beside it: logind's sessions, systemd's units.
+"""A client of org.polytmp1: what polytmpctl asks the daemon.
 
-Not here: how anything is shown.
+Not here: how anything is shown; what polytmpctl asks others (logind.py, systemd1.py, machine1.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from polytmpd.bus.connection import DBUS, OBJECT_MANAGER, PROPERTIES, BusError, Connection, plain
 from polytmpd.bus.contract import (
@@ -22,11 +22,6 @@ from polytmpd.bus.contract import (
     ManagerSignal,
 )
 from polytmpd.core.names import object_owner, object_path
-
-LOGIN1: Final = "org.freedesktop.login1"
-LOGIN1_PATH: Final = "/org/freedesktop/login1"
-SYSTEMD1: Final = "org.freedesktop.systemd1"
-SYSTEMD1_PATH: Final = "/org/freedesktop/systemd1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +41,6 @@ class Holder:
     command: str
     control_group: str
     how: str
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A session of logind's; what it does not tell is empty."""
-
-    id: str
-    uid: int
-    user: str
-    leader: int = 0
-    service: str = ""
-    tty: str = ""
-    remote_host: str = ""
-    state: str = ""
 
 
 class Polytmp:
@@ -204,68 +185,3 @@ class Polytmp:
         await self._connection.subscribe(SERVICE, MANAGER, ManagerSignal.INSTANCE_REMOVED.value, on_removed)
         await self._connection.subscribe(SERVICE, PROPERTIES, "PropertiesChanged", on_changed)
         await self._connection.follow_owner(SERVICE, lambda name: owner(name is not None))
-
-
-class Neighbours:
-    """What logind, systemd and the bus say, for the status page and the check. Raises BusError."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    async def has_owner(self, name: str) -> bool:
-        return await self._connection.has_owner(name)
-
-    async def sessions(self, uid: int | None = None) -> list[Session]:
-        """All sessions, or one user's, with what logind tells of each."""
-        (rows,) = await self._connection.ask(LOGIN1, LOGIN1_PATH, f"{LOGIN1}.Manager", "ListSessions")
-        found = []
-        for name, owner, user, _, path in rows:
-            if uid is not None and owner != uid:
-                continue
-            try:
-                more = await self._connection.get_properties(LOGIN1, path, f"{LOGIN1}.Session")
-            except BusError:  # it has just ended
-                continue
-            if more.get("Class", "user").startswith("manager"):  # user@.service's own, since systemd 256
-                continue
-            found.append(
-                Session(
-                    name,
-                    owner,
-                    user,
-                    int(more.get("Leader", 0)),
-                    str(more.get("Service", "")),
-                    str(more.get("TTY", "")),
-                    str(more.get("RemoteHost", "")),
-                    str(more.get("State", "")),
-                )
-            )
-        return found
-
-    async def unit(self, name: str, properties: Sequence[str]) -> dict[str, Any]:
-        """Properties of a service, loaded for this if need be; those that it lacks are left out."""
-        (path,) = await self._connection.ask(
-            SYSTEMD1, SYSTEMD1_PATH, f"{SYSTEMD1}.Manager", "LoadUnit", "s", (name,)
-        )
-        found: dict[str, Any] = {}
-        for interface in ("Unit", "Service"):
-            values = await self._connection.get_properties(SYSTEMD1, path, f"{SYSTEMD1}.{interface}")
-            found |= {key: values[key] for key in properties if key in values}
-        return found
-
-    async def require_machine(self, name: str) -> None:
-        """Raises BusError where no such container is running."""
-        await self._connection.ask(
-            "org.freedesktop.machine1",
-            "/org/freedesktop/machine1",
-            "org.freedesktop.machine1.Manager",
-            "GetMachine",
-            "s",
-            (name,),
-        )
-
-    async def systemd_version(self) -> str:
-        found = await self._connection.get_property(
-            SYSTEMD1, SYSTEMD1_PATH, f"{SYSTEMD1}.Manager", "Version"
-        )
-        return str(found)

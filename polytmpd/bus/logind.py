@@ -37,6 +37,46 @@ class Session:
     is_login: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class SessionDetails:
+    """A session with what an administrator wants to see of it. What logind does not know is empty."""
+
+    session: Session
+    service: str = ""
+    tty: str = ""
+    remote_host: str = ""
+    state: str = ""
+
+
+async def list_sessions(connection: Connection, uid: int | None = None) -> list[SessionDetails]:
+    """The sessions of one user, or of all, closing ones included; none of a service manager.
+
+    Starts logind if it is not running. Raises BusError.
+    """
+    (rows,) = await connection.ask(SERVICE, PATH, MANAGER, "ListSessions")
+    found = []
+    for name, owner, user, _, path in rows:
+        if uid is not None and owner != uid:
+            continue
+        try:
+            values = await connection.get_properties(SERVICE, path, f"{SERVICE}.Session")
+        except BusError:  # it has just ended
+            continue
+        kind = str(values.get("Class", "user"))
+        if kind.startswith("manager"):  # of user@.service, since systemd 256
+            continue
+        found.append(
+            SessionDetails(
+                Session(name, User(owner, user), is_login=not kind.startswith(_NO_LOGINS)),
+                str(values.get("Service", "")),
+                str(values.get("TTY", "")),
+                str(values.get("RemoteHost", "")),
+                str(values.get("State", "")),
+            )
+        )
+    return found
+
+
 class Listener(Protocol):
     """What is told of logind's signals.
 

@@ -8,7 +8,7 @@ Not here: reading the cgroup.
 import asyncio
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from polytmpd.bus.connection import PROPERTIES, BusError, Connection
@@ -20,6 +20,24 @@ PATH: Final = "/org/freedesktop/systemd1"
 MANAGER: Final = "org.freedesktop.systemd1.Manager"
 _SLICE: Final = re.compile(rf"{PATH}/unit/user_2d(\d+)_2eslice", re.ASCII)
 _SCOPE: Final = re.compile(rf"{PATH}/unit/session_2d([0-9A-Za-z]+)_2escope")
+
+
+async def unit_properties(connection: Connection, name: str, wanted: Collection[str]) -> dict[str, Any]:
+    """The wanted properties of a service, without those that it lacks. Loads the unit if need be.
+
+    Raises BusError.
+    """
+    (path,) = await connection.ask(SERVICE, PATH, MANAGER, "LoadUnit", "s", (name,))
+    found: dict[str, Any] = {}
+    for interface in ("Unit", "Service"):
+        values = await connection.get_properties(SERVICE, path, f"{SERVICE}.{interface}")
+        found |= {key: value for key, value in values.items() if key in wanted}
+    return found
+
+
+async def version(connection: Connection) -> str:
+    """The version of PID 1, as systemctl --version prints it. Raises BusError."""
+    return str(await connection.get_property(SERVICE, PATH, MANAGER, "Version"))
 
 
 class Systemd:

@@ -86,15 +86,13 @@ def _run(options: Options) -> int:
 
 async def _command(options: Options, style: Style) -> int:
     # Only now: what these import takes most of the time of a short command.
-    from polytmpd.bus.client import Neighbours, Polytmp
+    from polytmpd.bus.client import Polytmp
     from polytmpd.bus.connection import BusError
     from polytmpd.ctl import commands
 
     connection = await _connect()
     interactive = options.ask_password and os.geteuid() != 0 and sys.stdin.isatty()
-    context = commands.Context(
-        Polytmp(connection, interactive=interactive), Neighbours(connection), options, style
-    )
+    context = commands.Context(Polytmp(connection, interactive=interactive), connection, options, style)
     agent = _start_agent() if interactive and options.verb != "list" else None
     argv: list[str] | None = None
     try:
@@ -181,14 +179,14 @@ def _hint(name: str) -> str:
 
 async def _require_machine(name: str) -> None:
     """systemd-run says of one that is not there that the host is down."""
-    from polytmpd.bus.client import Neighbours
+    from polytmpd.bus import machine1
     from polytmpd.bus.connection import BusError
 
     if name == ".host":
         return
     connection = await _connect()
     try:
-        await Neighbours(connection).require_machine(name)
+        await machine1.require_machine(connection, name)
     except BusError as error:
         if error.name.endswith(".ServiceUnknown"):
             text = f"There is no container '{name}': systemd-machined is not installed."

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from polytmpd import __version__, config
+from polytmpd.bus import logind, systemd1
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.contract import InstanceProperty
 from polytmpd.ctl import host, output, pamstacks, settings, users
@@ -108,7 +109,10 @@ async def _all(context: Context) -> AsyncIterator[Result]:
     # Those of a configuration that is not in force yet too: what is wrong with one keeps it from being so.
     directories = list(dict.fromkeys((*(in_force or ()), *configured)))
     with contextlib.suppress(BusError):
-        here = {session.uid: session.user for session in await context.neighbours.sessions()}
+        here = {
+            entry.session.user.uid: entry.session.user.name
+            for entry in await logind.list_sessions(context.connection)
+        }
     for result in settings.judge(_ROOT, wanted, problems, in_force):
         yield result
     yield settings.users_above(_ROOT, wanted, here, listed)
@@ -140,7 +144,9 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
     else:
         yield Result("daemon", unit, "pass", f"answers, version {version}")
     try:
-        found = await context.neighbours.unit(unit, ("ActiveState", "UnitFileState", "NRestarts"))
+        found = await systemd1.unit_properties(
+            context.connection, unit, ("ActiveState", "UnitFileState", "NRestarts")
+        )
     except BusError as error:
         yield Result("daemon", f"{unit} (unit)", "skip", f"systemd does not say: {error}")
         return
@@ -166,7 +172,7 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
             f"restarted {output.count(restarts, 'time')} by itself",
             f"journalctl -u {unit}",
         )
-    version = await context.neighbours.systemd_version()
+    version = await systemd1.version(context.connection)
     number = int("".join(digit if digit.isdecimal() else " " for digit in version).split()[0])
     if number >= _FD_STORE_PRESERVED_SINCE:
         yield Result("daemon", "systemd", "pass", f"version {version}")
@@ -174,7 +180,7 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
         text = "after a stop of polytmpd, namespaces are found again by their processes"
         yield Result("daemon", "systemd", "pass", f"version {version}: {text}")
     try:
-        there = await context.neighbours.has_owner("org.freedesktop.login1")
+        there = await context.connection.has_owner(logind.SERVICE)
     except BusError:
         there = False
     if there:
@@ -193,7 +199,7 @@ async def _units(context: Context) -> AsyncIterator[Result]:
     for unit in _LOGIN_UNITS:
         name = "user@0.service" if unit == "user@.service" else unit
         try:
-            found = await context.neighbours.unit(name, names)
+            found = await systemd1.unit_properties(context.connection, name, names)
         except BusError:
             continue
         if found.get("LoadState") != "loaded" or found.get("Id") in seen:  # sshd.service is an alias

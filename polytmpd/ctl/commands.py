@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from polytmpd.bus.client import Neighbours, Polytmp
-from polytmpd.bus.connection import BusError
+from polytmpd.bus.client import Polytmp
+from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.contract import InstanceProperty
 from polytmpd.ctl import output, users
 from polytmpd.ctl.arguments import Options
@@ -21,10 +21,13 @@ from polytmpd.ctl.output import Failure, Style
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every command gets."""
+    """What every command gets.
+
+    connection: for what the daemon's neighbours know, such as logind.
+    """
 
     client: Polytmp
-    neighbours: Neighbours
+    connection: Connection
     options: Options
     style: Style
 

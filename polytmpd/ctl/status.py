@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from polytmpd.bus.client import Holder, Session
+from polytmpd.bus import logind
+from polytmpd.bus.client import Holder
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.contract import InstanceProperty
 from polytmpd.ctl import output, tree, users
@@ -46,7 +47,7 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
         counting = context.client.usage(uid, quiet=True)  # a prompt would be cut off by the patience
         usage = {row[0]: row for row in await asyncio.wait_for(counting, _PATIENCE)}
     try:
-        sessions = await context.neighbours.sessions(uid)
+        sessions = await logind.list_sessions(context.connection, uid)
     except BusError:
         sessions = []
     private = [directory for directory, *_ in values[InstanceProperty.DIRECTORIES]]
@@ -101,13 +102,13 @@ async def _removed(context: Context, uid: int, state: str) -> int | None:
         return None
 
 
-def _session(session: Session) -> dict[str, str]:
+def _session(details: logind.SessionDetails) -> dict[str, str]:
     return {
-        "session": session.id,
-        "service": session.service,
-        "tty": session.tty,
-        "remote_host": session.remote_host,
-        "state": session.state,
+        "session": details.session.id,
+        "service": details.service,
+        "tty": details.tty,
+        "remote_host": details.remote_host,
+        "state": details.state,
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.library import Message, MessageType, Variant
-from polytmpd.bus.logind import Logind, Session, User
+from polytmpd.bus.logind import Logind, Session, SessionDetails, User, list_sessions
 from polytmpd.bus.systemd1 import Systemd
 from tests.bus.world import PROPERTIES, Client, FakeLogind
 from tests.unit.settled import eventually
@@ -78,6 +78,18 @@ async def test_who_is_logged_in_and_who_is_not(logind: Logind, fake: FakeLogind)
     fake.closing = {"1"}
     assert [session.id for session in await logind.sessions()] == ["2", "3"]
     assert [await logind.is_open(session) for session in ("1", "2", "gone")] == [False, True, False]
+
+
+async def test_what_an_administrator_sees_of_sessions(fake: FakeLogind, connection: Connection) -> None:
+    """A closing one too, and a job, but no service manager."""
+    fake.users = {1000: "alice", 1001: "bob"}
+    fake.sessions = {"1": 1000, "2": 1000, "3": 1000, "4": 1001}
+    fake.classes, fake.closing = {"2": "manager", "3": "background"}, {"1"}
+    closing = SessionDetails(Session("1", ALICE), state="closing")
+    job = SessionDetails(Session("3", ALICE, is_login=False), state="active")
+    bobs = SessionDetails(Session("4", User(1001, "bob")), state="active")
+    assert await list_sessions(connection, 1000) == [closing, job]
+    assert await list_sessions(connection) == [closing, job, bobs]
 
 
 async def test_a_login_and_a_logout(logind: Logind, fake: FakeLogind, heard: Listener) -> None:

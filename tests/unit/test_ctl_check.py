@@ -2,7 +2,6 @@
 """What check makes of a host, each in a directory of its own. The host of the tests is not looked at."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -315,19 +314,23 @@ def test_the_remedy_for_a_sandbox(unit: str, restarted: str) -> None:
 
 
 class FakeHost:
-    """The daemon and systemd, as check asks them: the client and the neighbours of its context."""
+    """The daemon and its neighbours, as check asks them: client and connection of its context."""
 
     def __init__(self, restarts: int) -> None:
-        self.client = self.neighbours = self
+        self.client = self.connection = self
         self.restarts = restarts
 
     async def version(self) -> str:
         return "0.1.0"
 
-    async def unit(self, name: str, properties: Sequence[str]) -> dict[str, Any]:
+    async def ask(self, *question: Any) -> list[str]:
+        assert question[3:] == ("LoadUnit", "s", ("polytmpd.service",))
+        return ["/unit"]
+
+    async def get_properties(self, service: str, path: str, interface: str) -> dict[str, Any]:
         return {"UnitFileState": "enabled", "NRestarts": self.restarts}
 
-    async def systemd_version(self) -> str:
+    async def get_property(self, service: str, path: str, interface: str, name: str) -> str:
         return "257"
 
     async def has_owner(self, name: str) -> bool:
