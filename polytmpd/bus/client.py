@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from polytmpd.bus.connection import DBUS, OBJECT_MANAGER, PROPERTIES, BusError, Connection, plain
+from polytmpd.bus.connection import DBUS, OBJECT_MANAGER, PROPERTIES, TIMEOUT, BusError, Connection, plain
 from polytmpd.bus.contract import (
     INSTANCE,
     MANAGER,
@@ -44,10 +44,10 @@ class Holder:
 
 
 class Polytmp:
-    """Speaks to polytmpd on a connection that others own. Every method raises BusError."""
+    """Talks to polytmpd over a connection that the caller owns. Every method raises BusError."""
 
     def __init__(self, connection: Connection, *, interactive: bool = False) -> None:
-        """interactive: a person at the terminal may be asked for a password, through polkit."""
+        """interactive: polkit may ask the person at the terminal for a password."""
         self._connection = connection
         self._interactive = interactive
 
@@ -60,8 +60,7 @@ class Polytmp:
         )
 
     async def _instance(self, uid: int, member: InstanceMethod) -> list[Any]:
-        # As long as a person takes to type a password.
-        timeout = None if self._interactive else 25.0
+        timeout = None if self._interactive else TIMEOUT  # a person may take long to type a password
         return await self._connection.ask(
             SERVICE,
             object_path(uid),
@@ -76,7 +75,7 @@ class Polytmp:
         return [Listed(*row) for row in rows]
 
     async def all_properties(self) -> dict[int, dict[str, Any]]:
-        """The properties of all instances that the caller may see, in one call."""
+        """The properties of all instances that the caller may see, in a single call."""
         (objects,) = await self._connection.ask(SERVICE, PATH, OBJECT_MANAGER, "GetManagedObjects")
         return {
             uid: plain(interfaces[INSTANCE])
@@ -85,7 +84,7 @@ class Polytmp:
         }
 
     async def instance(self, uid: int) -> str:
-        """Its object path; NoSuchInstance where the user has none."""
+        """The object path of the user's instance. Fails with NoSuchInstance if the user has none."""
         (path,) = await self._manager(ManagerMethod.GET_INSTANCE, "u", uid)
         return str(path)
 
@@ -96,7 +95,7 @@ class Polytmp:
             object_path(uid),
             INSTANCE,
             interactive=self._interactive,
-            timeout=None if self._interactive else 25.0,
+            timeout=None if self._interactive else TIMEOUT,
         )
 
     async def holders(self, uid: int) -> list[Holder]:
@@ -104,9 +103,9 @@ class Polytmp:
         return [Holder(*row) for row in rows]
 
     async def usage(self, uid: int, *, quiet: bool = False) -> list[tuple[str, int, int]]:
-        """(directory, bytes, inodes); also of what is kept of a user without an instance.
+        """(directory, bytes, inodes), also of the files kept for a user without an instance.
 
-        quiet: nobody is asked for a password, as where the caller does not wait for one to be typed.
+        quiet: never ask for a password, for callers that do not wait for one to be typed.
         """
         (rows,) = await self._manager(ManagerMethod.GET_USER_USAGE, "u", uid, timeout=None, quiet=quiet)
         return [(directory, size, inodes) for directory, size, inodes in rows]
@@ -116,7 +115,7 @@ class Polytmp:
         return str(found)
 
     async def uid_of_process(self, pid: int) -> int | None:
-        """Whose instance a process lives in; None where in nobody's."""
+        """The user whose instance a process lives in; None if it lives in no instance."""
         try:
             (path,) = await self._manager(ManagerMethod.GET_INSTANCE_BY_PID, "u", pid)
         except BusError as error:
@@ -126,27 +125,27 @@ class Polytmp:
         return object_owner(path)
 
     async def acquire(self, uid: int) -> int:
-        """A descriptor of the namespace, the caller's to close."""
+        """A descriptor of the namespace. The caller closes it."""
         fds = await self._manager(ManagerMethod.ACQUIRE_NAMESPACE, "u", uid, keep_fds=True)
         if len(fds) != 1:
-            raise BusError(f"{DBUS}.Error.Failed", "polytmpd handed over no namespace")
+            raise BusError(f"{DBUS}.Error.Failed", "polytmpd did not pass a namespace")
         return int(fds[0])
 
     async def remove(self, uid: int, *, persistent: bool) -> None:
-        """Returns when everything is deleted, which takes as long as it takes."""
+        """Delete the user's files. Returns when all are deleted, however long that takes."""
         flags = REMOVE_PERSISTENT if persistent else 0
         await self._manager(ManagerMethod.REMOVE_INSTANCE_WITH_FLAGS, "ut", uid, flags, timeout=None)
 
     async def removed_entries(self, uid: int) -> int:
-        """How many files and directories the removal that runs for the user has deleted so far.
+        """How many files and directories the user's running removal has deleted so far.
 
-        Nobody is asked for a password for that.
+        Never asks for a password.
         """
         (entries,) = await self._manager(ManagerMethod.GET_REMOVAL_PROGRESS, "u", uid, quiet=True)
         return int(entries)
 
     async def directories(self) -> list[str]:
-        """The directories that new instances make private."""
+        """The directories that are private in new instances."""
         found = await self._connection.get_property(
             SERVICE, PATH, MANAGER, ManagerProperty.DIRECTORIES.value
         )
@@ -164,8 +163,8 @@ class Polytmp:
         changed: Callable[[int, dict[str, Any], list[str]], None],
         owner: Callable[[bool], None],
     ) -> None:
-        """Tell of instances from now on: new(uid, state), removed(uid), changed(uid, values, invalidated),
-        owner(whether polytmpd is there).
+        """Report changes from now on: new(uid, state), removed(uid), changed(uid, values, invalidated), and
+        owner(whether polytmpd is on the bus).
         """
 
         def on_added(_: str, body: list[Any]) -> None:

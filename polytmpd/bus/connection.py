@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A connection to the system bus: calls with a timeout, signals from the right sender, received descriptors
-closed.
+"""A connection to the system bus: calls with a timeout, signals only from the right sender, unwanted
+descriptors closed.
 
-Not here: any service's own interface, and the answering of calls (server.py).
+Not here: the interface of any service; answering calls (server.py).
 
 Hard facts
-- Under the stock bus policy anybody may send us a *unicast* signal that looks like logind's; no match rule
-  is needed for it. A signal counts only where its sender, which the bus writes, is the unique owner of the
-  well-known name.
-- Anybody can attach descriptors to any message. Those that nobody asked for are closed at once.
-- The library's call() never times out by itself and hangs for ever after a disconnect.
+- Under the stock bus policy any process may send us a *unicast* signal that looks like logind's, and needs
+  no match rule for it. So a signal counts only if its sender, which the bus fills in, is the unique owner of
+  the well-known name.
+- Any process can attach descriptors to any message. Those we did not ask for are closed at once.
+- The library's call() never times out by itself, and hangs forever after a disconnect.
 """
 
 import asyncio
@@ -35,12 +35,12 @@ DBUS_PATH: Final = "/org/freedesktop/DBus"
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
 TIMEOUT: Final = 25.0
-"""Seconds that an answer may take; sd-bus has the same default."""
+"""Seconds to wait for an answer; sd-bus has the same default."""
 PRIMARY_OWNER: Final = 1
 
 
 class BusError(Exception):
-    """An error answer, or none: name is the D-Bus error name."""
+    """A call failed or was not answered. name: the D-Bus error name."""
 
     def __init__(self, name: str, text: str) -> None:
         super().__init__(text)
@@ -56,7 +56,7 @@ class _Subscription:
 
 
 class Connection:
-    """Owns one connection. Made by open() within a running loop; not to be used again once closed."""
+    """Owns one connection. Created by open() in a running loop; cannot be reopened."""
 
     def __init__(self, bus: MessageBus) -> None:
         self._bus = bus
@@ -69,7 +69,7 @@ class Connection:
         self._asking_owner: set[str] = set()
         self._departures: dict[str, list[asyncio.Future[None]]] = {}
         bus.add_message_handler(self._on_message)
-        # One, and never cancelled: the library hands out one future, which a cancelled waiter ends for all.
+        # One task, never cancelled: the library has a single future, which a cancelled waiter would cancel.
         self._closed = asyncio.ensure_future(self._wait_for_disconnect())
 
     @classmethod
@@ -83,7 +83,7 @@ class Connection:
         except OSError:
             raise
         except Exception as error:  # the library's own: a bad address, a refused authentication
-            raise BusError(f"{DBUS}.Error.Failed", f"the bus cannot be used: {error}") from error
+            raise BusError(f"{DBUS}.Error.Failed", f"cannot use the bus: {error}") from error
         return cls(bus)
 
     @property
@@ -95,12 +95,12 @@ class Connection:
         return bool(self._bus.connected)
 
     async def wait_closed(self) -> None:
-        """Returns when the connection is gone, for whatever reason."""
+        """Wait until the connection is gone, for whatever reason."""
         await asyncio.wait((self._closed,))
 
     async def _wait_for_disconnect(self) -> None:
         with contextlib.suppress(Exception):
-            await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]  # dbus-fast says no type
+            await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]  # untyped in dbus-fast
 
     def close(self) -> None:
         self._bus.disconnect()
@@ -120,10 +120,11 @@ class Connection:
         interactive: bool = False,
         keep_fds: bool = False,
     ) -> list[Any]:
-        """Call a method, wait for the answer's body. Raises BusError.
+        """Call a method and return the body of the answer. Raises BusError.
 
-        interactive: the user may be asked for a password meanwhile (ALLOW_INTERACTIVE_AUTHORIZATION).
-        keep_fds: instead of the body, the answer's descriptors, the caller's to close; else they are closed.
+        timeout: in seconds; None waits forever. interactive: polkit may ask the user for a password
+        (ALLOW_INTERACTIVE_AUTHORIZATION). keep_fds: return the answer's descriptors instead of its body; the
+        caller closes them. Without it they are closed here.
         """
         if not self.connected:
             raise BusError(f"{DBUS}.Error.Disconnected", "not connected to the bus")
@@ -151,7 +152,9 @@ class Connection:
             fds = self._kept.pop(message.serial, [])
         except (BusError, asyncio.CancelledError):
             raise
-        except Exception as error:  # the library's own: the connection broke, the body fits no signature
+        except (
+            Exception
+        ) as error:  # the library's own: a broken connection, a body that does not match the signature
             raise BusError(f"{DBUS}.Error.Failed", f"{interface}.{member} failed: {error!r}") from error
         finally:
             call.cancel()
@@ -196,16 +199,16 @@ class Connection:
 
     # Who is behind a connection, as the bus read it from the socket when the connection was made.
     #
-    # Not GetConnectionCredentials: since D-Bus 1.15.8 its answers have a descriptor each (ProcessFD).
-    # While 64 wait for a connection (max_outgoing_unix_fds) the bus refuses what anybody sends to it: so
-    # many calls of one user at once would shut out logins.
+    # Not GetConnectionCredentials: since D-Bus 1.15.8 each answer carries a descriptor (ProcessFD). While 64
+    # of them wait for a connection (max_outgoing_unix_fds), the bus refuses all messages to it: one user who
+    # makes many calls at once would lock everyone out.
 
     async def uid_of(self, sender: str) -> int:
-        """The UID. Raises BusError where the sender is gone."""
+        """The UID of a sender. Raises BusError if the sender is gone."""
         return int((await self.ask_bus("GetConnectionUnixUser", "s", sender))[0])
 
     async def pid_of(self, sender: str) -> int:
-        """The process. Raises BusError where the sender is gone."""
+        """The PID of a sender. Raises BusError if the sender is gone."""
         return int((await self.ask_bus("GetConnectionUnixProcessID", "s", sender))[0])
 
     async def has_owner(self, name: str) -> bool:
@@ -213,11 +216,11 @@ class Connection:
         return bool((await self.ask_bus("NameHasOwner", "s", name))[0])
 
     async def own_name(self, name: str) -> None:
-        """Own a well-known name. Raises BusError where somebody else has it."""
+        """Acquire a well-known name. Raises BusError if another connection owns it."""
         (reply,) = await self.ask_bus("RequestName", "su", name, 4)  # DBUS_NAME_FLAG_DO_NOT_QUEUE
         if reply != PRIMARY_OWNER:
             raise BusError(
-                f"{DBUS}.Error.Failed", f"another process owns {name} on the bus; is polytmpd running twice?"
+                f"{DBUS}.Error.Failed", f"another process owns {name} on the bus, is polytmpd running twice?"
             )
 
     # Signals
@@ -230,11 +233,10 @@ class Connection:
         handler: Callable[[str, list[Any]], None],
         only: str = "",
     ) -> None:
-        """Call handler(path, body) for each such signal of the process that owns the well-known name
-        service.
+        """Call handler(path, body) for each such signal from the owner of the well-known name service.
 
-        only: a further condition of the match rule, such as arg0='x'. It spares us messages; it is no
-        protection.
+        only: a further condition for the match rule, such as arg0='x'. It saves messages, but protects from
+        nothing.
         """
         await self.follow_owner(service, None)
         self._subscriptions.append(_Subscription(service, interface, member, handler))
@@ -242,7 +244,7 @@ class Connection:
         await self.ask_bus("AddMatch", "s", f"{rule},{only}" if only else rule)
 
     async def follow_owner(self, service: str, handler: Callable[[str | None], None] | None) -> None:
-        """Keep track of who owns a name; handler gets the unique name, or None, whenever it changes."""
+        """Keep track of a name's owner. handler gets the new unique name, or None, on every change."""
         if handler is not None:
             self._owner_handlers.setdefault(service, []).append(handler)
         if service in self._owners:
@@ -253,13 +255,13 @@ class Connection:
         self._asking_owner.add(service)
         with contextlib.suppress(BusError):
             (owner,) = await self.ask_bus("GetNameOwner", "s", service)
-            if service in self._asking_owner:  # no NameOwnerChanged, which is always newer, came first
+            if service in self._asking_owner:  # else NameOwnerChanged came first, and is newer
                 self._owners[service] = owner
         self._asking_owner.discard(service)
 
     @contextlib.asynccontextmanager
     async def departure(self, name: str) -> AsyncIterator["asyncio.Future[None]"]:
-        """A future that is done when a caller's unique name leaves the bus, while the context lasts.
+        """A future that is done when a caller's unique name leaves the bus. Valid within the context.
 
         Raises BusError.
         """
@@ -283,9 +285,10 @@ class Connection:
                         await self.ask_bus("RemoveMatch", "s", rule)
 
     def owner(self, service: str) -> str:
-        """The unique name behind a followed name, as known now. Raises BusError where nobody owns it.
+        """The unique name that owns a followed name now. Raises BusError if it has no owner.
 
-        A call to it starts nothing: the bus would wait 25 s for a logind that runs, but has lost the bus.
+        A call to a unique name activates nothing. For a well-known name, the bus would wait 25 s for a
+        logind that runs but has lost its connection.
         """
         owner = self._owners.get(service)
         if owner is None:
@@ -295,11 +298,11 @@ class Connection:
     # Serving
 
     def serve(self, handler: Callable[[Message], bool]) -> None:
-        """Give every method call to handler; it returns whether the call was its own."""
+        """Pass every method call to handler, which returns whether it has handled the call."""
         self._call_handler = handler
 
     def send(self, message: Message, on_sent: Callable[[], None] | None = None) -> None:
-        """Send what needs no answer. on_sent runs when it was written, or never will be."""
+        """Send a message that needs no answer. on_sent runs once it is written or has failed."""
         if not self.connected:
             if on_sent is not None:
                 on_sent()
@@ -309,13 +312,13 @@ class Connection:
             sent.add_done_callback(lambda future: _sent(future, on_sent))
 
     def _on_message(self, message: Message) -> bool:
-        # Here and at no later time: dbus-fast gives one list to several messages, and fills it later.
+        # Right here, not later: dbus-fast shares one list between messages and refills it.
         if message.message_type is MessageType.METHOD_RETURN and message.reply_serial in self._kept:
             self._kept[message.reply_serial] = list(message.unix_fds)
         else:
             _close_all(message.unix_fds)
         if message.message_type in {MessageType.METHOD_RETURN, MessageType.ERROR}:
-            return False  # the library knows who waits for it
+            return False  # the library finds the call that it answers
         if message.message_type is MessageType.SIGNAL:
             self._on_signal(message)
             return True
@@ -340,7 +343,7 @@ class Connection:
                 continue
             if message.sender != self._owners.get(subscription.service):
                 log.warning(
-                    "Signal %s.%s from %s, which is not %s, ignoring",
+                    "Received signal %s.%s from %s, which does not own %s, ignoring",
                     message.interface,
                     message.member,
                     message.sender,
@@ -358,13 +361,13 @@ def _close_all(fds: Sequence[int]) -> None:
 
 def _sent(future: "asyncio.Future[Any]", on_sent: Callable[[], None] | None) -> None:
     if not future.cancelled() and (error := future.exception()) is not None:
-        log.debug("Message not sent: %s", error)
+        log.debug("Failed to send message, ignoring: %s", error)
     if on_sent is not None:
         on_sent()
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Properties without the variants that they travel in."""
+    """Property values, unwrapped from their variants."""
     return {name: value.value for name, value in values.items()}
 
 

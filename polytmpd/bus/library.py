@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one place that imports the D-Bus library: dbus-next, or its maintained fork where that cannot be
-imported.
+"""The only module that imports the D-Bus library: dbus-next, or its maintained fork dbus-fast.
 
-dbus-next fails to import from Python 3.15 on (typing.no_type_check_decorator is gone); dbus-fast has nearly
-the same interface, and is sound from 5.0.22 on. Only what both have is used: MessageBus, Message, Variant.
-Their object server is not, for the reasons in server.py. The types are dbus-fast's, the only one of the two
-that has them.
+dbus-next cannot be imported on Python 3.15 and later (typing.no_type_check_decorator is gone). dbus-fast has
+nearly the same interface, and is sound since 5.0.22. We use only what both have: MessageBus, Message and
+Variant, but not their object servers, for the reasons in server.py. Types come from dbus-fast, since
+dbus-next has none.
+
+Not here: how the bus is used (connection.py, server.py).
 """
 
 import select
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from dbus_fast import BusType, DBusError, Message, MessageFlag, MessageType, Variant
     from dbus_fast.aio import MessageBus
 else:
-    # dbus-next's GLib flavour is imported with the rest where PyGObject is installed, 3 MB for nothing: keep
-    # it out.
+    # If PyGObject is installed, dbus-next imports its GLib flavour too, 3 MB for nothing: keep it out.
     _gi = sys.modules.get("gi")
     sys.modules["gi"] = None
     try:
@@ -55,13 +55,13 @@ LIBRARY: Final = Message.__module__.partition(".")[0]
 
 SIGNATURES_AT_MOST: Final = 1000
 BODY_AT_MOST: Final = 64 * 1024
-"""Bytes of a call's or signal's body; no message that we understand has more than a path in it."""
+"""Bytes in the body of a call or signal. No message that we understand holds more than a path."""
 UNREAD: Final = "too large to be read"
-"""The signature of a call or signal with a larger body: fits no method."""
+"""The signature given to a call or signal with a larger body: it matches no method."""
 
 
 class _BoundedCache(dict[str, Any]):
-    """Empties itself when it is full."""
+    """A cache that empties itself when it is full."""
 
     def __setitem__(self, signature: str, tree: Any) -> None:
         if len(self) >= SIGNATURES_AT_MOST:
@@ -70,7 +70,7 @@ class _BoundedCache(dict[str, Any]):
 
 
 def signatures() -> int:
-    """How many parsed signatures the library remembers."""
+    """The number of parsed signatures that the library has cached."""
     module: Any = sys.modules[f"{LIBRARY}.signature"]
     if LIBRARY == "dbus_next":
         return len(module.SignatureTree._cache)
@@ -78,8 +78,8 @@ def signatures() -> int:
 
 
 if LIBRARY == "dbus_next":
-    # Its cache is global, without bound, and fed by every variant in every message of every caller: 45 KiB
-    # for each novel signature. dbus-fast's has a bound.
+    # Its cache is global and unbounded, and every variant in every caller's messages feeds it: 45 KiB for
+    # each new signature. The cache of dbus-fast is bounded.
     _signature: Any = sys.modules["dbus_next.signature"]
     _signature.SignatureTree._cache = _BoundedCache()
 
@@ -87,9 +87,9 @@ if LIBRARY == "dbus_next":
     _aio: Any = sys.modules["dbus_next.aio.message_bus"]
 
     class _BoundedUnmarshaller(_unmarshaller.Unmarshaller):  # type: ignore[misc]  # a base class of type Any
-        """Parses no large body of a call or signal: such a message arrives with the signature UNREAD.
+        """Skips the body of a large call or signal: such a message arrives with the signature UNREAD.
 
-        The bus lets 32 MiB through, of empty arrays if the sender likes: 10 s of parsing, and half a GiB.
+        The bus lets 32 MiB through. If they are all empty arrays, parsing takes 10 s and half a GiB.
         """
 
         def _unmarshall(self) -> None:
@@ -102,7 +102,7 @@ if LIBRARY == "dbus_next":
                 return
             end = 16 + fields + -fields % 8
             self.offset = 0
-            self.read(end + length, prefetch=True)  # not there yet: this raises, and comes again
+            self.read(end + length, prefetch=True)  # raises until all of it has arrived, and is called again
             struct.pack_into(f"{order}I", self.buf, 4, 0)
             del self.buf[end:]
             super()._unmarshall()
@@ -111,11 +111,11 @@ if LIBRARY == "dbus_next":
     _aio.Unmarshaller = _BoundedUnmarshaller
 
     class _PatientSocket:
-        """Its writer takes a full socket, EAGAIN, for the end of the connection."""
+        """A socket that hides EAGAIN, which the library's writer takes for the end of the connection."""
 
         def __init__(self, wrapped: socket.socket) -> None:
             self._socket = wrapped
-            # Not select(2), which knows no descriptor above 1023: the FD store's come before this one.
+            # Not select(2), which cannot handle descriptors above 1023: those of the FD store come first.
             self._writable = select.poll()
             self._writable.register(wrapped, select.POLLOUT)
 
@@ -129,10 +129,10 @@ if LIBRARY == "dbus_next":
             while True:
                 try:
                     return self._socket.sendmsg(buffers, ancillary)
-                except BlockingIOError:  # the writer forgets the descriptors once it was called
+                except BlockingIOError:  # the writer forgets the descriptors after the first call
                     self._writable.poll(1000)
 
-    class _PatientWriter(_aio._MessageWriter):  # type: ignore[misc]  # likewise
+    class _PatientWriter(_aio._MessageWriter):  # type: ignore[misc]  # also of type Any
         def __init__(self, bus: Any) -> None:
             super().__init__(bus)
             self.sock: Any = _PatientSocket(bus._sock)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of systemd-logind, org.freedesktop.login1(5): who is logged in, and what changes.
+"""A client of systemd-logind, org.freedesktop.login1(5): which users are logged in, and what changes.
 
-Not here: what follows from it.
+Not here: what the daemon does about it.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ SERVICE: Final = "org.freedesktop.login1"
 PATH: Final = "/org/freedesktop/login1"
 MANAGER: Final = "org.freedesktop.login1.Manager"
 _NO_LOGINS: Final = ("manager", "background")
-"""How the classes of such sessions begin, see sd_session_get_class(3)."""
+"""Prefixes of the classes of sessions that are no logins, see sd_session_get_class(3)."""
 _GONE: Final = ("org.freedesktop.login1.NoSuchSession", "org.freedesktop.DBus.Error.UnknownObject")
 
 
@@ -30,7 +30,7 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """is_login: somebody is logged in by it; it is no service manager's (systemd >= 256) nor a job's."""
+    """is_login: a user is logged in through it. False for service managers (systemd >= 256) and jobs."""
 
     id: str
     user: User
@@ -39,7 +39,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class SessionDetails:
-    """A session with what an administrator wants to see of it. What logind does not know is empty."""
+    """A session as an administrator wants to see it. What logind does not know is empty."""
 
     session: Session
     service: str = ""
@@ -49,7 +49,7 @@ class SessionDetails:
 
 
 async def list_sessions(connection: Connection, uid: int | None = None) -> list[SessionDetails]:
-    """The sessions of one user, or of all, closing ones included; none of a service manager.
+    """The sessions of one user or of all users: closing ones too, but none of a service manager.
 
     Starts logind if it is not running. Raises BusError.
     """
@@ -60,10 +60,10 @@ async def list_sessions(connection: Connection, uid: int | None = None) -> list[
             continue
         try:
             values = await connection.get_properties(SERVICE, path, f"{SERVICE}.Session")
-        except BusError:  # it has just ended
+        except BusError:  # the session has just ended
             continue
         kind = str(values.get("Class", "user"))
-        if kind.startswith("manager"):  # of user@.service, since systemd 256
+        if kind.startswith("manager"):  # user@.service has one since systemd 256
             continue
         found.append(
             SessionDetails(
@@ -91,14 +91,14 @@ class Listener(Protocol):
 
 
 class Logind:
-    """Speaks to logind on a connection that others own."""
+    """Talks to logind over a connection that the caller owns."""
 
     def __init__(self, connection: Connection, listener: Listener) -> None:
         self._connection = connection
         self._listener = listener
         self._tasks: set[asyncio.Task[None]] = set()
         self._removed: set[str | int] = set()
-        """Sessions and users that went away while it was asked what they are."""
+        """Sessions and users that went away while their properties were being read."""
 
     async def subscribe(self) -> None:
         """Hear of what changes from now on; list only afterwards, so that nothing falls between.
@@ -120,15 +120,15 @@ class Logind:
         return [User(uid, name) for uid, name, _ in users]
 
     async def sessions(self) -> list[Session]:
-        """Those that are not closing. Raises BusError."""
+        """All sessions that are not closing. Raises BusError."""
         (sessions,) = await self._ask("ListSessions")
         found = [await self._session(session, path) for session, *_, path in sessions]
         return [session for session in found if session is not None]
 
     async def is_open(self, session: str) -> bool:
-        """Whether the session is there and not closing: its processes may live on, but nobody is logged in.
+        """Whether the session exists and is not closing.
 
-        Raises BusError.
+        Processes may outlive a closing session, but its user is no longer logged in. Raises BusError.
         """
         try:
             (path,) = await self._ask("GetSession", "s", session)
@@ -143,7 +143,7 @@ class Logind:
         return await self._connection.ask(owner, PATH, MANAGER, member, signature, body)
 
     async def _session(self, session: str, path: str) -> Session | None:
-        """None where it is closing, or gone."""
+        """None if the session is closing or gone."""
         try:
             values = await self._connection.get_properties(
                 self._connection.owner(SERVICE), path, f"{SERVICE}.Session"
@@ -173,7 +173,7 @@ class Logind:
             owner = self._connection.owner(SERVICE)
             name = await self._connection.get_property(owner, path, f"{SERVICE}.User", "Name")
         except BusError as error:
-            log.debug("User %d went away again: %s", uid, error)
+            log.debug("User %d is gone again: %s", uid, error)
             return
         if uid not in self._removed:
             self._listener.user_new(User(uid, name))
@@ -191,7 +191,7 @@ class Logind:
         try:
             told = await self._session(session, path)
         except BusError as error:
-            log.debug("Session %s went away again: %s", session, error)
+            log.debug("Session %s is gone again: %s", session, error)
             return
         if told is not None and session not in self._removed:
             self._listener.session_new(told)

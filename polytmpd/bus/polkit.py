@@ -4,14 +4,14 @@
 Not here: which method needs which action (service.py).
 
 Hard facts
-- The subject is the caller's unique name, never a pid: pids are used again between question and answer.
+- The subject is the caller's unique name, never a PID: a PID may be reused between question and answer.
 - polkitd answers when the person has typed a password, or never. So each question is a task of its own, has
-  an end in time, and is withdrawn when the caller leaves the bus.
-- A host without polkit says ServiceUnknown (no file for activation), or what systemd says of a masked unit.
-  Then root decides alone: nobody else is allowed anything.
-- Details may be sent by root and by the action's owner only; rules read them with action.lookup().
-- An answer that a password gave (auth_admin) holds for that one question: polkit keeps nothing of it.
-- The bus never gives a unique name twice, as long as it runs.
+  a timeout, and is withdrawn when the caller leaves the bus.
+- On a host without polkit the call fails with ServiceUnknown (no activation file), or with systemd's error
+  for a masked unit. Then only root is allowed anything.
+- Only root and the action's owner may send details. Rules read them with action.lookup().
+- An authorization by password (auth_admin) holds for one question: polkit does not remember it.
+- The bus never reuses a unique name while it runs.
 """
 
 import asyncio
@@ -33,11 +33,11 @@ AUTHORITY: Final = "org.freedesktop.PolicyKit1.Authority"
 _ALLOW_USER_INTERACTION: Final = 1
 
 QUIET_TIMEOUT: Final = 20.0
-"""Seconds for an answer that needs nobody; below the 25 that callers wait by default."""
+"""Seconds to wait for an answer that needs no password; less than the 25 that callers wait by default."""
 INTERACTIVE_TIMEOUT: Final = 300.0
-"""Seconds that a person may take to type a password."""
+"""Seconds a person has to type a password."""
 _GRANTED_AT_MOST: Final = 128
-"""Answers that are remembered, each with a match rule on the bus; beyond, it is asked every time."""
+"""Answers to remember; each new caller costs a match rule on the bus. Beyond that, every call asks again."""
 
 _ABSENT: Final = (
     "org.freedesktop.DBus.Error.ServiceUnknown",
@@ -48,7 +48,7 @@ _ABSENT: Final = (
 
 
 class PolkitAction(StrEnum):
-    """The actions in org.polytmp1.policy."""
+    """The actions that org.polytmp1.policy defines."""
 
     REMOVE = "org.polytmp1.remove-instance"
     REMOVE_OWN = "org.polytmp1.remove-own-instance"
@@ -57,11 +57,11 @@ class PolkitAction(StrEnum):
 
 
 class Polkit:
-    """Asks polkit on a connection that others own.
+    """Asks polkit over a connection that the caller owns.
 
-    A caller who was allowed to look at a user's instance after a question may go on looking until he leaves
-    the bus: one command of his is several calls, and nobody types his password for each. What changes
-    something is asked about every time, and a no is never remembered: the next call asks again.
+    A caller whom polkit has allowed to inspect a user's instance may do so until it leaves the bus: one
+    command makes several calls, and should ask for one password. Calls that change something ask every
+    time. A refusal is never remembered.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -73,15 +73,15 @@ class Polkit:
     async def require_inspect(
         self, sender: str, uid: int, what: str, user: str, *, interactive: bool
     ) -> None:
-        """Return where the caller may see what is of the user's. Raises as require() does.
+        """Return if the caller may inspect the user's instance. Raises as require() does.
 
-        sender: the unique name, as the bus wrote it.
+        sender: the caller's unique name, as the bus wrote it.
         """
         if uid in self._granted.get(sender, ()):
             return
         details = {"uid": str(uid), "user": user}
         await self.require(sender, PolkitAction.INSPECT, what, details, interactive=interactive)
-        if interactive:  # else a rule of the administrator's said yes, which may say no the next time
+        if interactive:  # else a rule allowed it without a password, and may decide otherwise next time
             self._remember(sender, uid)
 
     def _remember(self, sender: str, uid: int) -> None:
@@ -95,13 +95,13 @@ class Polkit:
         self._granted[sender].add(uid)
 
     async def _forget(self, sender: str) -> None:
-        """Until the sender leaves the bus, or the bus leaves us: another bus begins to count anew."""
+        """Forget when the sender leaves the bus, or when our connection ends: a new bus reuses names."""
         closed = asyncio.ensure_future(self._connection.wait_closed())
         try:
             async with self._connection.departure(sender) as gone:
                 await asyncio.wait((gone, closed), return_when=asyncio.FIRST_COMPLETED)
         except BusError as error:
-            log.debug("What %s was allowed is forgotten at once: %s", sender, error)
+            log.debug("Not remembering what %s was allowed: %s", sender, error)
         finally:
             del self._granted[sender]
             closed.cancel()
@@ -109,10 +109,10 @@ class Polkit:
     async def require(
         self, sender: str, action: PolkitAction, what: str, details: Mapping[str, str], *, interactive: bool
     ) -> None:
-        """Return where the caller may. Raises AccessDeniedError or InteractiveAuthorizationError.
+        """Return if the caller is authorized. Raises AccessDeniedError or InteractiveAuthorizationError.
 
-        interactive: the caller allows that a person is asked for a password. Cancelled, the question is
-        withdrawn and the dialogue closed.
+        interactive: the caller permits polkit to ask a person for a password. Cancelling this withdraws the
+        question and closes the dialogue.
         """
         cancellation = f"polytmpd-{next(self._ids)}" if interactive else ""
         try:
@@ -135,11 +135,11 @@ class Polkit:
             if cancellation and error.name.endswith(".Timeout"):
                 await self._withdraw(cancellation)
             if error.name.startswith(_ABSENT):
-                raise AccessDeniedError(
-                    f"{what} is for root: there is no polkit that could allow it"
-                ) from None
-            log.warning("polkit does not say whether %s may %s: %s", sender, action, error)
-            raise AccessDeniedError(f"{what} is for root: polkit gives no answer ({error})") from None
+                raise AccessDeniedError(f"{what} requires root: polkit is not available") from None
+            log.warning(
+                "Failed to ask polkit whether %s is authorized for %s, refusing: %s", sender, action, error
+            )
+            raise AccessDeniedError(f"{what} requires root: polkit does not answer ({error})") from None
         except asyncio.CancelledError:
             if cancellation:
                 await self._withdraw(cancellation)
@@ -149,7 +149,7 @@ class Polkit:
             return
         if challenge and not interactive:
             raise InteractiveAuthorizationError(f"{what} needs authentication")
-        raise AccessDeniedError(f"{what} was not allowed by polkit ({action})")
+        raise AccessDeniedError(f"polkit does not allow {what} ({action})")
 
     async def _withdraw(self, cancellation: str) -> None:
         try:
@@ -157,4 +157,4 @@ class Polkit:
                 SERVICE, PATH, AUTHORITY, "CancelCheckAuthorization", "s", (cancellation,), timeout=5
             )
         except BusError as error:
-            log.debug("Question %s to polkit is not withdrawn: %s", cancellation, error)
+            log.debug("Failed to withdraw question %s from polkit, ignoring: %s", cancellation, error)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of the service manager, org.freedesktop.systemd1(5): where a user's slice has its cgroup, and
-which sessions' scopes change.
+"""A client of the service manager, org.freedesktop.systemd1(5): cgroups of users' slices, changes of session
+scopes, properties of units.
 
-Not here: reading the cgroup.
+Not here: reading the cgroups.
 """
 
 import asyncio
@@ -23,9 +23,9 @@ _SCOPE: Final = re.compile(rf"{PATH}/unit/session_2d([0-9A-Za-z]+)_2escope")
 
 
 async def unit_properties(connection: Connection, name: str, wanted: Collection[str]) -> dict[str, Any]:
-    """The wanted properties of a service, without those that it lacks. Loads the unit if need be.
+    """Read the wanted properties of a service; those it lacks are left out.
 
-    Raises BusError.
+    Loads the unit if necessary. Raises BusError.
     """
     (path,) = await connection.ask(SERVICE, PATH, MANAGER, "LoadUnit", "s", (name,))
     found: dict[str, Any] = {}
@@ -41,7 +41,7 @@ async def version(connection: Connection) -> str:
 
 
 class Systemd:
-    """Speaks to PID 1 on a connection that others own."""
+    """Talks to PID 1 over a connection that the caller owns."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Systemd:
             self._came_back()
 
     async def control_group(self, uid: int) -> str:
-        """The cgroup of user-UID.slice relative to the cgroup root; empty where the slice has none.
+        """The cgroup of user-UID.slice relative to the cgroup root; empty if the slice has none.
 
         Raises BusError.
         """

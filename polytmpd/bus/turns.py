@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How many questions there may be, and whose is next, of those that take as long as some user likes.
+"""Limits for questions whose answers can take as long as a user likes: how many may wait, and whose is next.
 
-Not here: what is asked and how it is found out, nor for how long.
+Not here: the questions themselves, how the answers are found, and timeouts.
 """
 
 import asyncio
@@ -12,11 +12,11 @@ from typing import Final
 from polytmpd.errors import PolytmpError
 
 ASKED_AT_MOST: Final = 16
-"""Questions of one user and of one kind that may wait or be answered; one more is refused."""
+"""Questions of one kind that one user may have open. Further ones are refused."""
 
 
 class Questions:
-    """Those of one kind that wait or are answered: so many of each user, and perhaps so many in all."""
+    """The open questions of one kind, limited for each user and optionally in total."""
 
     def __init__(self, in_all: int | None = None) -> None:
         self._in_all = in_all
@@ -24,11 +24,11 @@ class Questions:
 
     @contextlib.contextmanager
     def asked(self, uid: int) -> Iterator[None]:
-        """A question is there, while the context lasts. Raises PolytmpError where there are too many."""
+        """Count a question while the context lasts. Raises PolytmpError if there are too many."""
         if self._asked.get(uid, 0) >= ASKED_AT_MOST:
-            raise PolytmpError("too many questions of this user wait for an answer already; try again later")
+            raise PolytmpError("this user has too many requests pending, try again later")
         if self._in_all is not None and sum(self._asked.values()) >= self._in_all:
-            raise PolytmpError("too many questions wait for an answer already; try again later")
+            raise PolytmpError("too many requests are pending, try again later")
         self._asked[uid] = self._asked.get(uid, 0) + 1
         try:
             yield
@@ -39,9 +39,9 @@ class Questions:
 
 
 class Turns(Questions):
-    """So many of root's are answered at once, as many of all others', and one of each.
+    """Answers a limited number at once: as many for root as for all other users, and one for each of these.
 
-    So nobody waits for one user alone, and root for nobody else.
+    So no user can keep all others waiting, and root waits for no other user.
     """
 
     def __init__(self, at_once: int) -> None:
@@ -61,11 +61,11 @@ class Turns(Questions):
 
     @contextlib.asynccontextmanager
     async def turn(self, uid: int) -> AsyncIterator[None]:
-        """Wait until it may be answered, within asked()."""
+        """Wait for the user's turn. To be used within asked()."""
         if uid == 0:
             async with self._of_root:
                 yield
             return
-        # His own first: who waits for himself is in nobody's way.
+        # The user's own lock first: a user who waits for themselves does not block others.
         async with self._own.setdefault(uid, asyncio.Lock()), self._of_others:
             yield

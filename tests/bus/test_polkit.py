@@ -181,7 +181,9 @@ async def test_a_person_is_asked_only_where_the_caller_allows_it(
 
 
 async def test_without_polkit_root_decides_alone(shown: str, stranger: Stranger, backend: Backend) -> None:
-    assert "no polkit" in await as_stranger(stranger.bus, PATH, f"{MANAGER}.RemoveInstance", "uint32:1002")
+    assert "polkit is not available" in await as_stranger(
+        stranger.bus, PATH, f"{MANAGER}.RemoveInstance", "uint32:1002"
+    )
     assert "denied" in await stranger.call(PATH, f"{MANAGER}.Reload", interactive=True)
     assert (backend.removed, backend.reloads) == ([], 0)
 
@@ -290,8 +292,8 @@ async def test_one_user_has_so_many_questions_open(
     for _ in range(ASKED_AT_MOST):
         await stranger.start(PATH, f"{MANAGER}.Reload", interactive=True)
     await eventually(lambda: len(authority.asked) == ASKED_AT_MOST, 30)
-    assert "too many questions" in await stranger.call(PATH, f"{MANAGER}.Reload", interactive=True)
-    assert "too many questions" in await stranger.call(shown, f"{INSTANCE}.ListHolders")
+    assert "too many requests" in await stranger.call(PATH, f"{MANAGER}.Reload", interactive=True)
+    assert "too many requests" in await stranger.call(shown, f"{INSTANCE}.ListHolders")
     assert await client.result("Reload") is None
     await stranger.close()
     await eventually(lambda: len(authority.withdrawn) == ASKED_AT_MOST, 30)
@@ -303,7 +305,7 @@ async def test_a_silent_polkit_is_a_no(
     monkeypatch.setattr(polkit, "QUIET_TIMEOUT", 0.2)
     monkeypatch.setattr(polkit, "INTERACTIVE_TIMEOUT", 0.2)
     authority.answer = None
-    assert "gives no answer" in await as_stranger(stranger.bus, PATH, f"{MANAGER}.Reload")
+    assert "polkit does not answer" in await as_stranger(stranger.bus, PATH, f"{MANAGER}.Reload")
     assert authority.withdrawn == []
     assert "denied" in await stranger.call(PATH, f"{MANAGER}.Reload", interactive=True)
     assert authority.withdrawn == [authority.asked[1][4]], "the dialogue is closed"
