@@ -6,7 +6,6 @@ Each returns what --json= prints, and the text for people. Not here: how it come
 
 import contextlib
 import os
-import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from polytmpd.bus.client import Polytmp
 from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.contract import InstanceProperty
+from polytmpd.core import names
 from polytmpd.ctl import output, users
 from polytmpd.ctl.arguments import Options
 from polytmpd.ctl.output import Failure, Style
@@ -125,8 +125,8 @@ async def usage(context: Context) -> Answer:
     listed = await context.client.instances()
     wanted = users.chosen(context.options.words, listed, must_have_one=False)
     if not context.options.words and os.geteuid() == 0:
-        names = {entry.uid for entry in listed}
-        wanted += [(uid, users.name_of(uid)) for uid in await _kept(context) if uid not in names]
+        with_instance = {entry.uid for entry in listed}
+        wanted += [(uid, users.name_of(uid)) for uid in await _kept(context) if uid not in with_instance]
     for uid, user in wanted:
         try:
             counted = await context.client.usage(uid)
@@ -161,10 +161,9 @@ async def _kept(context: Context) -> list[int]:
     for directory in await context.client.directories():
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
-                uid = entry.name.removeprefix("polytmp-")
-                ours = uid != entry.name and uid.isdecimal() and uid.isascii() and len(uid) <= 10
-                if ours and entry.stat(follow_symlinks=False).st_uid == 0:  # anybody may make that name
-                    found.add(int(uid))
+                uid = names.kept_owner(entry.name)
+                if uid is not None and entry.stat(follow_symlinks=False).st_uid == 0:  # not a user's own
+                    found.add(uid)
     return sorted(found)
 
 
@@ -216,10 +215,13 @@ def _owner(file: str, places: dict[int, dict[str, Any]]) -> tuple[int, str] | No
 async def _kept_as(context: Context, file: str) -> tuple[int, str] | None:
     """Whose a host path is, and how he calls it, where it is kept of a user without an instance."""
     for directory in await context.client.directories():
-        match = re.fullmatch(rf"{re.escape(directory)}/polytmp-(\d{{1,10}})/tmp((?:/.*)?)", file, re.DOTALL)
-        if match is None:
+        if not file.startswith(f"{directory}/"):
             continue
-        uid, inside = int(match[1]), directory + match[2]
+        barrier, _, private = file.removeprefix(f"{directory}/").partition("/")
+        uid = names.kept_owner(barrier)
+        if uid is None or not f"{private}/".startswith(f"{names.INNER}/"):
+            continue
+        inside = directory + private.removeprefix(names.INNER)
         with contextlib.suppress(BusError):
             said, rest = sayable(inside)
             if (await context.client.resolve(uid, said)).rstrip("/") + rest == file:

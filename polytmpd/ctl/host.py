@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from polytmpd.core import names
+
 _TMPFILES: Final = ("etc/tmpfiles.d", "run/tmpfiles.d", "usr/lib/tmpfiles.d")
 _MODULE_PLACES: Final = tuple(
     f"{place}/security/pam_polytmp.so"
@@ -31,8 +33,6 @@ _ROOM: Final = 2
 """Namespaces and mounts that are wanted for each user, at the least."""
 
 
-_KEPT: Final = re.compile(r"polytmp-\d{1,10}", re.ASCII)
-"""The name in /var/tmp of what a user keeps."""
 _BARRIER_MODE: Final = 0o700
 _NAMED_AT_MOST: Final = 5
 
@@ -165,20 +165,20 @@ def _squatters(root: Path, path: str) -> Iterator[Result]:
     try:
         with os.scandir(root / path.lstrip("/")) as entries:
             found = sorted(
-                (entry.name, why)
+                (entry.name, uid, why)
                 for entry in entries
-                if _KEPT.fullmatch(entry.name) and (why := _foreign(entry))
+                if (uid := names.kept_owner(entry.name)) is not None and (why := _foreign(entry))
             )
     except OSError:
         return  # said of the directory itself
-    for name, why in found[:_NAMED_AT_MOST]:
-        text = f"not polytmpd's ({why}): logins of UID {name.removeprefix('polytmp-')} are refused"
+    for name, uid, why in found[:_NAMED_AT_MOST]:
+        text = f"not polytmpd's ({why}): logins of UID {uid} are refused"
         remedy = f"look at it, then: mv {path}/{name} {path}/not-{name}, or remove it"
         yield Result("mounts", f"{path}/{name}", "fail", text, remedy)
     if len(found) > _NAMED_AT_MOST:
         text = f"{len(found) - _NAMED_AT_MOST} more that are not polytmpd's"
         yield Result(
-            "mounts", f"{path}/polytmp-*", "fail", text, "the same; they are named when these are gone"
+            "mounts", f"{path}/{names.PREFIX}*", "fail", text, "the same; they are named when these are gone"
         )
 
 
@@ -254,8 +254,8 @@ def cleaners(root: Path) -> Iterator[Result]:
                 name,
                 "warn",
                 "deletes in /tmp by age, instances too, and knows nothing of tmpfiles.d",
-                f"remove {name} (systemd-tmpfiles does the same), or let it spare /tmp/polytmp-* and "
-                "/var/tmp/polytmp-*",
+                f"remove {name} (systemd-tmpfiles does the same), or let it spare /tmp/{names.PREFIX}* and "
+                f"/var/tmp/{names.PREFIX}*",
             )
 
 

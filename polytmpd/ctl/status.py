@@ -16,18 +16,15 @@ from polytmpd.bus import logind
 from polytmpd.bus.client import Holder
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.contract import InstanceProperty
+from polytmpd.core import names
 from polytmpd.ctl import output, tree, users
 from polytmpd.ctl.commands import Answer, Context
 
 _LABEL: Final = 12
 _PATIENCE: Final = 3.0
 """Seconds that counting may keep the page waiting; usage waits longer."""
-_SENTINEL: Final = "polytmp-sentinel"
 _LIFETIMES: Final = {"instance": "removed with the instance", "persistent": "kept between logins"}
 _GOING: Final = {"removing": "being deleted", "failed": "what is left of it could not be deleted"}
-
-_SET_ASIDE: Final = "polytmp-removing-*"
-"""What is being deleted, or could not be: one of these, whose it is its name does not say."""
 
 
 async def status(context: Context) -> Answer:
@@ -136,7 +133,7 @@ def mounts_below(table: str, directories: list[str], shared: list[str]) -> list[
         except (ValueError, IndexError):
             continue
         below = any(point.startswith(f"{directory}/") for directory in directories)
-        if below and point not in shared and source != _SENTINEL:
+        if below and point not in shared and source != names.SENTINEL:
             found.append({"mount": point, "type": fstype, "source": source})
     return found
 
@@ -203,7 +200,7 @@ def _page(context: Context, found: dict[str, Any]) -> str:
     if found["namespace"]:
         line("Namespace", f"mnt:[{found['namespace']}]")
     for entry in found["directories"]:
-        line(entry["directory"], entry["path"] or f"{entry['directory']}/{_SET_ASIDE}")
+        line(entry["directory"], entry["path"] or f"{entry['directory']}/{names.REMOVING_PATTERN}")
         details = [_LIFETIMES.get(entry["lifetime"], entry["lifetime"])]
         if _is_set_aside(state, entry["lifetime"]):
             details = [_GOING[state]]
