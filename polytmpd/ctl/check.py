@@ -19,6 +19,7 @@ from polytmpd import __version__, config
 from polytmpd.bus import logind, systemd1
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.contract import InstanceProperty
+from polytmpd.core.model import Lifetime, State
 from polytmpd.ctl import host, output, pamstacks, settings, users
 from polytmpd.ctl.commands import Answer, Context
 from polytmpd.ctl.host import Result
@@ -96,7 +97,7 @@ async def _all(context: Context) -> AsyncIterator[Result]:
         yield result
     wanted, problems = config.load(_ROOT)
     configured = [directory.path for directory in wanted.directories]
-    kept = [directory.path for directory in wanted.directories if directory.lifetime == "persistent"]
+    kept = [directory.path for directory in wanted.directories if directory.lifetime is Lifetime.PERSISTENT]
     in_force: list[str] | None = None
     listed: dict[int, str] = {}
     here: dict[int, str] = {}
@@ -291,7 +292,7 @@ async def _logged_in(
     except BusError:
         return
     for user, state in states.items():
-        if state == "failed":
+        if state == State.FAILED:
             remedy = f"journalctl -u polytmpd POLYTMP_USER={user}; when mended: polytmpctl remove {user}"
             yield Result(
                 "sessions", user, "fail", "his instance could not be made, or not be removed", remedy

@@ -11,11 +11,12 @@ import pwd
 from typing import Final, NoReturn
 
 from polytmpd.bus.contract import InstanceProperty
+from polytmpd.core.model import State
 from polytmpd.ctl import users
 from polytmpd.ctl.commands import Context
 from polytmpd.ctl.output import Failure
 
-_TO_BE_ENTERED: Final = {"active", "draining"}
+_CAN_BE_ENTERED: Final = {State.ACTIVE, State.DRAINING}
 
 
 async def prepare(context: Context) -> list[str]:
@@ -28,7 +29,7 @@ async def prepare(context: Context) -> list[str]:
     if uid not in {entry.uid for entry in instances}:
         raise users.no_instance(uid, user)
     state = (await context.client.properties(uid))[InstanceProperty.STATE]
-    if state not in _TO_BE_ENTERED:
+    if state not in _CAN_BE_ENTERED:
         raise Failure(f"The instance of {user} is in the state '{state}': nobody can enter it now.")
     directories = await context.client.directories()
     fd = await context.client.acquire(uid)

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TextIO
 
+from polytmpd.core.model import State
+
 USEC: Final = 1_000_000
 _UNITS: Final = "BKMGTPE"
 _SPANS: Final = (
@@ -63,11 +65,11 @@ class Style:
         """An instance's state, or what stands for it, in its colour."""
         text = state if text is None else text
         match state:
-            case "active":
+            case State.ACTIVE:
                 return self.good(text)
-            case "failed":
+            case State.FAILED:
                 return self.bad(text)
-            case "preparing" | "removing" | "draining":
+            case State.PREPARING | State.REMOVING | State.DRAINING:
                 return self.warning(text)
         return self.faint(text)
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.contract import InstanceProperty
+from polytmpd.core.model import Lifetime, State
 from polytmpd.ctl import output, users
 from polytmpd.ctl.commands import Answer, Context
 from polytmpd.ctl.output import Failure
@@ -32,7 +33,9 @@ async def _remove_one(context: Context, uid: int, user: str) -> None:
         raise users.no_instance(uid, "root")
     failed = await _failed_instance(context, uid, user)
     # What the instance's own lifetime covers; without an instance, only what persists is left.
-    going = {path for path, _, lifetime in failed if lifetime == "instance" or context.options.persistent}
+    going = {
+        path for path, _, lifetime in failed if lifetime == Lifetime.INSTANCE or context.options.persistent
+    }
     rows = [row for row in await _usage(context, uid, user) if not failed or row[0] in going]
     if not context.options.yes:
         _ask(user, rows, going - {row[0] for row in rows})
@@ -84,7 +87,7 @@ async def _failed_instance(context: Context, uid: int, user: str) -> list[list[s
             return []  # the removal itself is another question
         raise
     state = found[InstanceProperty.STATE]
-    if state == "failed":
+    if state == State.FAILED:
         return list(found[InstanceProperty.DIRECTORIES])
     holders = await context.client.holders(uid)
     names = ", ".join(f"{_short(holder.command)} ({holder.pid})" for holder in holders[:5])

@@ -17,14 +17,21 @@ from polytmpd.bus.client import Holder
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.contract import InstanceProperty
 from polytmpd.core import names
+from polytmpd.core.model import Lifetime, State
 from polytmpd.ctl import output, tree, users
 from polytmpd.ctl.commands import Answer, Context
 
 _LABEL: Final = 12
 _PATIENCE: Final = 3.0
 """Seconds that counting may keep the page waiting; usage waits longer."""
-_LIFETIMES: Final = {"instance": "removed with the instance", "persistent": "kept between logins"}
-_GOING: Final = {"removing": "being deleted", "failed": "what is left of it could not be deleted"}
+_LIFETIMES: Final = {
+    Lifetime.INSTANCE: "removed with the instance",
+    Lifetime.PERSISTENT: "kept between logins",
+}
+_GOING: Final = {
+    State.REMOVING: "being deleted",
+    State.FAILED: "what is left of it could not be deleted",
+}
 
 
 async def status(context: Context) -> Answer:
@@ -86,12 +93,12 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
 
 
 def _is_set_aside(state: str, lifetime: str) -> bool:
-    return state in _GOING and lifetime == "instance"
+    return state in _GOING and lifetime == Lifetime.INSTANCE
 
 
 async def _removed(context: Context, uid: int, state: str) -> int | None:
     """How many files are gone, where a removal is at work."""
-    if state not in {"removing", "failed"}:
+    if state not in _GOING:
         return None
     try:
         return await context.client.removed_entries(uid)
@@ -180,7 +187,7 @@ def _page(context: Context, found: dict[str, Any]) -> str:
     if context.options.full:
         columns = 1_000_000
     state = found["state"]
-    dot = {"failed": "\N{MULTIPLICATION SIGN}", "active": "●"}.get(state, "○")
+    dot = {State.FAILED: "\N{MULTIPLICATION SIGN}", State.ACTIVE: "●"}.get(state, "○")
     lines = [f"{style.state(state, dot)} {output.clean(found['user'])} ({found['uid']})"]
     indent = " " * (_LABEL + 2)
 
