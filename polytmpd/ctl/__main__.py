@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""polytmpctl: one command, from the arguments to the exit status.
+"""polytmpctl: runs one command, from the arguments to the exit status.
 
-0 where all went well; 1 with the reason and a hint on standard error, also where check found a failure;
-`enter` ends with the status of its command.
+The exit status is 0 on success. It is 1 on failure, with the reason and a hint on standard error, and if
+check finds a failure. `enter` exits with the status of its command.
 Not here: the commands (commands.py, status.py, remove.py, enter.py, monitor.py, check.py).
 """
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 _HINTS: Final = {
     ".ServiceUnknown": "Is polytmpd installed and running? See: systemctl status polytmpd.service",
     ".NameHasNoOwner": "Is polytmpd running? See: systemctl status polytmpd.service",
-    ".Disconnected": "The bus went away. See: systemctl status dbus.service",
-    ".NoSuchInstance": "polytmpctl list shows who has an instance.",
-    ".UnknownObject": "The instance has just gone; polytmpctl list shows who has one.",
-    ".AccessDenied": "Try again as root, for example with sudo.",
-    ".InteractiveAuthorizationRequired": "Try again as root, or without --no-ask-password on a terminal.",
-    ".UnknownMethod": "polytmpd is of another version than polytmpctl; systemctl restart polytmpd.service",
-    ".Failed": "The journal may say more: journalctl --unit=polytmpd.service",
-    ".NoReply": "polytmpd may have ended meanwhile. See: systemctl status polytmpd.service",
-    ".Timeout": "polytmpd is busy or hangs. See: systemctl status polytmpd.service",
-    ".TimedOut": "polytmpd does not start. See: systemctl status polytmpd.service",
-    ".Spawn.ChildExited": "polytmpd does not start. See: systemctl status polytmpd.service",
+    ".Disconnected": "The connection to the bus was lost. See: systemctl status dbus.service",
+    ".NoSuchInstance": "See: polytmpctl list",
+    ".UnknownObject": "The instance has just been removed. See: polytmpctl list",
+    ".AccessDenied": "Try again as root, for example with sudo",
+    ".InteractiveAuthorizationRequired": "Try again as root, or on a terminal without --no-ask-password",
+    ".UnknownMethod": "polytmpd and polytmpctl differ in version. Try: systemctl restart polytmpd.service",
+    ".Failed": "See: journalctl --unit=polytmpd.service",
+    ".NoReply": "polytmpd may have stopped. See: systemctl status polytmpd.service",
+    ".Timeout": "polytmpd is busy or hung. See: systemctl status polytmpd.service",
+    ".TimedOut": "polytmpd fails to start. See: systemctl status polytmpd.service",
+    ".Spawn.ChildExited": "polytmpd fails to start. See: systemctl status polytmpd.service",
 }
 
 
@@ -47,14 +47,14 @@ def main(words: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"{failure.hint}\n")
         return 1
     except BrokenPipeError:
-        output.discard()  # whoever reads has enough
+        output.discard()  # the reader has seen enough
         return 0
     except KeyboardInterrupt:
         return 130
 
 
 def _open_streams() -> None:
-    """None stands for a descriptor that was closed at start; what is opened next would take its number."""
+    """Open /dev/null for each standard stream that was closed at start, whose number open() would reuse."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             fd = os.open(os.devnull, os.O_RDWR)
@@ -76,7 +76,7 @@ def _run(options: Options) -> int:
         return 0
     if options.host:
         _become_remote(options)
-    import asyncio  # as long as all the rest, and --help does without
+    import asyncio  # takes as long to import as all the rest, and --help does not need it
 
     if options.machine:
         asyncio.run(_require_machine(options.machine.rpartition("@")[2]))
@@ -85,7 +85,7 @@ def _run(options: Options) -> int:
 
 
 async def _command(options: Options, style: Style) -> int:
-    # Only now: what these import takes most of the time of a short command.
+    # Not at the top: importing these takes most of the time of a short command.
     from polytmpd.bus.client import Polytmp
     from polytmpd.bus.connection import BusError
     from polytmpd.ctl import commands
@@ -100,7 +100,7 @@ async def _command(options: Options, style: Style) -> int:
             from polytmpd.ctl.monitor import Monitor
 
             await Monitor(context).run(connection)
-            raise Failure("The bus went away.")
+            raise Failure("The connection to the bus was lost", "See: systemctl status dbus.service")
         if options.verb == "enter":
             from polytmpd.ctl import enter
 
@@ -115,7 +115,7 @@ async def _command(options: Options, style: Style) -> int:
             _stop_agent(agent)
     if argv is not None:
         enter.run(argv)
-    is_path = options.verb == "path"  # for a script, or to be copied
+    is_path = options.verb == "path"  # output for a script, or to be copied
     if options.json != "off":
         if answer.json is not None:
             output.show(output.to_json(answer.json, options.json), pager=options.pager and not is_path)
@@ -133,11 +133,11 @@ async def _connect() -> "Connection":
         return await Connection.open()
     except (OSError, BusError) as error:
         text = f"Failed to connect to bus: {getattr(error, 'strerror', None) or error}"
-        raise Failure(text, "Is dbus running? See: systemctl status dbus.service") from None
+        raise Failure(text, "Is D-Bus running? See: systemctl status dbus.service") from None
 
 
 def _verb(verb: str) -> "Callable[[Context], Awaitable[Answer]]":
-    """Each command's module is imported when it is asked for."""
+    """The function of a command. Its module is imported only now, to start quickly."""
     from polytmpd.ctl import commands
 
     match verb:
@@ -178,7 +178,7 @@ def _hint(name: str) -> str:
 
 
 async def _require_machine(name: str) -> None:
-    """systemd-run says of one that is not there that the host is down."""
+    """Raise Failure if the container is not running: systemd-run would report that the host is down."""
     from polytmpd.bus import machine1
     from polytmpd.bus.connection import BusError
 
@@ -189,17 +189,17 @@ async def _require_machine(name: str) -> None:
         await machine1.require_machine(connection, name)
     except BusError as error:
         if error.name.endswith(".ServiceUnknown"):
-            text = f"There is no container '{name}': systemd-machined is not installed."
-            raise Failure(text, "It comes with the package systemd-container.") from None
+            text = f"No container '{name}': systemd-machined is not installed"
+            raise Failure(text, "Try: apt install systemd-container") from None
         if error.name.endswith(".NoSuchMachine"):
-            raise Failure(f"There is no container '{name}'.", "machinectl list shows them.") from None
+            raise Failure(f"No container '{name}'", "See: machinectl list") from None
         raise Failure(_text(error.name, str(error)), _hint(error.name)) from None
     finally:
         connection.close()
 
 
 def _become_remote(options: Options) -> None:
-    """The polytmpctl over there knows its own host: ssh(1) and systemd-run(1) carry what it says."""
+    """Become ssh(1) or systemd-run(1), which run polytmpctl on the other host. Does not return."""
     remote = ["polytmpctl", *options.passed_on]
     if options.host:
         import shlex
@@ -213,11 +213,11 @@ def _become_remote(options: Options) -> None:
     try:
         os.execvp(argv[0], argv)
     except OSError as error:
-        raise Failure(f"{argv[0]} cannot be run: {error.strerror}") from None
+        raise Failure(f"Failed to execute {argv[0]}: {error.strerror}") from None
 
 
 def _start_agent() -> Any:
-    """Ask for passwords on this terminal, as systemd's tools do, where no desktop does it."""
+    """Let polkit ask for passwords on this terminal, as systemd's tools do, unless a desktop agent does."""
     import select
     import subprocess
 
@@ -227,10 +227,10 @@ def _start_agent() -> Any:
             ("pkttyagent", f"--notify-fd={write_fd}", "--fallback"), pass_fds=(write_fd,)
         )
     except OSError:
-        return None  # no polkit here; the daemon will say what that means
+        return None  # polkit is not installed; the daemon reports what that means
     finally:
         os.close(write_fd)
-    select.select([read_fd], [], [], 5)  # readable, or closed, when it is registered
+    select.select([read_fd], [], [], 5)  # readable or closed once the agent is registered
     os.close(read_fd)
     return process
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command line: options anywhere but in what `enter` runs, verbs and how many words each takes.
+"""The command line: options, which may stand anywhere but in the command of `enter`, and verbs with their
+arguments.
 
-Not argparse: it takes longer to import than the daemon takes to answer, and its messages are not those of
-systemd's tools, which people know.
+Not argparse: importing it takes longer than the daemon takes to answer, and its messages are not those that
+people know from systemd's tools.
 Not here: what a verb does.
 """
 
@@ -23,15 +24,16 @@ polytmpctl [OPTIONS...] COMMAND ...
   status [USER...]           Show instances in full: sessions, processes,
                              directories, journal
   ps [USER...]               Show which processes keep an instance, and how
-  usage [USER...]            Show how much the files in an instance take
+  usage [USER...]            Show how much space instances take
   path FILE...               Show where a user's FILE is on the host, or whose
-                             file a path of the host is
+                             file a path on the host is
   enter USER [COMMAND...]    Run a shell or a command with the user's /tmp
-  remove USER...             Remove what is left of a user's files
+  remove USER...             Remove a user's remaining files
 
 {heading}Host:{reset}
   monitor                    Print instances as they come, change and go
-  check                      Examine the host, with a remedy for each problem
+  check                      Examine the host and suggest a remedy for each
+                             problem
 
 {heading}Options:{reset}
   -h --help                  Show this help
@@ -44,16 +46,16 @@ polytmpctl [OPTIONS...] COMMAND ...
                              otherwise
   -l --full                  Do not ellipsize output
   -n --lines=INTEGER         Number of journal entries to show
-  -u --user=USER             path: whose FILE it is; default: the caller, with
-                             sudo whoever runs it
+  -u --user=USER             path: the user whose FILE it is; by default the
+                             caller, with sudo the user who runs it
      --as-user               enter: run the command as USER, not as root
-     --persistent            remove: also what is kept between logins
+     --persistent            remove: also remove what is kept between logins
                              (/var/tmp)
-  -y --yes                   remove: do not ask
+  -y --yes                   remove: do not ask for confirmation
   -H --host=[USER@]HOST      Operate on remote host
   -M --machine=CONTAINER     Operate on local container
 
-Without USER, root sees all instances and everybody else his own.
+Without USER, root sees all instances, and other users see their own.
 
 See the {bold}polytmpctl(1){reset} man page for details.
 """
@@ -78,7 +80,7 @@ class Options:
     host: str | None = None
     machine: str | None = None
     passed_on: tuple[str, ...] = field(default=(), repr=False)
-    """The command line without --host= and --machine=, for the polytmpctl over there."""
+    """The command line without --host= and --machine=, for polytmpctl on the other host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +126,11 @@ _SHORT: Final = {
     "M": "machine",
 }
 _OF_VERBS: Final = {"user": ("path",), "as_user": ("enter",), "persistent": ("remove",), "yes": ("remove",)}
-"""Options that make no sense with other verbs, where they would be ignored in silence."""
+"""Options that only these verbs accept: others would silently ignore them."""
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Raises Failure with the text for the person who typed it."""
+    """Parse the command line. Raises Failure, with a text for the person who typed it."""
     options = Options()
     words: list[str] = []
     passed_on: list[str] = []
@@ -142,7 +144,7 @@ def parse(arguments: Sequence[str]) -> Options:
         if word == "-" or not word.startswith("-"):
             words.append(word)
             passed_on.append(word)
-            if len(words) == 3 and words[0] == "enter":  # what follows belongs to the command
+            if len(words) == 3 and words[0] == "enter":  # the rest belongs to the command
                 words += left
                 passed_on[-1:] = ["--", word, *left]
                 break
@@ -150,7 +152,7 @@ def parse(arguments: Sequence[str]) -> Options:
         before = list(left)
         name, options = _option(word, left, options)
         if name not in {"host", "machine"}:
-            # Letters that were written together are taken apart: -jHbox
+            # Letters written together are passed on one by one: -jHbox
             passed_on += (
                 [word[:2]] if len(left) > len(before) else [word, *before[: len(before) - len(left)]]
             )
@@ -166,7 +168,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _option(word: str, left: list[str], options: Options) -> tuple[str, Options]:
-    """One option, with its value from left where it has none of its own; its name and the new options."""
+    """Parse one option: its name and the new options. Takes a value that is not attached from left."""
     if word.startswith("--"):
         given, equals, value = word[2:].partition("=")
         name = _long(given)
@@ -183,7 +185,7 @@ def _option(word: str, left: list[str], options: Options) -> tuple[str, Options]
     if letter == "j":
         name, options = "json", replace(options, json="pretty" if sys.stdout.isatty() else "short")
     elif letter not in _SHORT:
-        raise Failure(f"invalid option -- '{letter}'", "polytmpctl --help lists the options.")
+        raise Failure(f"invalid option -- '{letter}'", "See: polytmpctl --help")
     elif (name := _SHORT[letter]) in _VALUES:
         if not rest and not left:
             raise Failure(f"option requires an argument -- '{letter}'")
@@ -209,23 +211,25 @@ def _long(given: str) -> str:
     near = _nearest(given, known)
     raise Failure(
         f"unrecognized option '--{given}'",
-        f"Did you mean --{near}?" if near else "polytmpctl --help lists the options.",
+        f"Did you mean --{near}?" if near else "See: polytmpctl --help",
     )
 
 
 def _valued(options: Options, name: str, value: str) -> Options:
     if name == "json":
         if value not in {"pretty", "short", "off"}:
-            raise Failure(f"Unknown argument to --json= switch: {value}", "It takes pretty, short or off.")
+            raise Failure(
+                f"Unknown argument to --json= switch: {value}", "Valid arguments are pretty, short and off"
+            )
         return replace(options, json=value)
     if name == "lines":
         if not value.isdecimal() or not value.isascii() or len(value) > 9:
-            raise Failure(f"Failed to parse lines '{value}'", "It takes a number, such as --lines=20.")
+            raise Failure(f"Failed to parse lines '{value}'", "Expected a number, for example --lines=20")
         return replace(options, lines=int(value))
     if not value:
-        raise Failure(f"option '--{name}' requires an argument that is not empty")
+        raise Failure(f"option '--{name}' requires a non-empty argument")
     if name == "machine" and value.endswith("@"):
-        raise Failure(f"'{value}' names no container", "It takes CONTAINER, or USER@CONTAINER.")
+        raise Failure(f"Invalid container '{value}'", "Expected CONTAINER or USER@CONTAINER")
     changes: dict[str, Any] = {name: value}
     return replace(options, **changes)
 
@@ -236,7 +240,7 @@ def _check(options: Options) -> None:
         near = _nearest(options.verb, VERBS)
         raise Failure(
             f"Unknown command verb '{options.verb}'",
-            f"Did you mean '{near}'?" if near else "polytmpctl --help lists the commands.",
+            f"Did you mean '{near}'?" if near else "See: polytmpctl --help",
         )
     if len(options.words) < verb.least:
         raise Failure("Too few arguments.", f"Usage: polytmpctl {usage(options.verb)}")
@@ -244,15 +248,13 @@ def _check(options: Options) -> None:
         raise Failure("Too many arguments.", f"Usage: polytmpctl {usage(options.verb)}")
     for name, verbs in _OF_VERBS.items():
         if getattr(options, name) and options.verb not in verbs:
-            raise Failure(
-                f"--{name.replace('_', '-')} goes with {' and '.join(verbs)}, not with {options.verb}"
-            )
+            raise Failure(f"--{name.replace('_', '-')} is only valid with {' and '.join(verbs)}")
     if options.host and options.machine:
-        raise Failure("--host= and --machine= exclude each other")
+        raise Failure("--host= and --machine= cannot be combined")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    """What was meant, perhaps."""
+    """The known word that may have been meant."""
     import difflib
 
     return next(iter(difflib.get_close_matches(word, list(known), 1)), "")

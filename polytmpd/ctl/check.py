@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""check: is every login on this host private, and if not, why not? A page that an auditor can file.
+"""check: is every login on this host private, and if not, why not? A report that an auditor can file.
 
-Looks, and changes nothing. Fails (exit status 1) where a user can end up in the shared /tmp, or mounts do
-not reach him; warns of what may surprise.
-Not here: the facts of the host itself (host.py), of its settings (settings.py), of PAM (pamstacks.py).
+Only reads, changes nothing. Fails (exit status 1) if a user can end up in the shared /tmp or mounts do not
+reach them; warns of what may surprise.
+Not here: the facts about the host itself (host.py), its settings (settings.py) and PAM (pamstacks.py).
 """
 
 import contextlib
@@ -45,8 +45,8 @@ _SANDBOX: Final = {
     **dict.fromkeys(("InaccessiblePaths", "BindPaths", "BindReadOnlyPaths"), ""),
     **dict.fromkeys(("TemporaryFileSystem", "MountImages"), ""),
 }
-"""Settings that give a service a mount namespace of its own, and what takes each back: systemd cannot parse
-an empty boolean, and empties a list or a path by an empty value, systemd.exec(5).
+"""Settings that give a service a mount namespace of its own, and the value that resets each. An empty value
+resets a list or path, but systemd cannot parse an empty boolean, systemd.exec(5).
 """
 _FD_STORE_PRESERVED_SINCE: Final = 254
 _NAMED_AT_MOST: Final = 5
@@ -105,9 +105,9 @@ async def _all(context: Context) -> AsyncIterator[Result]:
         in_force = await context.client.directories()
         listed = {entry.uid: entry.user for entry in await context.client.instances()}
     except BusError:
-        text = "polytmpd does not say which are private; looking at those of polytmpd.conf"
-        yield Result("mounts", "Directories=", "skip", text, "see the daemon's own line")
-    # Those of a configuration that is not in force yet too: what is wrong with one keeps it from being so.
+        text = "polytmpd does not answer, checking the directories in polytmpd.conf"
+        yield Result("mounts", "Directories=", "skip", text, "see the results for polytmpd.service")
+    # Also directories that are configured but not yet in force: a problem with one may be the reason.
     directories = list(dict.fromkeys((*(in_force or ()), *configured)))
     with contextlib.suppress(BusError):
         here = {
@@ -149,12 +149,12 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
             context.connection, unit, ("ActiveState", "UnitFileState", "NRestarts")
         )
     except BusError as error:
-        yield Result("daemon", f"{unit} (unit)", "skip", f"systemd does not say: {error}")
+        yield Result("daemon", f"{unit} (unit)", "skip", f"systemd does not answer: {error}")
         return
     if found.get("UnitFileState") in {"enabled", "enabled-runtime"}:
         yield Result("daemon", f"{unit} (boot)", "pass", "starts at boot, before the first login")
     elif str(found.get("UnitFileState")).startswith("masked"):
-        text, remedy = "masked: it is never started, and logins are refused", f"systemctl unmask {unit}"
+        text, remedy = "masked: it cannot start, and logins are refused", f"systemctl unmask {unit}"
         yield Result("daemon", f"{unit} (boot)", "fail", text, remedy)
     else:
         state = found.get("UnitFileState") or "not installed"
@@ -170,7 +170,7 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
             "daemon",
             f"{unit} (restarts)",
             "warn",
-            f"restarted {output.count(restarts, 'time')} by itself",
+            f"restarted {output.count(restarts, 'time')} automatically",
             f"journalctl -u {unit}",
         )
     version = await systemd1.version(context.connection)
@@ -178,23 +178,23 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
     if number >= _FD_STORE_PRESERVED_SINCE:
         yield Result("daemon", "systemd", "pass", f"version {version}")
     else:
-        text = "after a stop of polytmpd, namespaces are found again by their processes"
+        text = "after a stop, polytmpd finds namespaces through their processes"
         yield Result("daemon", "systemd", "pass", f"version {version}: {text}")
     try:
         there = await context.connection.has_owner(logind.SERVICE)
     except BusError:
         there = False
     if there:
-        yield Result("daemon", "systemd-logind", "pass", "is there")
+        yield Result("daemon", "systemd-logind", "pass", "running")
     else:
         remedy = "systemctl status systemd-logind.service"
         yield Result(
-            "daemon", "systemd-logind", "fail", "is not there: nobody says who is logged in", remedy
+            "daemon", "systemd-logind", "fail", "not running: polytmpd does not hear of logins", remedy
         )
 
 
 async def _units(context: Context) -> AsyncIterator[Result]:
-    """Services that start sessions: in a mount namespace of their own, they are refused ours."""
+    """Services that start sessions. Logins are refused if one has a mount namespace of its own."""
     names = ("Id", "ActiveState", "LoadState", "MainPID", "FragmentPath", *_SANDBOX)
     seen: set[Any] = set()
     for unit in _LOGIN_UNITS:
@@ -210,9 +210,9 @@ async def _units(context: Context) -> AsyncIterator[Result]:
         pid = int(found.get("MainPID", 0))
         inside = _same_namespace(pid) if pid else None
         if inside is False or (settings and inside is None):
-            why = ", ".join(f"{key}=" for key in settings) or "not by a setting of its unit"
-            remedy = undo(unit, settings) if settings else "find out who started it so"
-            text = f"runs logins in a mount namespace of its own ({why}): they are refused"
+            why = ", ".join(f"{key}=" for key in settings) or "no setting of its unit does this"
+            remedy = undo(unit, settings) if settings else "find out what started it that way"
+            text = f"has a mount namespace of its own ({why}): its logins are refused"
             yield Result("services", unit, "fail", text, remedy)
         elif found.get("ActiveState") == "active" or unit == "user@.service":
             yield Result("services", unit, "pass", "in the host's mount namespace")
@@ -220,8 +220,8 @@ async def _units(context: Context) -> AsyncIterator[Result]:
 
 def undo(unit: str, settings: Sequence[str]) -> str:
     lines = " ".join(["[Service]", *(f"{key}={_SANDBOX[key]}" for key in settings)])
-    instances = unit.replace("@.", "@*.")  # a template itself is not restarted
-    return f"systemctl edit {unit}: {lines} (each on a line); then: systemctl restart {instances}"
+    instances = unit.replace("@.", "@*.")  # a template itself cannot be restarted
+    return f"systemctl edit {unit}: {lines} (one per line); then: systemctl restart {instances}"
 
 
 def _is_set(value: Any) -> bool:
@@ -246,9 +246,9 @@ def _named(pid: str) -> str:
 async def _logged_in(
     context: Context, listed: dict[int, str], wanted: config.Config
 ) -> AsyncIterator[Result]:
-    """Who logged in before polytmp was there, and is in the shared /tmp still."""
+    """Users in the shared /tmp, for example since before polytmp was installed, and failed instances."""
     if os.geteuid() != 0:
-        yield Result("sessions", "in the shared /tmp", "skip", "only root can find out", "run it as root")
+        yield Result("sessions", "in the shared /tmp", "skip", "only root can check this", "run as root")
         return
     shared: dict[int, list[str]] = {}
     try:
@@ -276,13 +276,14 @@ async def _logged_in(
     for uid, names in sorted(shared.items()):
         more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
         remedy = (
-            f"began before polytmp was installed, or without PAM; loginctl terminate-user {users_of[uid]}"
+            "started before polytmp was installed, or without PAM; to end them: "
+            f"loginctl terminate-user {users_of[uid]}"
         )
         text = f"in the shared /tmp: {', '.join(names[:_NAMED_AT_MOST])}{more}"
         yield Result("sessions", users_of[uid], "warn", text, remedy)
     if not shared:
         who = f"the processes of {output.count(len(listed), 'user')} with an instance"
-        text = f"none of {who}" if listed else "nobody has an instance now"
+        text = f"none of {who}" if listed else "no user has an instance"
         yield Result("sessions", "in the shared /tmp", "pass", text)
     try:
         states = {
@@ -293,9 +294,9 @@ async def _logged_in(
         return
     for user, state in states.items():
         if state == State.FAILED:
-            remedy = f"journalctl -u polytmpd POLYTMP_USER={user}; when mended: polytmpctl remove {user}"
+            remedy = f"journalctl -u polytmpd POLYTMP_USER={user}; when fixed: polytmpctl remove {user}"
             yield Result(
-                "sessions", user, "fail", "his instance could not be made, or not be removed", remedy
+                "sessions", user, "fail", "the instance could not be created, or not be removed", remedy
             )
 
 
@@ -305,7 +306,7 @@ def _page(context: Context, about: dict[str, str], results: list[Result], counts
     lines = []
     if context.options.legend:
         lines += [
-            style.bold("Private temporary directories: examination of this host"),
+            style.bold("Private temporary directories on this host"),
             f"{about['host']}, {about['system']}, Linux {about['kernel']}, polytmp {about['polytmp']}, "
             + about["time"],
             "",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""list, ps, usage and path.
+"""The commands list, ps, usage and path.
 
-Each returns what --json= prints, and the text for people. Not here: how it comes to the terminal.
+Each returns the value that --json= prints, and the text for people.
+Not here: how these reach the terminal (output.py).
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from polytmpd.ctl.output import Failure, Style
 class Context:
     """What every command gets.
 
-    connection: for what the daemon's neighbours know, such as logind.
+    connection: for questions to other services, such as logind.
     """
 
     client: Polytmp
@@ -34,7 +35,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """json: plain values. text: empty where there is nothing to say."""
+    """json: plain values. text: empty if there is nothing to print."""
 
     json: Any
     text: str
@@ -114,7 +115,7 @@ async def ps(context: Context) -> Answer:
 
 
 def _fitted(cells: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The last column as wide as the terminal leaves room for."""
+    """Shorten the last column to the width that the terminal has left."""
     widths = [max(output.width(row[column]) for row in cells) for column in range(len(cells[0]) - 1)]
     left = max(output.terminal_columns() - sum(widths) - len(widths) - 1, 20)
     return [(*row[:-1], output.shorten(row[-1], left)) for row in cells]
@@ -132,7 +133,7 @@ async def usage(context: Context) -> Answer:
             counted = await context.client.usage(uid)
         except BusError as error:
             if error.name.endswith(".NoSuchInstance") and not context.options.words and os.geteuid() == 0:
-                continue  # it has just gone
+                continue  # it has just been removed
             if error.name.endswith(".NoSuchInstance"):
                 raise users.no_instance(uid, user) from None
             raise
@@ -156,7 +157,7 @@ async def usage(context: Context) -> Answer:
 
 
 async def _kept(context: Context) -> list[int]:
-    """Whose files are kept between logins: the directories that the daemon leaves for the next one."""
+    """The UIDs of the users whose files are kept between logins, by the names of the directories."""
     found: set[int] = set()
     for directory in await context.client.directories():
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
@@ -168,7 +169,7 @@ async def _kept(context: Context) -> list[int]:
 
 
 async def path(context: Context) -> Answer:
-    """FILE as the user calls it → the host's path; a host path in somebody's instance → user:path."""
+    """FILE in a user's instance → its path on the host; a path on the host in an instance → user:path."""
     instances = await context.client.instances()
     if context.options.user is not None:
         uid = users.uid_of(context.options.user, instances)
@@ -197,9 +198,9 @@ async def path(context: Context) -> Answer:
 
 
 def _absolute(word: str, *, own: bool) -> str:
-    """Without '..'. In one's own view links are followed, too; in another's the words are all we have."""
+    """The absolute path without '..'. Links are followed only in the caller's own view."""
     if not word:
-        raise Failure("An empty path names no file.")
+        raise Failure("The path is empty")
     found = os.path.realpath(word) if own else os.path.abspath(word)  # noqa: PTH100  (it need not exist)
     return "/" + found.lstrip("/")
 
@@ -213,7 +214,7 @@ def _owner(file: str, places: dict[int, dict[str, Any]]) -> tuple[int, str] | No
 
 
 async def _kept_as(context: Context, file: str) -> tuple[int, str] | None:
-    """Whose a host path is, and how he calls it, where it is kept of a user without an instance."""
+    """The user and their name for a path on the host, if it is kept for a user without an instance."""
     for directory in await context.client.directories():
         if not file.startswith(f"{directory}/"):
             continue
@@ -223,14 +224,14 @@ async def _kept_as(context: Context, file: str) -> tuple[int, str] | None:
             continue
         inside = directory + private.removeprefix(names.INNER)
         with contextlib.suppress(BusError):
-            said, rest = sayable(inside)
-            if (await context.client.resolve(uid, said)).rstrip("/") + rest == file:
+            head, rest = _split_unicode(inside)
+            if (await context.client.resolve(uid, head)).rstrip("/") + rest == file:
                 return uid, inside
     return None
 
 
-def sayable(file: str) -> tuple[str, str]:
-    """The bus carries Unicode alone: how much of a path is that, in whole names, and the rest."""
+def _split_unicode(file: str) -> tuple[str, str]:
+    """Split a path before the first name that is not Unicode: the bus carries nothing else."""
     names = file.split("/")
     for number, name in enumerate(names):
         try:
@@ -241,15 +242,15 @@ def sayable(file: str) -> tuple[str, str]:
 
 
 async def _on_host(context: Context, uid: int, file: str) -> str:
-    said, rest = sayable(file)  # what lies below a place on the host is below it
+    head, rest = _split_unicode(file)  # the rest is below the head on the host too
     try:
-        return (await context.client.resolve(uid, said)).rstrip("/") + rest
+        return (await context.client.resolve(uid, head)).rstrip("/") + rest
     except BusError as error:
         if error.name.endswith(".NotPolyinstantiated"):
             return file
         if not error.name.endswith(".NoSuchInstance"):
             raise
-    # The user has none: what is private to nobody is the same for all.
+    # The user has no instance. A path outside the private directories is the same for everyone.
     directories = await context.client.directories()
     if not any(file == directory or file.startswith(f"{directory}/") for directory in directories):
         return file
@@ -257,6 +258,6 @@ async def _on_host(context: Context, uid: int, file: str) -> str:
     if uid == 0:
         raise Failure(
             f"root has no private directories: {file} is the host's own",
-            "Say whose file it is: polytmpctl path FILE --user=USER",
+            "Try: polytmpctl path FILE --user=USER",
         )
-    raise Failure(f"{user} has no instance now: no {file} of his own", "polytmpctl list shows who has one.")
+    raise Failure(f"{user} has no instance, and so no private {file}", users.SEE_LIST)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""enter: root in a user's view of the host, through nsenter(1).
+"""enter: gives root a user's view of the host, through nsenter(1).
 
-Only /tmp and /var/tmp differ there; everything else, rights included, is root's own. Whoever is in it keeps
-the instance, like any other process.
-Not here: making an instance. Where the user has none, there is nothing to enter.
+Only /tmp and /var/tmp differ; everything else, privileges included, stays root's. A process inside keeps the
+instance, like any other.
+Not here: creating an instance. If the user has none, there is nothing to enter.
 """
 
 import os
@@ -20,9 +20,9 @@ _CAN_BE_ENTERED: Final = {State.ACTIVE, State.DRAINING}
 
 
 async def prepare(context: Context) -> list[str]:
-    """The command line to become. It holds a descriptor of the namespace, inherited by number."""
+    """The command line to execute. It names an inheritable descriptor of the namespace, which stays open."""
     if os.geteuid() != 0:
-        raise Failure("Only root can enter an instance.", "Try again with sudo.")
+        raise Failure("Only root can enter an instance", "Try again as root, for example with sudo")
     user, *command = context.options.words
     instances = await context.client.instances()
     uid = users.uid_of(user, instances)
@@ -30,7 +30,7 @@ async def prepare(context: Context) -> list[str]:
         raise users.no_instance(uid, user)
     state = (await context.client.properties(uid))[InstanceProperty.STATE]
     if state not in _CAN_BE_ENTERED:
-        raise Failure(f"The instance of {user} is in the state '{state}': nobody can enter it now.")
+        raise Failure(f"Cannot enter the instance of {user} in state '{state}'")
     directories = await context.client.directories()
     fd = await context.client.acquire(uid)
     os.set_inheritable(fd, True)
@@ -40,7 +40,7 @@ async def prepare(context: Context) -> list[str]:
 
 
 def _working_directory(directories: list[str]) -> str:
-    """The present one where it is the same in there, else the root directory."""
+    """The current directory if it is the same inside, else the root directory."""
     try:
         here = os.getcwd()  # noqa: PTH109
     except FileNotFoundError:
@@ -49,7 +49,7 @@ def _working_directory(directories: list[str]) -> str:
 
 
 def command_line(fd: int, directory: str, command: list[str], as_user: str | None) -> list[str]:
-    """nsenter opens the namespace anew: the descriptor is of no use to the command."""
+    """The command line of nsenter. It opens the namespace again: the command cannot use the descriptor."""
     argv = ["nsenter", f"--mount=/proc/self/fd/{fd}", f"--wdns={directory}", "--"]
     if as_user is not None:
         if not command:
@@ -69,8 +69,8 @@ def _shell() -> str:
 
 
 def run(argv: list[str]) -> NoReturn:
-    """Become the command: its exit status is ours."""
+    """Execute the command in place of polytmpctl, whose exit status it becomes."""
     try:
         os.execvp(argv[0], argv)
     except OSError as error:
-        raise Failure(f"{argv[0]} cannot be run: {error.strerror}", "It is part of util-linux.") from None
+        raise Failure(f"Failed to execute {argv[0]}: {error.strerror}", "It is part of util-linux") from None

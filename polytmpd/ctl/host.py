@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What check finds out by looking at the host itself: kernel, cgroups, directories, cleaners, Kerberos.
+"""What check finds on the host itself: kernel, cgroups, directories, cleaners, Kerberos, containers.
 
-Kernel features are probed, with calls that cannot succeed: what matters is which error comes first.
-Not here: what the daemon, logind and systemd say (check.py), PAM (pamstacks.py).
+Kernel features are probed with calls that cannot succeed: the answer is which error comes first.
+Not here: what the daemon, logind and systemd report (check.py), and PAM (pamstacks.py).
 """
 
 import os
@@ -30,7 +30,7 @@ _GSSAPI: Final = re.compile(r"(?mi)^\s*GSSAPI(?:Authentication|DelegateCredentia
 _NOT_ALLOWED: Final = 1  # EPERM
 _UNKNOWN: Final = (22, 38)  # EINVAL: an unknown flag; ENOSYS
 _ROOM: Final = 2
-"""Namespaces and mounts that are wanted for each user, at the least."""
+"""The least number of namespaces and mounts that each user needs."""
 
 
 _BARRIER_MODE: Final = 0o700
@@ -39,7 +39,7 @@ _NAMED_AT_MOST: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """verdict: pass, warn, fail, or skip where it could not be found out."""
+    """verdict: pass, warn, fail, or skip if it could not be determined."""
 
     topic: str
     name: str
@@ -49,7 +49,7 @@ class Result:
 
 
 def kernel() -> Iterator[Result]:
-    """Needs root: without CAP_SYS_ADMIN the kernel says EPERM before it looks at anything."""
+    """Requires root: without CAP_SYS_ADMIN the kernel returns EPERM before it checks anything else."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -59,7 +59,7 @@ def kernel() -> Iterator[Result]:
         return 0 if call() >= 0 else ctypes.get_errno()
 
     def move_mount() -> int:
-        # MOVE_MOUNT_SET_GROUP | F_EMPTY_PATH | T_EMPTY_PATH, with no descriptors: EBADF where it is known
+        # MOVE_MOUNT_SET_GROUP | F_EMPTY_PATH | T_EMPTY_PATH, no descriptors: EBADF if the flags are known
         return int(libc.move_mount(-1, b"", -1, b"", 0x100 | 0x4 | 0x40))
 
     def open_tree() -> int:
@@ -78,12 +78,14 @@ def kernel() -> Iterator[Result]:
         try:
             error = probe(call)
         except AttributeError:
-            yield Result("kernel", name, "fail", "this C library does not have it", "glibc 2.36 or newer")
+            yield Result(
+                "kernel", name, "fail", "missing from this C library", "upgrade to glibc 2.36 or newer"
+            )
             continue
         if error == _NOT_ALLOWED:
-            yield Result("kernel", name, "skip", "only root can find out", "run it as root")
+            yield Result("kernel", name, "skip", "only root can check this", "run as root")
         elif error in _UNKNOWN:
-            yield Result("kernel", name, "fail", "this kernel does not have it", f"{needed} or newer")
+            yield Result("kernel", name, "fail", "missing from this kernel", f"upgrade to {needed} or newer")
         else:
             yield Result("kernel", name, "pass", "available")
 
@@ -97,7 +99,7 @@ def limits(root: Path, users: int) -> Iterator[Result]:
         try:
             value = int((root / path).read_text())
         except (OSError, ValueError):
-            yield Result("kernel", name, "skip", "cannot be read")
+            yield Result("kernel", name, "skip", f"failed to read /{path}")
             continue
         if value < _ROOM * max(users, 1) + 64:
             yield Result(
@@ -105,14 +107,14 @@ def limits(root: Path, users: int) -> Iterator[Result]:
                 name,
                 "fail",
                 f"{value} {what} are too few",
-                f"sysctl -w {name}=100000, and sysctl.d(5)",
+                f"sysctl -w {name}=100000; to keep it, see sysctl.d(5)",
             )
         else:
             yield Result("kernel", name, "pass", f"{value} {what}")
 
 
 def cgroups(root: Path) -> Iterator[Result]:
-    for place, text in (("", "cgroup v2"), ("unified", "cgroup v2 beside v1 (hybrid)")):
+    for place, text in (("", "cgroup v2"), ("unified", "cgroup v2 in addition to v1 (hybrid)")):
         if (root / "sys/fs/cgroup" / place / "cgroup.procs").exists() and (
             place or (root / "sys/fs/cgroup/cgroup.controllers").exists()
         ):
@@ -122,13 +124,13 @@ def cgroups(root: Path) -> Iterator[Result]:
         "kernel",
         "cgroups",
         "fail",
-        "no cgroup v2: the end of a user's last process is not reported",
+        "no cgroup v2: the kernel does not report the end of a user's last process",
         "boot with systemd.unified_cgroup_hierarchy=1",
     )
 
 
 def directories(root: Path, paths: Iterable[str], kept: Iterable[str] = ()) -> Iterator[Result]:
-    """kept: those of the paths in which users' files persist, under names that are no secret."""
+    """kept: the paths in which users' files are kept between logins, under predictable names."""
     for path in paths:
         yield _directory(root, path)
     for path in kept:
@@ -142,26 +144,28 @@ def _directory(root: Path, path: str) -> Result:
         found = place.lstat()
         if stat.S_ISLNK(found.st_mode):
             return Result(
-                "mounts", path, "warn", f"is a link to {place.readlink()}: that is what is private"
+                "mounts", path, "warn", f"is a link to {place.readlink()}, which is private instead"
             )
     except OSError as error:
         return Result("mounts", path, "fail", f"{error.strerror}", f"install -d -m 1777 {path}")
     if found.st_uid != 0:
-        return Result("mounts", path, "fail", f"belongs to UID {found.st_uid}", f"chown root:root {path}")
+        return Result("mounts", path, "fail", f"owned by UID {found.st_uid}", f"chown root:root {path}")
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
-        return Result(
-            "mounts", path, "fail", "writable for all, without the sticky bit", f"chmod 1777 {path}"
-        )
+        return Result("mounts", path, "fail", "world-writable without the sticky bit", f"chmod 1777 {path}")
     mode = stat.S_IMODE(found.st_mode)
     if mode != 0o1777:
         return Result(
-            "mounts", path, "warn", f"mode {mode:04o}: instances get the same", f"usually: chmod 1777 {path}"
+            "mounts",
+            path,
+            "warn",
+            f"mode {mode:04o}, which instances inherit",
+            f"usually: chmod 1777 {path}",
         )
-    return Result("mounts", path, "pass", "root's, mode 1777")
+    return Result("mounts", path, "pass", "owned by root, mode 1777")
 
 
 def _squatters(root: Path, path: str) -> Iterator[Result]:
-    """What polytmpd did not make under a name that it needs: nothing shows before that user is refused."""
+    """Report entries that polytmpd needs the name of but did not create: that user's next login fails."""
     try:
         with os.scandir(root / path.lstrip("/")) as entries:
             found = sorted(
@@ -170,26 +174,24 @@ def _squatters(root: Path, path: str) -> Iterator[Result]:
                 if (uid := names.kept_owner(entry.name)) is not None and (why := _foreign(entry))
             )
     except OSError:
-        return  # said of the directory itself
+        return  # reported for the directory itself
     for name, uid, why in found[:_NAMED_AT_MOST]:
         text = f"not polytmpd's ({why}): logins of UID {uid} are refused"
-        remedy = f"look at it, then: mv {path}/{name} {path}/not-{name}, or remove it"
+        remedy = f"examine it, then: mv {path}/{name} {path}/not-{name}, or remove it"
         yield Result("mounts", f"{path}/{name}", "fail", text, remedy)
     if len(found) > _NAMED_AT_MOST:
         text = f"{len(found) - _NAMED_AT_MOST} more that are not polytmpd's"
-        yield Result(
-            "mounts", f"{path}/{names.PREFIX}*", "fail", text, "the same; they are named when these are gone"
-        )
+        yield Result("mounts", f"{path}/{names.PREFIX}*", "fail", text, "do the same, then run check again")
 
 
 def _foreign(entry: "os.DirEntry[str]") -> str:
-    """Why the daemon takes it for somebody else's; empty where it does not."""
+    """Why the daemon does not accept an entry as its own; empty if it does."""
     try:
         found = entry.stat(follow_symlinks=False)
     except OSError:
-        return ""  # gone meanwhile
+        return ""  # gone in the meantime
     if not stat.S_ISDIR(found.st_mode):
-        return "no directory"
+        return "not a directory"
     if (found.st_uid, found.st_gid) != (0, 0):
         return f"owned by {found.st_uid}:{found.st_gid}"
     mode = stat.S_IMODE(found.st_mode)
@@ -200,7 +202,7 @@ def _propagation(root: Path) -> Result:
     try:
         table = (root / "proc/1/mountinfo").read_text(errors="replace").splitlines()
     except OSError:
-        return Result("mounts", "/ (propagation)", "skip", "only root can find out", "run it as root")
+        return Result("mounts", "/ (propagation)", "skip", "only root can check this", "run as root")
     line = next((line for line in table if line.split(" ")[4:5] == ["/"]), "")
     if " shared:" in line.partition(" - ")[0]:
         return Result(
@@ -210,31 +212,33 @@ def _propagation(root: Path) -> Result:
         "mounts",
         "/ (propagation)",
         "fail",
-        "private: mounts of the host do not reach sessions",
-        "mount --make-rshared / at boot (systemd does it by itself; who undoes it?)",
+        "private: mounts on the host do not reach sessions",
+        "mount --make-rshared / at boot (systemd does this by default; find out what undoes it)",
     )
 
 
 def module(root: Path) -> Result:
-    """Named in a stack and not there, it lets nobody in."""
+    """The PAM module. A stack that requires it while it is missing refuses every login."""
     for pattern in _MODULE_PLACES:
         for found in sorted(root.glob(pattern)):
             return Result("PAM", "pam_polytmp.so", "pass", f"/{found.relative_to(root)}")
-    return Result("PAM", "pam_polytmp.so", "fail", "the module is not installed", "install polytmp anew")
+    return Result("PAM", "pam_polytmp.so", "fail", "not installed", "reinstall polytmp")
 
 
 def cleaners(root: Path) -> Iterator[Result]:
     found = next((place for place in _TMPFILES if (root / place / "polytmp.conf").exists()), None)
     path = root / (found or "") / "polytmp.conf"
     if found is None:
-        remedy = "install polytmp anew: usr/lib/tmpfiles.d/polytmp.conf is missing"
-        yield Result("cleaners", "tmpfiles.d", "fail", "the cleaner is not kept from instances", remedy)
+        remedy = "reinstall polytmp: /usr/lib/tmpfiles.d/polytmp.conf is missing"
+        yield Result(
+            "cleaners", "tmpfiles.d", "fail", "systemd-tmpfiles may delete files in instances", remedy
+        )
     elif _is_empty(path):
         yield Result(
             "cleaners",
             "tmpfiles.d",
             "fail",
-            f"/{found}/polytmp.conf masks ours",
+            f"/{found}/polytmp.conf masks polytmp's own",
             f"rm /{found}/polytmp.conf",
         )
     elif found != _TMPFILES[-1]:
@@ -242,8 +246,8 @@ def cleaners(root: Path) -> Iterator[Result]:
             "cleaners",
             "tmpfiles.d",
             "warn",
-            f"/{found}/polytmp.conf takes the place of ours",
-            "compare them",
+            f"/{found}/polytmp.conf overrides polytmp's own",
+            "compare it with /usr/lib/tmpfiles.d/polytmp.conf",
         )
     else:
         yield Result("cleaners", "tmpfiles.d", "pass", f"/{found}/polytmp.conf")
@@ -253,8 +257,8 @@ def cleaners(root: Path) -> Iterator[Result]:
                 "cleaners",
                 name,
                 "warn",
-                "deletes in /tmp by age, instances too, and knows nothing of tmpfiles.d",
-                f"remove {name} (systemd-tmpfiles does the same), or let it spare /tmp/{names.PREFIX}* and "
+                "deletes files in /tmp by age, also in instances, and ignores tmpfiles.d",
+                f"remove {name} (systemd-tmpfiles does the same), or exclude /tmp/{names.PREFIX}* and "
                 f"/var/tmp/{names.PREFIX}*",
             )
 
@@ -278,12 +282,12 @@ def kerberos(root: Path) -> Iterator[Result]:
     name = names[-1] if names else "FILE:/tmp/krb5cc_%{uid}"
     if name.removeprefix("FILE:").startswith(("/tmp/", "/var/tmp/")):
         gssd = " rpc.gssd looks in the host's /tmp." if shutil.which("rpc.gssd") else ""
-        sshd = " sshd writes it before the session is private." if _GSSAPI.search(_sshd(root)) else ""
+        sshd = " sshd writes them before the session is private." if _GSSAPI.search(_sshd(root)) else ""
         yield Result(
             "software",
             "Kerberos",
             "warn",
-            f"credential caches are in /tmp ({name}): services of the host do not see them.{gssd}{sshd}",
+            f"credential caches are in /tmp ({name}): services on the host do not see them.{gssd}{sshd}",
             "default_ccache_name = KEYRING:persistent:%{uid}, KCM:, or FILE:/run/user/%{uid}/krb5cc",
         )
     else:

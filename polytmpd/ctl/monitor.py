@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""monitor: a line for each instance that comes, changes or goes, until interrupted.
+"""monitor: prints a line for each instance that comes, changes or goes, until interrupted.
 
-Not here: any state of its own but what the last line of a user said.
+Not here: any state but the one last printed for each user.
 """
 
 import sys
@@ -16,25 +16,24 @@ from polytmpd.ctl.output import Failure
 
 
 class Monitor:
-    """Prints as things happen."""
+    """Prints events as they happen."""
 
     def __init__(self, context: Context) -> None:
         if context.options.json == "pretty":
-            raise Failure("monitor prints one object a line", "Use --json=short.")
+            raise Failure("monitor prints one JSON object per line", "Try: polytmpctl monitor --json=short")
         self._context = context
         self._names: dict[int, str] = {}
         self._states: dict[int, str] = {}
 
     async def run(self, connection: Connection) -> None:
-        """Returns when the bus is gone."""
+        """Print until the connection to the bus is lost."""
         await self._context.client.follow(self._new, self._removed, self._changed, self._owner)
         for entry in await self._context.client.instances():
             self._names[entry.uid] = entry.user
         for uid, values in (await self._context.client.all_properties()).items():
             self._states[uid] = values[InstanceProperty.STATE]
         if self._context.options.legend and self._context.options.json == "off":
-            count = output.count(len(self._names), "instance")
-            sys.stderr.write(f"Monitoring, {count} now. Press ^C to end.\n")
+            sys.stderr.write(f"Monitoring instances, {len(self._names)} now. Press ^C to stop.\n")
         await connection.wait_closed()
 
     def _new(self, uid: int, state: str) -> None:

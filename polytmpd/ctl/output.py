@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How polytmpctl prints: colours, tables, sizes and times as systemd's tools have them, JSON, the pager.
+"""How polytmpctl prints: colours, tables, sizes and times like systemd's tools, JSON, the pager.
 
 Not here: what is printed.
 """
@@ -29,14 +29,14 @@ _SPANS: Final = (
 )
 _ESCAPE: Final = re.compile(r"\x1b\[[0-9;]*m|\x1b\]8;;.*?\x1b\\")
 _ASCII: Final = str.maketrans(dict(zip("●○×✓✗→│├└─…", "*ox+x>||`-~", strict=True)))  # noqa: RUF001
-"""One column for one, so that tables stay straight."""
+"""Each replacement is one column wide, to keep tables aligned."""
 PAGER_OPTIONS: Final = "FRSXMK"
-"""What less gets in LESS=, as from systemctl."""
+"""The value of LESS= for the pager, the same as systemctl's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """Wraps text in escape sequences, or leaves it alone."""
+    """Wraps text in escape sequences if coloured, else returns it unchanged."""
 
     coloured: bool = False
 
@@ -62,7 +62,7 @@ class Style:
         return self._wrap("0;4", text)
 
     def state(self, state: str, text: str | None = None) -> str:
-        """An instance's state, or what stands for it, in its colour."""
+        """An instance's state in its colour, or the given text instead."""
         text = state if text is None else text
         match state:
             case State.ACTIVE:
@@ -75,7 +75,7 @@ class Style:
 
 
 def wants_colour(environment: Mapping[str, str], is_terminal: bool) -> bool:
-    """SYSTEMD_COLORS= decides, then NO_COLOR= (no-color.org), then whether it is a terminal that can."""
+    """Decided by SYSTEMD_COLORS=, then NO_COLOR= (no-color.org), then by the terminal."""
     setting = environment.get("SYSTEMD_COLORS", "").lower()
     if setting in {"1", "yes", "y", "true", "t", "on", "16", "256", "24bit"}:
         return True
@@ -87,7 +87,7 @@ def wants_colour(environment: Mapping[str, str], is_terminal: bool) -> bool:
 
 
 def width(text: str) -> int:
-    """Columns that a text takes on a terminal."""
+    """The columns that a text takes on a terminal."""
     plain = _ESCAPE.sub("", text)
     if plain.isascii():
         return len(plain)
@@ -98,12 +98,12 @@ def width(text: str) -> int:
 
 
 def clean(text: str) -> str:
-    """What others chose (names of files, commands), without what would act on the terminal."""
+    """Replace what would act on the terminal, in a text that others chose (file names, commands)."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def shorten(text: str, columns: int) -> str:
-    """Cut in the middle, as systemctl does, to so many columns."""
+    """Shorten a text in the middle, as systemctl does."""
     if width(text) <= columns or columns < 2:
         return text
     left = columns // 2
@@ -113,9 +113,9 @@ def shorten(text: str, columns: int) -> str:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], style: Style, *, legend: bool, noun: str = ""
 ) -> str:
-    """Rows under headings, every column as wide as its widest cell. A heading that ends in '>' is set right.
+    """Rows under headings, each column as wide as its widest cell; '>' after a heading aligns it right.
 
-    noun: what the last line counts; none without it.
+    noun: what the last line counts. Without it there is no such line.
     """
     names = [column.rstrip(">") for column in columns]
     right = [column.endswith(">") for column in columns]
@@ -135,7 +135,7 @@ def table(
 
 
 def size(number: int) -> str:
-    """Bytes to the base of 1024, one decimal, as systemd's format_bytes has them: 12.5M."""
+    """Bytes in units of 1024 with one decimal, like systemd's format_bytes(): 12.5M."""
     unit = 0
     while number >= 1024 ** (unit + 1) and unit < len(_UNITS) - 1:
         unit += 1
@@ -150,12 +150,12 @@ def count(number: int, noun: str) -> str:
 
 
 def moment(usec: int) -> str:
-    """A point of time in the form of systemd.time(7)."""
+    """A timestamp as in systemd.time(7)."""
     return time.strftime("%a %Y-%m-%d %H:%M:%S %Z", time.localtime(usec / USEC)) if usec else "-"
 
 
 def age(usec: int, now_usec: int) -> str:
-    """How long ago, in the two largest units: 3min 2s ago."""
+    """The time since then in the two largest units: 3min 2s ago."""
     if not usec:
         return "-"
     ahead = usec > now_usec
@@ -178,13 +178,13 @@ def to_json(value: Any, mode: str) -> str:
     text = json.dumps(value, ensure_ascii=False, **form)
     try:
         text.encode(encoding())
-    except UnicodeEncodeError:  # a '?' would be another name
+    except UnicodeEncodeError:  # a '?' would change the name
         return json.dumps(value, **form)
     return text
 
 
 def terminal_columns(stream: TextIO | None = None) -> int:
-    """The terminal's width; where there is none, enough for anything."""
+    """The terminal's width. Without a terminal, wide enough for anything."""
     if os.environ.get("COLUMNS", "").isdecimal():
         return int(os.environ["COLUMNS"]) or 80
     try:
@@ -194,10 +194,10 @@ def terminal_columns(stream: TextIO | None = None) -> int:
 
 
 def pager_command(environment: Mapping[str, str], *, foreign: bool) -> list[list[str]]:
-    """What to try, in this order; nothing where there is to be no pager.
+    """The pagers to try, in order; none if no pager is wanted.
 
-    foreign: the program runs with more rights than the person at the terminal has (sudo). Then it is less
-    alone, and less in its secure mode: any other could start a shell.
+    foreign: polytmpctl has more privileges than the person at the terminal (sudo). Then it uses only less,
+    in its secure mode: any other pager could start a shell.
     """
     setting = environment.get("SYSTEMD_PAGER", environment.get("PAGER"))
     if setting is not None and setting.strip() in {"", "cat"}:
@@ -221,12 +221,12 @@ def pager_environment(environment: Mapping[str, str], *, foreign: bool) -> dict[
 
 
 def encoding() -> str:
-    """The character set of the locale. Python's UTF-8 mode, which LC_ALL=C turns on, says UTF-8 instead."""
+    """The character set of the locale, also in Python's UTF-8 mode, which LC_ALL=C turns on."""
     return locale.getencoding()
 
 
 def displayable(text: str, encoding: str) -> str:
-    """What the terminal's character set has. Lines and marks of ours are drawn with ASCII where need be."""
+    """Reduce a text to what the character set has. Our lines and marks become ASCII if necessary."""
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
@@ -235,7 +235,7 @@ def displayable(text: str, encoding: str) -> str:
 
 
 def show(text: str, *, pager: bool) -> None:
-    """Print, through a pager where a person reads and it does not fit."""
+    """Print, on a terminal through a pager."""
     if not (pager and sys.stdout.isatty() and sys.stdin.isatty()) or not text:
         write(text + "\n" if text else "")
         return
@@ -258,9 +258,9 @@ def show(text: str, *, pager: bool) -> None:
 
 
 def write(text: str, *, exact: bool = False) -> None:
-    """To standard output, at once. Raises Failure, and BrokenPipeError where nobody reads any more.
+    """Write to standard output and flush. Raises Failure, and BrokenPipeError if the reader is gone.
 
-    exact: names of files byte by byte, where no terminal shows them: a script is to find them again.
+    exact: print file names byte by byte unless to a terminal, so that scripts can use them.
     """
     try:
         if exact and not sys.stdout.isatty():
@@ -277,7 +277,7 @@ def write(text: str, *, exact: bool = False) -> None:
 
 
 def discard() -> None:
-    """What could not be written is not to be flushed at the end of the program, which would fail again."""
+    """Drop unwritten output: flushing it when the program exits would fail again."""
     fd = os.open(os.devnull, os.O_WRONLY)
     os.dup2(fd, sys.stdout.fileno())
     os.close(fd)
@@ -288,7 +288,7 @@ def warn(text: str) -> None:
 
 
 class Failure(Exception):
-    """What is wrong, and what to do about it; ends the program with status 1."""
+    """What is wrong, and a hint about what to do. Ends the program with status 1."""
 
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(text)

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the PAM configuration says of polytmp: which services have the module, where, and beside what.
+"""What check finds in the PAM configuration: which services have the module, where in the stack, and with
+which other modules.
 
-Reads pam.d(5) as libpam does: /etc/pam.d before /usr/lib/pam.d, `@include` (Debian's), include and substack.
-Not here: how it is shown.
+Reads pam.d(5) like libpam: /etc/pam.d before /usr/lib/pam.d, `@include` (Debian's), include and substack.
+Not here: how the findings are shown.
 
 Hard facts (pam.conf(5), and libpam's pam_dispatch.c):
-- What `done` (and so `sufficient`) ends is the stack, a substack's only where it stands in one.
-- A number skips so many entries of its own stack; a substack counts as one, and is not left by it.
-- In brackets `default` is for what is not named, wherever it stands; where there is none it is `bad`.
+- `done` (and so `sufficient`) ends the stack, but in a substack only the substack.
+- A number skips that many entries of its own stack. A substack counts as one entry, and a jump does not
+  leave it.
+- In brackets, `default` covers all values that are not named, wherever it stands. It defaults to `bad`.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +22,7 @@ MODULE: Final = "pam_polytmp.so"
 SYSTEMD: Final = "pam_systemd.so"
 DIRECTORIES: Final = ("etc/pam.d", "usr/lib/pam.d", "usr/share/pam.d")
 RIVALS: Final = {
-    "pam_namespace.so": "makes another /tmp over ours, and takes the session out of the host's mounts",
+    "pam_namespace.so": "mounts another /tmp over polytmp's and cuts the session off from the host's mounts",
     "pam_mktemp.so": "sets TMPDIR to a directory of its own",
     "pam_tmpdir.so": "sets TMPDIR to a directory of its own",
 }
@@ -41,18 +43,18 @@ LOGINS: Final = (
     ),
     *("slurm", "polkit-1", "runuser", "runuser-l", "machinectl", "systemd-run0"),
 )
-"""Services that start programs as a user who asked for it."""
+"""Services that start programs for a user at the user's request."""
 ON_PURPOSE: Final = ("runuser", "runuser-l", "polkit-1", "systemd-run0")
-"""Those that root uses to act for a user: without the module they see the host's /tmp, as root does."""
+"""Services through which root acts for a user: without the module they see the host's /tmp, like root."""
 _GREETERS: Final = ("gdm-launch-environment", "lightdm-greeter", "sddm-greeter")
 _DEPTH: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of a session stack, with the included ones in place.
+    """One line of a session stack, in which included files are inlined.
 
-    depth: in how many substacks it is. A substack has an entry too, whose module is the file.
+    depth: the number of substacks around it. A substack has an entry of its own, with the file as module.
     """
 
     control: str
@@ -63,7 +65,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """service: which. verdict: pass, warn or fail."""
+    """What was found about a PAM service. verdict: pass, warn or fail."""
 
     service: str
     verdict: str
@@ -72,7 +74,7 @@ class Finding:
 
 
 def services(root: Path) -> list[str]:
-    """The services that are configured; not the parts that others include."""
+    """The configured services, without the files that only others include."""
     names: set[str] = set()
     for directory in DIRECTORIES:
         try:
@@ -86,7 +88,10 @@ def services(root: Path) -> list[str]:
 
 
 def session_stack(root: Path, service: str, level: int = 0, depth: int = 0) -> list[Entry] | None:
-    """None where the service has no file. level: of how many inclusions; depth: of substacks."""
+    """The entries of a session stack; None if the service has no file.
+
+    level: the number of inclusions so far; depth: of substacks among them.
+    """
     text = _read(root, service)
     if text is None or level > _DEPTH:
         return None
@@ -119,7 +124,7 @@ def _entries(root: Path, text: str, level: int, depth: int) -> Iterator[Entry]:
 
 
 def _words(line: str) -> list[str]:
-    """Words of a line; what is in brackets is one, as in [success=1 default=ignore]."""
+    """The words of a line. Brackets make one word, as in [success=1 default=ignore]."""
     line = line.partition("#")[0].strip()
     words: list[str] = []
     while line:
@@ -134,7 +139,7 @@ def _words(line: str) -> list[str]:
 
 
 def judge(root: Path) -> list[Finding]:
-    """Every service that logs users in, and every one in which something is in the way."""
+    """A finding for each service that logs users in or has one of our modules or systemd's."""
     found: list[Finding] = []
     for service in services(root):
         stack = session_stack(root, service) or []
@@ -154,9 +159,9 @@ def _judge_one(service: str, stack: Sequence[Entry], modules: Sequence[str]) -> 
             service,
             "fail",
             f"no {MODULE} in its session stack: users of {service} get the shared /tmp",
-            'pam-auth-update --enable polytmp (if it says "Local modifications", nothing was changed: add '
-            "the line by hand, or --force, which resets the local changes of /etc/pam.d/common-*); where "
-            f"{place} includes no common-session: add 'session required {MODULE}' at its end",
+            'pam-auth-update --enable polytmp (if it reports "Local modifications", it changed nothing: add '
+            "the line by hand, or use --force, which resets local changes in /etc/pam.d/common-*); if "
+            f"{place} does not include common-session, add 'session required {MODULE}' at its end",
         )
     number = modules.index(MODULE)
     passing = [
@@ -169,58 +174,58 @@ def _judge_one(service: str, stack: Sequence[Entry], modules: Sequence[str]) -> 
         return Finding(
             service,
             verdict,
-            f"'{entry.control} {entry.module}' before {MODULE} {does}: whom it lets by gets the shared /tmp",
+            f"'{entry.control} {entry.module}' before {MODULE} {does}: such a session gets the shared /tmp",
             f"move {MODULE} before that line, but after {SYSTEMD}; or make it 'required' or 'optional'",
         )
-    # The user's manager is no session of its own: for it Debian has pam_systemd last, and that is all right.
+    # The user manager is no session of its own: its stack on Debian has pam_systemd last, which is fine.
     late = SYSTEMD in modules[number:] and SYSTEMD not in modules[:number]
     if late and service != "systemd-user":
         return Finding(
             service,
             "warn",
-            f"{MODULE} stands before {SYSTEMD}: logind does not know the session yet",
-            f"move {MODULE} after {SYSTEMD}, in {place} or in what it includes",
+            f"{MODULE} comes before {SYSTEMD}: logind does not know the session yet",
+            f"move {MODULE} after {SYSTEMD}, in {place} or a file it includes",
         )
     for rival, does in RIVALS.items():
         if rival in modules:
             return Finding(
                 service,
                 "warn",
-                f"{rival} beside it {does}",
-                f"take {rival} out of {place}, or what it includes",
+                f"{rival}, also in the stack, {does}",
+                f"remove {rival} from {place}, or from a file it includes",
             )
     entry = stack[number]
     if not _strict(entry.control):
         return Finding(
             service,
             "warn",
-            f"'{entry.control}': where the daemon fails, the login goes on with the shared /tmp",
-            "if that is not meant: 'required' instead",
+            f"'{entry.control}': if the daemon fails, the login continues with the shared /tmp",
+            "unless this is intended, use 'required'",
         )
     return Finding(service, "pass", f"{MODULE} ({entry.control})")
 
 
 def _passes_over(stack: Sequence[Entry], earlier: int, number: int) -> tuple[str, str] | None:
-    """The verdict, and what the earlier entry does so that the one of that number may not be reached.
+    """The verdict and how an earlier entry keeps entry number from being reached; None if it does not.
 
-    None where it is reached. A jump may be meant, it spares somebody what it skips; an end rarely is.
+    A jump may be intended, to exempt some sessions. Ending the stack rarely is.
     """
     entry = stack[earlier]
     actions = set(_actions(entry.control).values())
     rest = itertools.takewhile(lambda other: other.depth >= entry.depth, stack[earlier + 1 : number + 1])
     between = list(rest)
     if len(between) < number - earlier:
-        return None  # it stands in a substack that ends before
+        return None  # it is in a substack that ends earlier
     if "done" in actions:
-        return "fail", "ends the stack"
+        return "fail", "may end the stack"
     entries = sum(other.depth == entry.depth for other in between)
     if any(int(action) >= entries for action in actions if action.isdecimal() and action.isascii()):
-        return "warn", "jumps over it"
+        return "warn", "may jump over it"
     return None
 
 
 def _actions(control: str) -> dict[str, str]:
-    """What a control field does for each return value that it names."""
+    """The action of a control field for each return value that it names."""
     if control == "sufficient":
         return {"success": "done", "default": "ignore"}
     if not control.startswith("["):
@@ -234,8 +239,3 @@ def _strict(control: str) -> bool:
         actions = _actions(control)
         return actions.get("perm_denied", actions.get("default", "bad")) in {"bad", "die"}
     return control in {"required", "requisite"}
-
-
-def worst(findings: Iterable[Finding]) -> str:
-    verdicts = {finding.verdict for finding in findings}
-    return next((verdict for verdict in ("fail", "warn") if verdict in verdicts), "pass")

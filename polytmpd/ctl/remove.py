@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""remove: deletes what is left of a user's files, after it said what that is.
+"""remove: deletes a user's remaining files, after showing what they are.
 
-Not here: ending the user's processes. As long as one lives, the instance is not removed.
+Not here: ending the user's processes. While one lives, the instance is not removed.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from polytmpd.ctl.commands import Answer, Context
 from polytmpd.ctl.output import Failure
 
 _QUICK: Final = 1.0
-"""Seconds after which a person wants to see that it is still at work."""
+"""Seconds after which a person wants to see progress."""
 
 
 async def remove(context: Context) -> Answer:
@@ -32,7 +32,7 @@ async def _remove_one(context: Context, uid: int, user: str) -> None:
     if uid == 0:
         raise users.no_instance(uid, "root")
     failed = await _failed_instance(context, uid, user)
-    # What the instance's own lifetime covers; without an instance, only what persists is left.
+    # Directories that are removed with the instance. Without an instance, only persistent ones are left.
     going = {
         path for path, _, lifetime in failed if lifetime == Lifetime.INSTANCE or context.options.persistent
     }
@@ -57,34 +57,34 @@ async def _remove_one(context: Context, uid: int, user: str) -> None:
     except BusError as error:
         if error.name.endswith(".Failed"):
             text = str(error)
-            hint = f"findmnt shows what is mounted. To try again: polytmpctl remove {user}"
+            hint = f"See: findmnt\nThen try: polytmpctl remove {user}"
             raise Failure(text[:1].upper() + text[1:], hint) from None
         raise
 
 
 async def _progress(context: Context, uid: int, files: int) -> str:
-    """files: how many there were; 0 where they were not counted."""
-    with contextlib.suppress(BusError):  # who may not count may remove all the same
+    """Progress for the terminal. files: how many there were; 0 if they were not counted."""
+    with contextlib.suppress(BusError):  # a caller who may not count may still remove
         removed = await context.client.removed_entries(uid)
         return f"{removed} of {files}, " if files else f"{removed} so far, "
     return ""
 
 
 async def _failed_instance(context: Context, uid: int, user: str) -> list[list[str]]:
-    """Its directories. Raises Failure where it is alive, before any question: it would be asked in vain."""
+    """The directories of a failed instance; none without one. Raises Failure if the instance is in use."""
     try:
         found = await context.client.properties(uid)
     except BusError as error:
         if error.name.endswith((".UnknownObject", ".NoSuchInstance")):
             if not context.options.persistent:
-                await _usage(context, uid, user)  # raises where nothing is kept: no hint leads anywhere then
+                await _usage(context, uid, user)  # raises if nothing is kept: then no hint helps
                 raise Failure(
-                    f"{user} has no instance now.",
-                    f"What is kept in /var/tmp goes with: polytmpctl remove --persistent {user}",
+                    f"{user} has no instance",
+                    f"To remove what is kept in /var/tmp, try: polytmpctl remove --persistent {user}",
                 ) from None
             return []
         if error.name.endswith((".AccessDenied", ".InteractiveAuthorizationRequired")):
-            return []  # the removal itself is another question
+            return []  # removing needs another authorization
         raise
     state = found[InstanceProperty.STATE]
     if state == State.FAILED:
@@ -93,9 +93,9 @@ async def _failed_instance(context: Context, uid: int, user: str) -> list[list[s
     names = ", ".join(f"{_short(holder.command)} ({holder.pid})" for holder in holders[:5])
     more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
     raise Failure(
-        f"The instance of {user} is {state}" + (f", in use by {names}{more}." if holders else "."),
-        f"It goes by itself with the last process. What they are: polytmpctl ps {user}; "
-        f"to end them: loginctl terminate-user {user}",
+        f"The instance of {user} is {state}" + (f", in use by {names}{more}" if holders else ""),
+        f"It is removed when its last process ends. See: polytmpctl ps {user}\n"
+        f"To end the processes, try: loginctl terminate-user {user}",
     )
 
 
@@ -108,12 +108,11 @@ async def _usage(context: Context, uid: int, user: str) -> list[tuple[str, int, 
     try:
         return await context.client.usage(uid)
     except BusError as error:
-        # Too large to count in time, set aside already; or not to be counted by this caller, who may be one
-        # to remove it.
+        # Too large to count in time, or already set aside; or this caller may not count, but may remove.
         if error.name.endswith((".Failed", ".AccessDenied", ".InteractiveAuthorizationRequired")):
             return []
         if error.name.endswith(".NoSuchInstance"):
-            raise Failure(f"{user} has no instance now, and nothing of former ones is kept.") from None
+            raise Failure(f"{user} has no instance, and no files are kept for them") from None
         raise
 
 
@@ -124,10 +123,10 @@ def _ask(user: str, rows: list[tuple[str, int, int]], uncounted: set[str]) -> No
     ]
     what += [f"  {directory}: not counted" for directory in sorted(uncounted)]
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise Failure(f"Not removing the files of {user} without a question.", "To remove them: --yes")
-    lines = [f"This removes for good what {user} has in:", *(what or ["  (not counted)"])]
+        raise Failure(f"Refusing to remove the files of {user} without confirmation", "Try again with --yes")
+    lines = [f"This permanently removes the files of {user} in:", *(what or ["  (not counted)"])]
     sys.stderr.write("\n".join(lines) + f"\nRemove the files of {user}? [y/N] ")
     sys.stderr.flush()
     answer: Any = sys.stdin.readline()
     if answer.strip().lower() not in {"y", "yes"}:
-        raise Failure("Nothing was removed.")
+        raise Failure("Nothing was removed")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What check makes of polytmpd.conf(5) and login.defs(5): what does not count, and who is no regular user.
+"""What check finds in polytmpd.conf(5) and login.defs(5): ignored settings, and users who are not regular.
 
-Read as the daemon reads them, so that it can be said while the daemon is down.
+It reads them as the daemon does, so it works while the daemon is down.
 Not here: whether the directories are fit to be private (host.py).
 """
 
@@ -23,29 +23,31 @@ _NAMED_AT_MOST: Final = 5
 def judge(
     root: Path, config: Config, problems: Sequence[str], in_force: Collection[str] | None
 ) -> Iterator[Result]:
-    """problems: as config.load tells them. in_force: the directories that the daemon makes private, None
-    where it does not say.
+    """problems: as returned by config.load(). in_force: the directories that the daemon makes private; None
+    if it does not answer.
     """
     wanted = [directory.path for directory in config.directories]
     for problem in problems:
         place, _, what = problem.partition(": ")
         name = f"/{Path(place).relative_to(root)}"
-        yield Result("settings", name, "warn", clean(what), f"mend it, then: {_RELOAD}")
+        yield Result("settings", name, "warn", clean(what), f"correct it, then: {_RELOAD}")
     unknown = sorted(clean(name) for name in config.exemptions.users if not _is_user(name))
     if unknown:
-        text = f"ExemptUsers= names {', '.join(unknown)}: there is no such user"
-        yield Result("settings", _CONFIGURATION, "warn", text, "correct the name, or take it out")
+        text = f"ExemptUsers= names unknown users: {', '.join(unknown)}"
+        yield Result(
+            "settings", _CONFIGURATION, "warn", text, f"correct or remove the names, then: {_RELOAD}"
+        )
     if in_force is not None and set(in_force) != set(wanted):
-        text = f"not in force: polytmpd has Directories={' '.join(sorted(in_force))}"
+        text = f"not in force: polytmpd uses Directories={' '.join(sorted(in_force))}"
         missing = [path for path in wanted if not (root / path.lstrip("/")).is_dir()]
-        remedy = f"make {', '.join(missing)}, which a reload wants to be there; then: {_RELOAD}"
+        remedy = f"create {', '.join(missing)}, which a reload requires, then: {_RELOAD}"
         yield Result("settings", _CONFIGURATION, "warn", text, remedy if missing else _RELOAD)
     elif not problems and not unknown:
         yield Result("settings", _CONFIGURATION, "pass", f"private to each user: {' '.join(wanted)}")
 
 
 def users_above(root: Path, config: Config, others: dict[int, str], listed: Collection[int]) -> Result:
-    """others: who is here now, of a directory service too. listed: who has an instance all the same."""
+    """others: users logged in now, also from a directory service. listed: the UIDs that have an instance."""
     exempt = config.exemptions
     meant = {str(_NOBODY), *exempt.users}
     users = {
@@ -54,7 +56,7 @@ def users_above(root: Path, config: Config, others: dict[int, str], listed: Coll
         if uid > exempt.uid_max and uid not in listed and meant.isdisjoint({name, str(uid)})
     }
     if not users:
-        text = f"regular users are those of UID {exempt.uid_min} to {exempt.uid_max}"
+        text = f"regular users have UIDs {exempt.uid_min} to {exempt.uid_max}"
         return Result("settings", "login.defs", "pass", text)
     above = sorted(users)
     names = ", ".join(f"{clean(users[uid])} ({uid})" for uid in above[:_NAMED_AT_MOST])
@@ -63,9 +65,9 @@ def users_above(root: Path, config: Config, others: dict[int, str], listed: Coll
         "settings",
         "login.defs",
         "warn",
-        f"above UID_MAX {exempt.uid_max}, {count(len(above), 'user')} without private directories: "
+        f"{count(len(above), 'user')} above UID_MAX {exempt.uid_max} without private directories: "
         f"{names}{more}",
-        f"if that is not meant: UID_MAX {above[-1]} in /etc/login.defs, then: {_RELOAD}",
+        f"unless this is intended, set UID_MAX {above[-1]} in /etc/login.defs, then: {_RELOAD}",
     )
 
 
@@ -80,7 +82,7 @@ def _is_user(name: str) -> bool:
 
 
 def _passwd(root: Path) -> dict[int, str]:
-    """Of the file alone: to list a directory service may take minutes, and most forbid it."""
+    """The users in the file alone: listing a directory service may take minutes, and most forbid it."""
     found: dict[int, str] = {}
     try:
         text = (root / "etc/passwd").read_text(errors="replace")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""status: one page for an instance, as systemctl status and loginctl user-status have them.
+"""status: prints a page about each instance, like systemctl status and loginctl user-status.
 
-Not here: how the process tree is drawn (tree.py).
+Not here: drawing the process tree (tree.py).
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from polytmpd.ctl.commands import Answer, Context
 
 _LABEL: Final = 12
 _PATIENCE: Final = 3.0
-"""Seconds that counting may keep the page waiting; usage waits longer."""
+"""Seconds that the page waits for sizes; usage waits longer."""
 _LIFETIMES: Final = {
     Lifetime.INSTANCE: "removed with the instance",
     Lifetime.PERSISTENT: "kept between logins",
@@ -48,7 +48,7 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
     holders = await context.client.holders(uid)
     usage: dict[str, tuple[str, int, int]] = {}
     with contextlib.suppress(BusError, TimeoutError):  # a page without sizes is better than none
-        counting = context.client.usage(uid, quiet=True)  # a prompt would be cut off by the patience
+        counting = context.client.usage(uid, quiet=True)  # the timeout would cut off a prompt
         usage = {row[0]: row for row in await asyncio.wait_for(counting, _PATIENCE)}
     try:
         sessions = await logind.list_sessions(context.connection, uid)
@@ -97,7 +97,7 @@ def _is_set_aside(state: str, lifetime: str) -> bool:
 
 
 async def _removed(context: Context, uid: int, state: str) -> int | None:
-    """How many files are gone, where a removal is at work."""
+    """How many files a running removal has deleted; None if there is none."""
     if state not in _GOING:
         return None
     try:
@@ -117,7 +117,7 @@ def _session(details: logind.SessionDetails) -> dict[str, str]:
 
 
 def _mounts(holders: list[Holder], directories: list[str], shared: list[str]) -> list[dict[str, str]]:
-    """What is mounted in the private directories; seen through any process in there that we may look at."""
+    """What is mounted in the private directories, read from a process inside that we may inspect."""
     for holder in holders:
         if holder.how != "namespace":
             continue
@@ -130,7 +130,7 @@ def _mounts(holders: list[Holder], directories: list[str], shared: list[str]) ->
 
 
 def mounts_below(table: str, directories: list[str], shared: list[str]) -> list[dict[str, str]]:
-    """The lines of mountinfo below the directories, but for our own."""
+    """The mounts below the directories in a table of proc_pid_mountinfo(5), except polytmpd's own."""
     found = []
     for line in table.splitlines():
         fields = line.split(" ")
@@ -152,7 +152,7 @@ def _unescape(text: str) -> str:
 
 
 def _journal(uid: int, lines: int) -> list[str]:
-    """The daemon's own last words on the user; anybody may write the field, so the unit counts, too."""
+    """The daemon's last journal lines on the user; of this unit, since any process may set POLYTMP_UID=."""
     if not lines:
         return []
     try:
@@ -233,6 +233,6 @@ def _page(context: Context, found: dict[str, Any]) -> str:
 
 def _session_text(session: dict[str, str]) -> str:
     place = session["tty"] or session["remote_host"]
-    closing = "closing" if session["state"] == "closing" else ""  # nobody is logged in by it any more
+    closing = "closing" if session["state"] == "closing" else ""  # its user has logged out
     details = ", ".join(text for text in (session["service"], place, closing) if text)
     return output.clean(f"{session['session']} ({details})" if details else session["session"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The control groups and processes of an instance as a tree, drawn as systemctl status draws it.
+"""Draws the control groups and processes of an instance as a tree, like systemctl status.
 
-Not here: where the processes come from.
+Not here: finding the processes.
 """
 
 import re
@@ -28,7 +28,7 @@ class _Node:
 
 
 def draw(holders: Sequence[Holder], style: Style, columns: int = 1_000_000) -> list[str]:
-    """One line for each control group and process. Groups that have one child only share its line."""
+    """One line for each control group and process. A group whose only child is a group shares its line."""
     root = _Node()
     for holder in holders:
         node = root
@@ -44,7 +44,7 @@ def draw(holders: Sequence[Holder], style: Style, columns: int = 1_000_000) -> l
 
 
 def _shared(name: str, node: _Node) -> tuple[str, _Node]:
-    """Go down while there is one way only."""
+    """Descend while the only child is a group, and join the names."""
     while not node.processes and len(node.children) == 1:
         ((part, node),) = node.children.items()
         name = f"{name}/{part}"
@@ -71,7 +71,7 @@ def _branches(node: _Node, indent: str, digits: int, style: Style, columns: int)
 
 
 def why(holder: Holder, uid: int) -> str:
-    """Where a process belongs, in one phrase: what an administrator would have to end."""
+    """What a process belongs to, in one phrase: an administrator has to stop this to end it."""
     parts = [part for part in holder.control_group.split("/") if part]
     owner = next((match[1] for part in parts if (match := _USER_SLICE.match(part))), None)
     unit = next((part for part in reversed(parts) if "." in part and not part.endswith(".slice")), None)

@@ -1,33 +1,38 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which users a command is about: names and UIDs as typed, and who calls.
+"""Which users a command is about: names and UIDs as typed, and the caller.
 
-Not here: who has an instance.
+Not here: which users have an instance.
 """
 
 import os
 import pwd
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from polytmpd.bus.client import Listed
 from polytmpd.ctl.output import Failure
 
-_UID_LAST = 2**32 - 2
+_UID_LAST: Final = 2**32 - 2
+SEE_LIST: Final = "See: polytmpctl list"
 
 
 def uid_of(user: str, listed: Sequence[Listed] = ()) -> int:
-    """A name or a UID, as typed. Who has an instance is looked up there, so that NSS need not be asked."""
+    """The UID of a user given by name or UID. Raises Failure if there is no such user.
+
+    Users with an instance are found in listed, without NSS.
+    """
     for entry in listed:
         if entry.user == user:
             return entry.uid
     if user.isdecimal() and user.isascii():
         if len(user) <= 10 and int(user) <= _UID_LAST:
             return int(user)
-        raise Failure(f"'{user}' is no UID", f"The largest is {_UID_LAST}.")
+        raise Failure(f"Invalid UID '{user}'", f"The largest is {_UID_LAST}")
     try:
         return pwd.getpwnam(user).pw_uid
     except (KeyError, ValueError):
         text = f"Failed to look up user '{user}': No such user"
-        raise Failure(text, "polytmpctl list shows who has an instance.") from None
+        raise Failure(text, SEE_LIST) from None
 
 
 def name_of(uid: int) -> str:
@@ -38,7 +43,7 @@ def name_of(uid: int) -> str:
 
 
 def caller(environment: Mapping[str, str]) -> int:
-    """Who sits at the keyboard: with sudo (and doas, pkexec) the one who ran it."""
+    """The UID of the person at the keyboard: under sudo, pkexec or doas, of the user who ran it."""
     if os.geteuid() != 0:
         return os.geteuid()
     for name in ("SUDO_UID", "PKEXEC_UID"):
@@ -55,9 +60,9 @@ def caller(environment: Mapping[str, str]) -> int:
 def chosen(
     words: Sequence[str], listed: Sequence[Listed], *, must_have_one: bool = True
 ) -> list[tuple[int, str]]:
-    """(UID, name) of the users that were named; without any, all for root, and the caller for others.
+    """(UID, name) of the users in words; without words, of all with an instance (root) or of the caller.
 
-    must_have_one: raises Failure where one of them has no instance.
+    must_have_one: raise Failure if one of them has no instance.
     """
     names = {entry.uid: entry.user for entry in listed}
     if words:
@@ -73,9 +78,9 @@ def chosen(
 
 
 def no_instance(uid: int, user: str) -> Failure:
-    """Who is exempt will have none at his next login either, so that is said, and why."""
+    """A failure that says why, if the user is exempt: they will have none after the next login either."""
     from polytmpd import config
 
     exempt = config.load()[0].exemptions.reason(uid, name_of(uid))
-    text = f"{user} has no instance: {exempt}." if exempt else f"{user} has no instance now."
-    return Failure(text, "polytmpctl list shows who has one.")
+    text = f"{user} has no instance: {exempt}" if exempt else f"{user} has no instance"
+    return Failure(text, SEE_LIST)

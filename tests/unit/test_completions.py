@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What bash offers where somebody types half a command line of polytmpctl's."""
+"""What bash offers after half a polytmpctl command line."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""polytmpctl's command line: what is wrong first, then what is right."""
+"""polytmpctl's command line: first what is wrong, then what is right."""
 
 import re
 from pathlib import Path
@@ -31,19 +31,19 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--xyzzy"], "unrecognized option '--xyzzy'", "--help"),
         (["--no"], "ambiguous", ""),
         (["-Z"], "invalid option -- 'Z'", "--help"),
-        (["--json=xml"], "Unknown argument to --json= switch: xml", "pretty, short or off"),
+        (["--json=xml"], "Unknown argument to --json= switch: xml", "pretty, short and off"),
         (["--json"], "option '--json' requires an argument", ""),
         (["-n"], "option requires an argument -- 'n'", ""),
         (["-n", "x"], "Failed to parse lines 'x'", "number"),
         (["-n", "-1"], "Failed to parse lines '-1'", "number"),
         (["-n", "٣"], "Failed to parse lines '٣'", "number"),
         (["--help=x"], "option '--help' doesn't allow an argument", ""),
-        (["--user=", "path", "x"], "not empty", ""),
-        (["list", "--persistent"], "--persistent goes with remove, not with list", ""),
-        (["status", "--yes"], "--yes goes with remove", ""),
-        (["remove", "--as-user", "x"], "--as-user goes with enter", ""),
-        (["-Ha", "-Mb"], "exclude each other", ""),
-        (["-M", "alice@"], "'alice@' names no container", "USER@CONTAINER"),
+        (["--user=", "path", "x"], "non-empty", ""),
+        (["list", "--persistent"], "--persistent is only valid with remove", ""),
+        (["status", "--yes"], "--yes is only valid with remove", ""),
+        (["remove", "--as-user", "x"], "--as-user is only valid with enter", ""),
+        (["-Ha", "-Mb"], "cannot be combined", ""),
+        (["-M", "alice@"], "Invalid container 'alice@'", "USER@CONTAINER"),
     ],
 )
 def test_what_is_wrong_is_named(

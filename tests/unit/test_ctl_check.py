@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What check makes of a host, each in a directory of its own. The host of the tests is not looked at."""
+"""What check finds on hosts, each in a directory of its own. The host of the tests is not examined."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def make(root: Path, files: dict[str, str]) -> Path:
 def verdict(root: Path, service: str) -> tuple[str, str] | None:
     found = [finding for finding in pamstacks.judge(root) if finding.service == service]
     assert len(found) < 2
-    assert all(finding.remedy for finding in found if finding.verdict != "pass"), "what is to be done?"
+    assert all(finding.remedy for finding in found if finding.verdict != "pass"), "no remedy"
     return (found[0].verdict, found[0].text) if found else None
 
 
@@ -60,18 +60,18 @@ def verdict(root: Path, service: str) -> tuple[str, str] | None:
         ),
         ("sshd", "@include common-session\nsession optional pam_tmpdir.so\n", ("warn", "pam_tmpdir.so")),
         ("sshd", "@include common-session\nsession optional pam_mktemp.so\n", ("warn", "pam_mktemp.so")),
-        ("sshd", "session optional pam_polytmp.so\n", ("warn", "goes on with the shared /tmp")),
+        ("sshd", "session optional pam_polytmp.so\n", ("warn", "continues with the shared /tmp")),
         ("sshd", "session [success=ok default=die] pam_polytmp.so\n", ("pass", "default=die")),
         ("sshd", "session [success=ok default=ignore] pam_polytmp.so\n", ("warn", "default=ignore")),
         (
             "sshd",
             "session [success=ok default=1] pam_polytmp.so\n",
-            ("warn", "goes on with the shared /tmp"),
+            ("warn", "continues with the shared /tmp"),
         ),
         ("sshd", "session [success=ok] pam_polytmp.so\n", ("pass", "success=ok")),
         ("sshd", "session [default=ignore perm_denied=bad] pam_polytmp.so\n", ("pass", "perm_denied")),
-        ("sshd", "session [perm_denied=ignore default=bad] pam_polytmp.so\n", ("warn", "goes on")),
-        ("sshd", "session [perm_denied=done default=bad] pam_polytmp.so\n", ("warn", "goes on")),
+        ("sshd", "session [perm_denied=ignore default=bad] pam_polytmp.so\n", ("warn", "continues")),
+        ("sshd", "session [perm_denied=done default=bad] pam_polytmp.so\n", ("warn", "continues")),
         ("sshd", "session \\\n required /lib/security/pam_polytmp.so\n", ("pass", "required")),
         ("passwd", "@include common-password\n", None),
         ("runuser", "session required pam_unix.so\n", None),
@@ -165,13 +165,13 @@ def test_the_module_itself(tmp_path: Path) -> None:
 
 def one(results: "list[host.Result]", name: str) -> host.Result:
     (found,) = [result for result in results if result.name == name]
-    assert found.verdict == "pass" or found.remedy, "what is to be done?"
+    assert found.verdict == "pass" or found.remedy, "no remedy"
     return found
 
 
 def test_directories(tmp_path: Path) -> None:
     if os.geteuid() != 0:
-        pytest.skip("needs root: the directories are to belong to UID 0")
+        pytest.skip("needs root: the directories have to belong to UID 0")
     make(tmp_path, {"proc/1/mountinfo": "22 1 0:2 / / rw shared:1 - ext4 /dev/x rw\n"})
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp").chmod(0o1777)
@@ -192,7 +192,7 @@ def squatted(root: Path) -> dict[str, str]:
 
 def test_what_is_not_ours_in_a_directory_that_is_kept(tmp_path: Path) -> None:
     if os.geteuid() != 0:
-        pytest.skip("needs root: what is polytmpd's belongs to UID 0")
+        pytest.skip("needs root: polytmpd's directories belong to UID 0")
     kept = tmp_path / "kept"
     kept.mkdir()
     for name in ("polytmp-1001", "polytmp-1002", "polytmp-1003"):
@@ -208,13 +208,13 @@ def test_what_is_not_ours_in_a_directory_that_is_kept(tmp_path: Path) -> None:
     } == {
         "1002": "not polytmpd's (mode 0755)",
         "1003": "not polytmpd's (owned by 1003",
-        "1004": "not polytmpd's (no directory)",
-        "1005": "not polytmpd's (no directory)",
+        "1004": "not polytmpd's (not a directory)",
+        "1005": "not polytmpd's (not a directory)",
     }
 
 
 def test_many_that_are_not_ours(tmp_path: Path) -> None:
-    """Anybody on the host's side can make them: the page stays one."""
+    """Any process on the host's side can make them: the report stays short."""
     make(tmp_path, {f"kept/polytmp-{uid}": "" for uid in range(1000, 1100)})
     found = squatted(tmp_path)
     assert len(found) == 6
@@ -307,9 +307,9 @@ def test_limits(tmp_path: Path, value: str, expected: str) -> None:
     [("ssh.service", "ssh.service"), ("user@.service", "user@*.service"), ("getty@tty1.service",) * 2],
 )
 def test_the_remedy_for_a_sandbox(unit: str, restarted: str) -> None:
-    """systemd ignores an empty boolean, and 'no' would be a path."""
+    """systemd ignores an empty boolean, and would take 'no' for a path."""
     remedy = check.undo(unit, ["PrivateTmp", "ProtectSystem", "ReadOnlyPaths", "RootDirectory"])
-    lines = "[Service] PrivateTmp=no ProtectSystem=no ReadOnlyPaths= RootDirectory= (each on a line)"
+    lines = "[Service] PrivateTmp=no ProtectSystem=no ReadOnlyPaths= RootDirectory= (one per line)"
     assert remedy == f"systemctl edit {unit}: {lines}; then: systemctl restart {restarted}"
 
 
@@ -339,7 +339,7 @@ class FakeHost:
 
 @pytest.mark.parametrize(
     ("restarts", "text"),
-    [(0, ""), (1, "restarted 1 time by itself"), (2, "restarted 2 times by itself")],
+    [(0, ""), (1, "restarted 1 time automatically"), (2, "restarted 2 times automatically")],
 )
 async def test_restarts(restarts: int, text: str) -> None:
     context: Any = FakeHost(restarts)
@@ -379,14 +379,14 @@ def test_users_above_the_regular_ones(
 def test_a_host_without_far_users(tmp_path: Path) -> None:
     make(tmp_path, {"etc/passwd": PASSWD, "etc/login.defs": "UID_MIN 500\n"})
     found = settings.users_above(tmp_path, config.load(tmp_path)[0], {}, ())
-    assert (found.verdict, found.text) == ("pass", "regular users are those of UID 500 to 60000")
+    assert (found.verdict, found.text) == ("pass", "regular users have UIDs 500 to 60000")
 
 
 def test_a_directory_that_keeps_the_configuration_from_being_in_force(tmp_path: Path) -> None:
-    """A reload is refused then; once the directory is there, it is the remedy."""
+    """A reload is refused while the directory is missing. Once it exists, a reload is the remedy."""
     make(tmp_path, {"etc/polytmpd.conf": "[Polytmp]\nDirectories=/tmp /scratch\n", "tmp/x": ""})
     before = one(list(settings.judge(tmp_path, *config.load(tmp_path), ["/tmp"])), "polytmpd.conf")
-    assert before.remedy.startswith("make /scratch, ")
+    assert before.remedy.startswith("create /scratch, ")
     assert before.remedy.endswith("then: systemctl reload polytmpd.service")
     (tmp_path / "scratch").mkdir()
     after = one(list(settings.judge(tmp_path, *config.load(tmp_path), ["/tmp"])), "polytmpd.conf")
@@ -398,12 +398,12 @@ def test_a_directory_that_keeps_the_configuration_from_being_in_force(tmp_path: 
     [
         ("", ["/tmp", "/var/tmp"], [("polytmpd.conf", "pass", "private to each user: /tmp /var/tmp")]),
         ("", None, [("polytmpd.conf", "pass", "private to each user")]),
-        ("", ["/tmp"], [("polytmpd.conf", "warn", "not in force: polytmpd has Directories=/tmp")]),
+        ("", ["/tmp"], [("polytmpd.conf", "warn", "not in force: polytmpd uses Directories=/tmp")]),
         ("ExemptUsers=root 77\n", None, [("polytmpd.conf", "pass", "private")]),
         (
             "ExemptUsers=bin no-such-1\n",
             None,
-            [("polytmpd.conf", "warn", "no-such-1: there is no such user")],
+            [("polytmpd.conf", "warn", "unknown users: no-such-1")],
         ),
         (
             "Foo=\nDirectories=tmp /tmp\n",

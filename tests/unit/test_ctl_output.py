@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How polytmpctl prints: tables of input and output, no bus."""
+"""How polytmpctl prints: tables of input and output, without a bus."""
 
 import json
 import time

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""polytmpctl with standard streams that are closed, full or of another character set, and with any name."""
+"""polytmpctl with standard streams that are closed, full or in another character set; any file name."""
 
 import json
 import os
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def shell(
     line: str, *code: str, environment: dict[str, str] | None = None
 ) -> "subprocess.CompletedProcess[bytes]":
-    """line: has the program as "$@"; code: Python instead of polytmpctl's main()."""
+    """line: a shell command line that may call polytmpctl. code: Python to run instead of its main()."""
     program = "\n".join(code) or "import sys; from polytmpd.ctl.__main__ import main; sys.exit(main())"
     return subprocess.run(
         ["/bin/sh", "-c", line.replace("polytmpctl", '"$0" -c "$1"'), sys.executable, program],
@@ -68,7 +68,7 @@ def test_a_full_disk_is_named(word: str) -> None:
         ({"LC_ALL": "POSIX", "LANG": "C.UTF-8"}, ["* >", '"\\u00e9"']),
         ({"LC_ALL": "C.UTF-8"}, ["● →", '"é"']),
         ({"LANG": "C.UTF-8"}, ["● →", '"é"']),
-        ({}, ["● →", '"é"']),  # as systemctl: what says nothing can do UTF-8
+        ({}, ["● →", '"é"']),  # like systemctl: without a locale, assume UTF-8
     ],
 )
 def test_the_locale_says_what_can_be_shown(environment: dict[str, str], lines: list[str]) -> None:
@@ -79,7 +79,7 @@ def test_the_locale_says_what_can_be_shown(environment: dict[str, str], lines: l
 
 
 class NoBus:
-    """Answers as a daemon with alice's instance would; nothing but Unicode goes over a bus."""
+    """Answers like a daemon with an instance of alice. Like a bus, it accepts only Unicode."""
 
     async def instances(self) -> list[Listed]:
         return [Listed(1001, "alice", "/org/polytmp1/instance/_1001")]
@@ -110,7 +110,7 @@ class NoBus:
     ],
 )
 async def test_a_file_name_is_bytes(there: bytes, here: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1003 is logged out, and something of his is kept."""
+    """UID 1003 is logged out, and files are kept for them."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
 
     async def path(word: bytes) -> bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who has no instance, and why."""
+"""Which users have no instance, and why."""
 
 import asyncio
 from typing import Any
@@ -28,11 +28,11 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("uid", "user", "text"),
     [
-        (0, "root", "root has no instance: root is never moved."),
-        (1002, "bob", "bob has no instance: user bob is named in ExemptUsers=."),
-        (1002, "1002", "1002 has no instance: user bob is named in ExemptUsers=."),
-        (70000, "high", "high has no instance: UID 70000 is not in 1000..60000, the UIDs of regular users."),
-        (1003, "carol", "carol has no instance now."),
+        (0, "root", "root has no instance: root is never moved"),
+        (1002, "bob", "bob has no instance: user bob is named in ExemptUsers="),
+        (1002, "1002", "1002 has no instance: user bob is named in ExemptUsers="),
+        (70000, "high", "high has no instance: UID 70000 is not in 1000..60000, the UIDs of regular users"),
+        (1003, "carol", "carol has no instance"),
     ],
 )
 def test_no_instance(uid: int, user: str, text: str) -> None:
@@ -40,7 +40,7 @@ def test_no_instance(uid: int, user: str, text: str) -> None:
 
 
 class Bus:
-    """A daemon without instances, and something kept of 1003."""
+    """A daemon without instances, which keeps files for UID 1003."""
 
     async def instances(self) -> list[Any]:
         return []
@@ -58,8 +58,8 @@ class Bus:
     ("user", "text", "hint"),
     [
         ("0", "root is never moved", "polytmpctl list"),
-        ("1003", "1003 has no instance now.", "polytmpctl remove --persistent 1003"),
-        ("1004", "nothing of former ones is kept", ""),
+        ("1003", "1003 has no instance", "polytmpctl remove --persistent 1003"),
+        ("1004", "no files are kept for them", ""),
     ],
 )
 def test_a_hint_leads_somewhere(user: str, text: str, hint: str) -> None:
