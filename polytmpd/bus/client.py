@@ -83,11 +83,6 @@ class Polytmp:
             if INSTANCE in interfaces and (uid := object_owner(path)) is not None
         }
 
-    async def instance(self, uid: int) -> str:
-        """The object path of the user's instance. Fails with NoSuchInstance if the user has none."""
-        (path,) = await self._manager(ManagerMethod.GET_INSTANCE, "u", uid)
-        return str(path)
-
     async def properties(self, uid: int) -> dict[str, Any]:
         """The properties of an instance, as plain values."""
         return await self._connection.get_properties(
@@ -113,16 +108,6 @@ class Polytmp:
     async def resolve(self, uid: int, path: str) -> str:
         (found,) = await self._manager(ManagerMethod.RESOLVE_PATH, "us", uid, path, timeout=None)
         return str(found)
-
-    async def uid_of_process(self, pid: int) -> int | None:
-        """The user whose instance a process lives in; None if it lives in no instance."""
-        try:
-            (path,) = await self._manager(ManagerMethod.GET_INSTANCE_BY_PID, "u", pid)
-        except BusError as error:
-            if error.name.endswith(".NotPolyinstantiated"):
-                return None
-            raise
-        return object_owner(path)
 
     async def acquire(self, uid: int) -> int:
         """A descriptor of the namespace. The caller closes it."""
