@@ -17,7 +17,7 @@ from polytmpd.bus.service import Service
 from polytmpd.bus.systemd1 import Systemd
 from polytmpd.daemon import Daemon
 from polytmpd.devices import Devices
-from polytmpd.displaylocks import DisplayLocks
+from polytmpd.displays.displaylocks import DisplayLocks
 from polytmpd.errors import PolytmpError
 from polytmpd.executor import Executor
 from polytmpd.kernel import host

@@ -26,7 +26,7 @@ from polytmpd.core.lifecycle import Action, Event, Standing, advance, visible_st
 from polytmpd.core.model import Instance, Lifetime, State, View
 from polytmpd.core.policy import Claims
 from polytmpd.devices import BlockDevice
-from polytmpd.displaylocks import DisplayLocks
+from polytmpd.displays.displaylocks import DisplayLocks
 from polytmpd.errors import (
     BusyError,
     ExemptError,

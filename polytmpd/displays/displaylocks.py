@@ -24,11 +24,8 @@ Hard facts
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
-import re
-import stat
 import threading
 import time
 from collections import Counter
@@ -38,10 +35,19 @@ from dataclasses import dataclass
 from typing import Final
 
 from polytmpd.blocking import shared
-from polytmpd.core.model import Directory, Instance, Lifetime
-from polytmpd.core.names import INNER
+from polytmpd.core.model import Directory, Instance
+from polytmpd.displays.lockfiles import (
+    SOCKETS,
+    display_of,
+    make_copy,
+    publish,
+    read_lock,
+    socket_owner,
+    withdraw,
+)
+from polytmpd.displays.places import Place, find_copies_in, place_of
 from polytmpd.journal import fields
-from polytmpd.kernel import host, syscalls
+from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.inotify import (
     IN_CREATE,
     IN_DELETE,
@@ -57,199 +63,23 @@ from polytmpd.kernel.inotify import (
 
 log = logging.getLogger(__name__)
 
-SOCKETS: Final = ".X11-unix"
-MARK: Final = "trusted.polytmp.displaylock"
-"""The extended attribute by which a copy is known to be one, by any daemon."""
 PER_OWNER: Final = 64
 """Displays of one user that are shown to the others."""
 CHECK_INTERVAL: Final = 10.0
 """Seconds in which a socket directory that was made again is noticed; a login notices it at once."""
 
 _ON_HOST: Final = -1
-_SOCKET: Final = re.compile(r"X(0|[1-9]\d{0,4})", re.ASCII)
-_LOCK: Final = re.compile(r"\.X(0|[1-9]\d{0,4})-lock", re.ASCII)
-_DISPLAYS: Final = 65536
-_PID: Final = re.compile(rb"[ ]*([0-9]{1,10})\s*")
-_SIZE_AT_MOST: Final = 16
-_PID_LAST: Final = 2**31 - 1
 # A pass works so long at most, and rests at least so long, and ten times as long as it worked: whoever makes
 # and removes sockets without end gets a tenth of a processor, and logins come in between.
 _PASS: Final = 0.02
 _REST: Final = 0.05
 _REST_FACTOR: Final = 10
 _MOVED_DELAY: Final = 1.0
-_SCANNED_AT_MOST: Final = 1_000_000
 _EVENTS: Final = (
     IN_CREATE | IN_DELETE | IN_MOVED_FROM | IN_MOVED_TO | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
 )
 _SELF: Final = IN_DELETE_SELF | IN_MOVE_SELF | IN_IGNORED
-_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-# opening a link, a socket, a file with a lease
-_NOT_OURS: Final = (errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK)
-_RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_XDEV
-
-
-# Files. Every function works from the caller's descriptor of a directory (O_PATH will do); none follows a
-# link or blocks.
-
-
-def display_of(name: str, pattern: re.Pattern[str] = _SOCKET) -> int | None:
-    """The display that a socket (or a lock) is named for."""
-    match = pattern.fullmatch(name)
-    return int(match[1]) if match and int(match[1]) < _DISPLAYS else None
-
-
-def lock_name(display: int) -> str:
-    return f".X{display}-lock"
-
-
-def parse_pid(data: bytes) -> int | None:
-    """The PID in a lock; None for everything that no X server writes."""
-    match = _PID.fullmatch(data) if len(data) <= _SIZE_AT_MOST else None
-    pid = int(match[1]) if match else 0
-    return pid if 0 < pid <= _PID_LAST else None
-
-
-def socket_owner(sockets: int, display: int) -> int | None:
-    """The UID that a display's socket belongs to; None where there is no socket."""
-    try:
-        found = os.stat(f"X{display}", dir_fd=sockets, follow_symlinks=False)
-    except OSError:
-        return None
-    return found.st_uid if stat.S_ISSOCK(found.st_mode) else None
-
-
-def read_lock(directory: int, display: int, owner: int) -> int | None:
-    """The PID in a display's own lock: a plain, short file of that owner's, and no copy. None for anything
-    else.
-    """
-    with contextlib.suppress(OSError), _opened(lock_name(display), _READ, directory) as fd:
-        found = os.fstat(fd)
-        if stat.S_ISREG(found.st_mode) and found.st_uid == owner:
-            return None if _is_marked(fd) else parse_pid(os.read(fd, _SIZE_AT_MOST + 1))
-    return None
-
-
-def make_copy(directory: int, pid: int) -> int:
-    """A lock of ours that has no name yet, for publish(). The descriptor is the caller's. Raises OSError."""
-    fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
-    try:
-        os.write(fd, b"%10d\n" % pid)
-        os.fchmod(fd, 0o444)
-        os.setxattr(fd, MARK, b"1")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def publish(copy: int, directory: int, display: int) -> bool:
-    """Give a copy its name in a directory of the same file system; an older copy is replaced.
-
-    Whether a copy is there now: what belongs to somebody else stays as it is. Raises OSError.
-    """
-    name = lock_name(display)
-    with contextlib.suppress(FileNotFoundError), _opened_copy(name, directory) as old:
-        if old is None:
-            return False
-        if os.pread(old, _SIZE_AT_MOST, 0) == os.pread(copy, _SIZE_AT_MOST, 0):
-            return True
-        os.unlink(name, dir_fd=directory)
-    try:
-        os.link(f"/proc/self/fd/{copy}", name, dst_dir_fd=directory, follow_symlinks=True)
-    except FileExistsError:
-        return False
-    return True
-
-
-def withdraw(directory: int, display: int) -> bool:
-    """Remove a display's copy, if it is one; whether it was. Raises OSError."""
-    name = lock_name(display)
-    with contextlib.suppress(FileNotFoundError), _opened_copy(name, directory) as copy:
-        if copy is not None:
-            os.unlink(name, dir_fd=directory)
-            return True
-    return False
-
-
-def find_copies(directory: int, cancelled: Callable[[], bool] = lambda: False) -> list[int]:
-    """The displays of which a directory has copies. As slow as the directory is large. Raises OSError."""
-    found = []
-    with (
-        _opened(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, directory) as fd,
-        os.scandir(fd) as entries,
-    ):
-        for count, entry in enumerate(entries):
-            if count >= _SCANNED_AT_MOST or cancelled():
-                break
-            display = display_of(entry.name, _LOCK)
-            if display is None:
-                continue
-            with contextlib.suppress(FileNotFoundError), _opened_copy(entry.name, directory) as copy:
-                if copy is not None:
-                    found.append(display)
-    return found
-
-
-@contextlib.contextmanager
-def _opened(path: str, flags: int, directory: int | None = None) -> Iterator[int]:
-    fd = os.open(path, flags, dir_fd=directory)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def _opened_copy(name: str, directory: int) -> Iterator[int | None]:
-    """A descriptor of our copy, None where something else has the name; FileNotFoundError."""
-    try:
-        fd = os.open(name, _READ, dir_fd=directory)
-    except OSError as error:
-        if error.errno not in _NOT_OURS:
-            raise
-        yield None
-        return
-    try:
-        found = os.fstat(fd)
-        yield fd if found.st_uid == 0 and stat.S_ISREG(found.st_mode) and _is_marked(fd) else None
-    finally:
-        os.close(fd)
-
-
-def _is_marked(fd: int) -> bool:
-    try:
-        os.getxattr(fd, MARK)
-    except OSError as error:
-        if error.errno in {errno.ENODATA, errno.EOPNOTSUPP}:
-            return False
-        raise
-    return True
-
-
-# The room
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """What somebody knows as /tmp: base on the host, and in it the barrier and the inner directory."""
-
-    base: str
-    inner: str = ""
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[int]:
-        """Raises OSError: FileNotFoundError once the instance is on its way out."""
-        with host.open_directory(self.base) as base:
-            if not self.inner:
-                yield base
-                return
-            fd = syscalls.openat2(base, self.inner, os.O_PATH | os.O_DIRECTORY, _RESOLVE)
-            try:
-                yield fd
-            finally:
-                os.close(fd)
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +113,7 @@ class DisplayLocks:
         self._identity: tuple[int, int] | None = None
         self._watch = -1
         self._armed = 0  # how often: a new directory may have its predecessor's inode number
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, Place] = {}
         self._displays: dict[int, _Display] = {}
         self._counts: Counter[int] = Counter()
         self._dirty: dict[int, None] = {}
@@ -297,7 +127,7 @@ class DisplayLocks:
         instances: all that are there; also those that have ended and are removed next, since files of theirs
         may persist. Without SOCKETS in directories the room is idle until an instance comes that shares it.
         """
-        attended = [(instance.uid, *found) for instance in instances if (found := _place_of(instance))]
+        attended = [(instance.uid, *found) for instance in instances if (found := place_of(instance))]
         bases = [place.base for _uid, place, _persistent in attended]
         bases += [entry.path for entry in directories if SOCKETS in entry.shared]
         if not bases:
@@ -312,7 +142,7 @@ class DisplayLocks:
         """Show the displays that exist to an instance before its user comes in. Instances that have come
         already may come again.
         """
-        if (found := _place_of(instance)) is None:
+        if (found := place_of(instance)) is None:
             return
         place, persistent = found
         await self._do(lambda: self._attend(instance.uid, place))
@@ -409,13 +239,13 @@ class DisplayLocks:
         if place is None:
             return
         with contextlib.suppress(OSError):
-            found = await asyncio.to_thread(_find_copies_in, place, self._stopping.is_set)
+            found = await asyncio.to_thread(find_copies_in, place, self._stopping.is_set)
             await self._do(lambda: self._judge(uid, place, found))
 
     # In the thread
 
-    def _begin(self, base: str, places: dict[int, _Place]) -> None:
-        self._places = {_ON_HOST: _Place(os.path.realpath(base)), **places}
+    def _begin(self, base: str, places: dict[int, Place]) -> None:
+        self._places = {_ON_HOST: Place(os.path.realpath(base)), **places}
 
     def _end(self) -> None:
         self._end_listing()
@@ -423,8 +253,8 @@ class DisplayLocks:
             self._inotify.close()
             self._inotify = None
 
-    def _attend(self, uid: int, place: _Place) -> None:
-        self._places.setdefault(_ON_HOST, _Place(place.base))
+    def _attend(self, uid: int, place: Place) -> None:
+        self._places.setdefault(_ON_HOST, Place(place.base))
         self._places[uid] = place
         self._check_due = 0.0
         for display, known in self._displays.items():
@@ -441,7 +271,7 @@ class DisplayLocks:
         self._complained.discard(f"owner {uid}")
         self._complained.discard(f"place {uid}")
 
-    def _judge(self, uid: int, place: _Place, found: Sequence[int]) -> None:
+    def _judge(self, uid: int, place: Place, found: Sequence[int]) -> None:
         """Remove the copies in a place that are not to be there."""
         if self._places.get(uid) != place:
             return
@@ -480,7 +310,10 @@ class DisplayLocks:
 
     @contextlib.contextmanager
     def _opened_sockets(self) -> Iterator[int]:
-        with self._places[_ON_HOST].opened() as base, _opened(SOCKETS, _DIRECTORY, base) as sockets:
+        with (
+            self._places[_ON_HOST].open() as base,
+            Descriptor.open(SOCKETS, _DIRECTORY, dir_fd=base) as sockets,
+        ):
             yield sockets
 
     def _read_events(self) -> None:
@@ -499,7 +332,7 @@ class DisplayLocks:
     def _look_at_directory(self) -> None:
         """Watch the host's socket directory as it is now; where it is another one, look at all sockets."""
         try:
-            with self._places[_ON_HOST].opened() as base:
+            with self._places[_ON_HOST].open() as base:
                 shared.ensure(base, SOCKETS)
             with self._opened_sockets() as sockets:
                 found = os.fstat(sockets)
@@ -523,7 +356,7 @@ class DisplayLocks:
             self._lost = True
             return
         self._end_listing()
-        with _opened(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, sockets) as fd:
+        with Descriptor.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=sockets) as fd:
             self._listing = os.scandir(fd)
 
     def _list(self, until: float) -> None:
@@ -587,7 +420,7 @@ class DisplayLocks:
         """
         first = [uid for uid in (owner, _ON_HOST) if uid in self._places]
         for uid in (*first, *(uid for uid in self._places if uid not in first)):
-            with contextlib.suppress(OSError), self._places[uid].opened() as directory:
+            with contextlib.suppress(OSError), self._places[uid].open() as directory:
                 pid = read_lock(directory, display, owner)
                 if pid is not None:
                     return uid, pid
@@ -607,21 +440,19 @@ class DisplayLocks:
     def _publish(self, display: int, pid: int, uids: Iterable[int]) -> None:
         """One file for all: a link in each place costs no inode."""
         try:
-            with self._places[_ON_HOST].opened() as base:
+            with self._places[_ON_HOST].open() as base:
                 copy = make_copy(base, pid)
         except OSError as error:
             self._complain(f"place {_ON_HOST}", "X display locks are not shown across users: %s", error)
             return
-        try:
+        with copy:
             for uid in uids:
                 self._publish_in(uid, copy, display)
-        finally:
-            os.close(copy)
 
     def _publish_in(self, uid: int, copy: int, display: int) -> None:
         place = self._places[uid]
         try:
-            with place.opened() as directory:
+            with place.open() as directory:
                 shown = publish(copy, directory, display)
         except FileNotFoundError:  # on its way out
             return
@@ -632,9 +463,9 @@ class DisplayLocks:
         if not shown:
             log.debug("%s/%s has a lock of display %d of its own", place.base, place.inner, display)
 
-    def _withdraw_in(self, place: _Place, display: int) -> None:
+    def _withdraw_in(self, place: Place, display: int) -> None:
         try:
-            with place.opened() as directory:
+            with place.open() as directory:
                 withdraw(directory, display)
         except FileNotFoundError:
             return
@@ -653,19 +484,3 @@ class DisplayLocks:
         if about not in self._complained:
             self._complained.add(about)
             log.warning(message, *args, extra=fields(uid=uid))
-
-
-def _place_of(instance: Instance) -> tuple[_Place, bool] | None:
-    """Where an instance's /tmp is, and whether its files persist; None where X11's sockets are not shared
-    with it.
-    """
-    for entry in instance.directories:
-        if SOCKETS in entry.directory.shared:
-            persistent = entry.directory.lifetime is Lifetime.PERSISTENT
-            return _Place(entry.directory.path, f"{entry.barrier}/{INNER}"), persistent
-    return None
-
-
-def _find_copies_in(place: _Place, cancelled: Callable[[], bool]) -> list[int]:
-    with place.opened() as directory:
-        return find_copies(directory, cancelled)

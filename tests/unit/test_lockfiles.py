@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polytmpd.displaylocks import _LOCK, display_of, lock_name, parse_pid
+from polytmpd.displays.lockfiles import _LOCK, display_of, lock_name, parse_pid
 
 pytestmark = pytest.mark.unit
 

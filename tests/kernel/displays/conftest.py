@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from polytmpd.displays.lockfiles import SOCKETS
+from tests.kernel.displays.world import Room
+from tests.unit.settled import no_descriptor_leaks
+
+__all__ = ["no_descriptor_leaks"]
+
+
+@pytest.fixture(params=["/var/tmp", "/dev/shm"])
+def base(request: pytest.FixtureRequest) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.fail("these tests need root")
+    path = Path(tempfile.mkdtemp(prefix="polytmp-test-", dir=request.param))
+    path.chmod(0o1777)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+async def host(base: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Room]:
+    monkeypatch.setattr(
+        "polytmpd.kernel.host.ROOT", "/proc/self/root"
+    )  # in a container PID 1 may be another's
+    (base / SOCKETS).mkdir()
+    (base / SOCKETS).chmod(0o1777)
+    room = Room(base)
+    yield room
+    await room.room.close()
+    assert len(asyncio.all_tasks()) == 1

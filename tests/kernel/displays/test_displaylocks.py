@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The room with sockets and instances."""
+
+import asyncio
+import errno
+import os
+import shutil
+import threading
+
+import pytest
+
+from polytmpd.core.model import Directory, Lifetime
+from polytmpd.displays import displaylocks, lockfiles
+from polytmpd.displays.displaylocks import PER_OWNER
+from polytmpd.displays.lockfiles import SOCKETS
+from tests.kernel.displays.world import (
+    ALICE,
+    BOB,
+    CAROL,
+    Room,
+    make_lock,
+    make_socket,
+    put_copy,
+    read,
+    serve,
+)
+from tests.unit.settled import eventually
+
+pytestmark = pytest.mark.kernel
+
+
+async def test_a_lock_is_shown_and_goes_with_its_socket(host: Room) -> None:
+    await host.start(ALICE, BOB)
+    path = serve(host, ALICE)
+    await host.shows(["host", ALICE, BOB])
+    assert (host.tmp(ALICE) / ".X7-lock").stat().st_uid == ALICE
+    path.unlink()
+    await host.shows([ALICE])
+    assert read(host.tmp(ALICE), 7, ALICE) == 4711, "her own is not touched"
+
+
+async def test_a_new_server_of_the_same_display(host: Room) -> None:
+    await host.start(ALICE, BOB)
+    path = serve(host, ALICE)
+    await host.shows(["host", ALICE, BOB])
+    path.unlink()
+    (host.tmp(ALICE) / ".X7-lock").unlink()
+    await host.shows([])
+    make_lock(host.tmp(BOB), 7, BOB, f"{4712:10}\n")
+    path = make_socket(host.base, 7, BOB)
+    await host.shows(["host", ALICE, BOB])
+    (host.tmp(BOB) / ".X7-lock").write_text(f"{4713:10}\n")
+    path.unlink()
+    make_socket(host.base, 7, BOB)
+    await eventually(lambda: (host.tmp(ALICE) / ".X7-lock").read_text() == f"{4713:10}\n")
+
+
+async def test_locks_of_the_host_and_in_a_foreign_place(host: Room) -> None:
+    await host.start(ALICE, BOB)
+    serve(host, CAROL, 3, host.base)  # an exempt user
+    await host.shows(["host", ALICE, BOB], 3)
+    assert (host.base / ".X3-lock").stat().st_uid == CAROL
+    serve(host, 0, 4, host.tmp(ALICE))  # root's, in alice's session
+    await host.shows(["host", ALICE, BOB], 4)
+
+
+async def test_instances_come_and_go(host: Room) -> None:
+    await host.start(ALICE)
+    serve(host, ALICE)
+    await host.shows(["host", ALICE])
+    await host.room.instance_came(host.instance(BOB))
+    assert str(BOB) in host.shown(), "before it is used"
+    host.room.instance_gone(ALICE)
+    await host.shows([ALICE])
+    assert (host.base / SOCKETS / "X7").exists(), "the socket is not ours"
+    await host.room.instance_came(host.instance(ALICE, "-again"))
+    assert host.shown() == [str(ALICE)]
+
+
+async def test_without_instances_and_without_sharing_the_room_is_idle(host: Room) -> None:
+    host.directory = Directory(str(host.base), Lifetime.INSTANCE, (".ICE-unix",))
+    await host.start(ALICE, BOB)
+    serve(host, ALICE)
+    host.room.instance_gone(BOB)
+    await host.room.instance_came(host.instance(BOB))
+    await asyncio.sleep(0.2)
+    assert host.shown() == [str(ALICE)]
+    assert len(asyncio.all_tasks()) == 1
+    host.directory = Directory(str(host.base), Lifetime.INSTANCE, (SOCKETS,))
+    await host.room.instance_came(host.instance(BOB))  # after a reload
+    await host.room.instance_came(host.instance(ALICE))
+    await host.shows(["host", ALICE, BOB])
+
+
+async def test_a_new_daemon_judges_what_it_finds(host: Room) -> None:
+    await host.start(ALICE, BOB)
+    path = serve(host, ALICE)
+    serve(host, ALICE, 8)
+    await host.shows(["host", ALICE, BOB])
+    await host.shows(["host", ALICE, BOB], 8)
+    inode = (host.tmp(BOB) / ".X7-lock").stat().st_ino
+    await host.room.close()
+    (host.base / SOCKETS / "X8").unlink()
+    (host.tmp(ALICE) / ".X8-lock").unlink()
+    serve(host, BOB, 9)
+    await host.again(ALICE, BOB)
+    await host.shows([], 8)
+    await host.shows(["host", ALICE, BOB], 9)
+    assert (host.tmp(BOB) / ".X7-lock").stat().st_ino == inode
+    path.unlink()
+    await host.shows([ALICE])
+
+
+async def test_a_copy_is_not_taken_for_the_hosts_own_lock(host: Room) -> None:
+    """Root's socket, and in the host's directory the copy of a user's lock."""
+    put_copy(host.base, 7)
+    make_socket(host.base, 7, 0)
+    await host.start(ALICE)
+    await host.shows([])
+
+
+async def test_a_persistent_directory_is_cleared_of_a_former_boots_copies(host: Room) -> None:
+    host.directory = Directory(str(host.base), Lifetime.PERSISTENT, (SOCKETS,))
+    await host.start(ALICE)
+    instance = host.instance(BOB)
+    put_copy(host.tmp(BOB), 7)
+    await host.room.instance_came(instance)
+    await host.shows([])
+
+
+async def test_no_user_is_shown_more_than_his_share(
+    host: Room, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await host.start(ALICE, BOB)
+    for display in range(100, 100 + PER_OWNER + 200):
+        serve(host, ALICE, display)
+    serve(host, BOB)
+    await host.shows(["host", ALICE, BOB])
+    await eventually(lambda: len(list(host.tmp(BOB).glob(".X???-lock"))) == PER_OWNER)
+
+    def complaints() -> list[object]:
+        return [record.args for record in caplog.records if "more than" in record.message]
+
+    await eventually(complaints)  # perhaps the last of them is not seen yet
+    assert complaints() == [(ALICE, PER_OWNER)]
+    for path in (host.base / SOCKETS).glob("X???"):
+        path.unlink()
+    await eventually(lambda: not list(host.tmp(BOB).glob(".X???-lock")))
+
+
+async def test_a_place_that_cannot_be_written_does_not_keep_others_from_it(
+    host: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await host.start(ALICE, BOB, CAROL)
+    shutil.rmtree(host.tmp(CAROL))  # on its way out
+    real = lockfiles.publish
+
+    def fail(copy: int, directory: int, display: int) -> bool:
+        if os.path.samestat(os.fstat(directory), host.tmp(BOB).stat()):
+            raise OSError(errno.ENOSPC, "full")
+        return real(copy, directory, display)
+
+    monkeypatch.setattr(displaylocks, "publish", fail)
+    serve(host, ALICE)
+    serve(host, ALICE, 8)
+    await host.shows(["host", ALICE])
+    await host.shows(["host", ALICE], 8)
+    assert len([record for record in caplog.records if "full" in record.message]) == 1
+
+
+async def test_a_mistake_of_ours_is_told_once_and_stops_nothing(
+    host: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = lockfiles.socket_owner
+
+    def fail(sockets: int, display: int) -> int | None:
+        if display == 8:
+            raise ValueError("8")
+        return real(sockets, display)
+
+    monkeypatch.setattr(displaylocks, "socket_owner", fail)
+    await host.start(ALICE, BOB)
+    for display in (8, 7):
+        path = serve(host, ALICE, display)
+    await host.shows(["host", ALICE, BOB])
+    path.unlink()
+    (host.base / SOCKETS / "X8").unlink()
+    await host.shows([ALICE])
+    await eventually(lambda: not host.room._dirty)
+    (record,) = [record for record in caplog.records if "not shown everywhere" in record.message]
+    assert record.exc_info
+
+
+async def test_a_login_does_not_fail_where_no_thread_can_be_started(
+    host: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+
+        def fail(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        context.setattr(threading.Thread, "start", fail)
+        await host.room.instance_came(host.instance(ALICE))
+    await host.room.instance_came(host.instance(BOB))
+    serve(host, ALICE)
+    await host.shows(["host", ALICE, BOB])
+
+
+async def test_it_ends_in_the_middle_of_work(host: Room) -> None:
+    await host.start(ALICE, BOB)
+    for display in range(100, 400):
+        serve(host, ALICE, display)
+    await host.room.instance_came(host.instance(CAROL))
+    former = host.room
+    await former.close()
+    await host.again(ALICE, BOB)
+    former.instance_gone(ALICE)  # nobody listens
