@@ -32,9 +32,17 @@ _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 _NOT_OURS: Final = (errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK)
 
 
-def display_of(name: str, pattern: re.Pattern[str] = _SOCKET) -> int | None:
-    """The display that a socket (or a lock) is named for."""
-    match = pattern.fullmatch(name)
+def display_of_socket(name: str) -> int | None:
+    """The display that a socket is named for; None if the name is no socket's."""
+    return _display_of(_SOCKET.fullmatch(name))
+
+
+def display_of_lock(name: str) -> int | None:
+    """The display that a lock is named for; None if the name is no lock's."""
+    return _display_of(_LOCK.fullmatch(name))
+
+
+def _display_of(match: re.Match[str] | None) -> int | None:
     return int(match[1]) if match and int(match[1]) < _DISPLAYS else None
 
 
@@ -124,7 +132,7 @@ def find_copies(directory: int, cancelled: Callable[[], bool] = lambda: False) -
         for count, entry in enumerate(entries):
             if count >= _SCANNED_AT_MOST or cancelled():
                 break
-            display = display_of(entry.name, _LOCK)
+            display = display_of_lock(entry.name)
             if display is None:
                 continue
             with contextlib.suppress(FileNotFoundError), _opened_copy(entry.name, directory) as copy:

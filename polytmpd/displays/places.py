@@ -6,7 +6,7 @@ Keeps nothing open; any thread may use it. Not here: what is shown in it.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from polytmpd.core.model import Instance, Lifetime
@@ -24,6 +24,7 @@ class Place:
 
     base: str
     inner: str = ""
+    is_persistent: bool = field(default=False, compare=False)
 
     def open(self) -> Descriptor:
         """Raises OSError: FileNotFoundError once the instance is on its way out."""
@@ -34,14 +35,12 @@ class Place:
             return syscalls.openat2(base, self.inner, os.O_PATH | os.O_DIRECTORY, _RESOLVE)
 
 
-def place_of(instance: Instance) -> tuple[Place, bool] | None:
-    """Where an instance's /tmp is, and whether its files persist; None where X11's sockets are not shared
-    with it.
-    """
+def place_of(instance: Instance) -> Place | None:
+    """Where an instance's /tmp is; None where X11's sockets are not shared with it."""
     for entry in instance.directories:
         if SOCKETS in entry.directory.shared:
             persistent = entry.directory.lifetime is Lifetime.PERSISTENT
-            return Place(entry.directory.path, f"{entry.barrier}/{INNER}"), persistent
+            return Place(entry.directory.path, f"{entry.barrier}/{INNER}", persistent)
     return None
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polytmpd.displays.lockfiles import _LOCK, display_of, lock_name, parse_pid
+from polytmpd.displays.lockfiles import display_of_lock, display_of_socket, lock_name, parse_pid
 
 pytestmark = pytest.mark.unit
 
@@ -34,12 +34,12 @@ pytestmark = pytest.mark.unit
     ],
 )
 def test_the_name_of_a_socket(name: str, display: int | None) -> None:
-    assert display_of(name) == display
+    assert display_of_socket(name) == display
 
 
 @given(st.integers(0, 65535))
 def test_the_name_of_a_lock(display: int) -> None:
-    assert display_of(lock_name(display), _LOCK) == display
+    assert display_of_lock(lock_name(display)) == display
     assert "/" not in lock_name(display)
 
 

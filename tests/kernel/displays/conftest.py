@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from polytmpd.displays.lockfiles import SOCKETS
-from tests.kernel.displays.world import Room
+from polytmpd.displays.registry import Registry
+from tests.kernel.displays.host import Host
 from tests.unit.settled import no_descriptor_leaks
 
 __all__ = ["no_descriptor_leaks"]
@@ -27,13 +28,21 @@ def base(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @pytest.fixture
-async def host(base: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Room]:
-    monkeypatch.setattr(
-        "polytmpd.kernel.host.ROOT", "/proc/self/root"
-    )  # in a container PID 1 may be another's
+async def host(base: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
+    host = Host(base)
+    update = Registry.update
+
+    def counted(registry: Registry, seconds: float) -> None:
+        try:
+            update(registry, seconds)
+        finally:
+            host.updates += 1
+
+    # in a container PID 1 may be another's
+    monkeypatch.setattr("polytmpd.kernel.host.ROOT", "/proc/self/root")
+    monkeypatch.setattr(Registry, "update", counted)
     (base / SOCKETS).mkdir()
     (base / SOCKETS).chmod(0o1777)
-    room = Room(base)
-    yield room
-    await room.room.close()
+    yield host
+    await host.locks.close()
     assert len(asyncio.all_tasks()) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from polytmpd.displays.lockfiles import MARK, find_copies, make_copy, publish
-from tests.kernel.displays.world import ALICE, BOB, make_lock, opened, put_copy, read, take_away
+from tests.kernel.displays.host import ALICE, BOB, make_lock, opened, put_copy, read, take_away
 
 pytestmark = pytest.mark.kernel
 

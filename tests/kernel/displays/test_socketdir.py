@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The host's socket directory: what is heard of it, when it is made again."""
 
-import asyncio
 import errno
 import os
 import shutil
@@ -9,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd.displays import displaylocks
+from polytmpd.displays import displaylocks, lockfiles, socketdir
 from polytmpd.displays.lockfiles import SOCKETS
 from polytmpd.kernel.inotify import IN_Q_OVERFLOW, Event, Inotify
-from tests.kernel.displays.world import (
+from tests.kernel.displays.host import (
     ALICE,
     BOB,
-    Room,
+    Host,
     make_lock,
     make_socket,
     opened,
@@ -28,14 +27,15 @@ pytestmark = pytest.mark.kernel
 MAX_QUEUED_EVENTS = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
 
 
-async def test_events_that_were_lost_are_made_up_for(host: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_events_that_were_lost_are_made_up_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     await host.start(ALICE, BOB)
     await host.shows([])
     await eventually(lambda: host.shared_again == 1)
+    ignored: list[str] = []
     with monkeypatch.context() as context:
-        context.setattr(displaylocks, "display_of", lambda name, pattern=None: None)
+        context.setattr(lockfiles, "display_of_socket", ignored.append)
         serve(host, ALICE)
-        await asyncio.sleep(0.2)
+        await eventually(lambda: "X7" in ignored)
     assert host.shown() == [str(ALICE)], "not heard"
     first, second = host.base / SOCKETS / "a", host.base / SOCKETS / "b"
     for _ in range(MAX_QUEUED_EVENTS // 4 + 10):  # without a moment for the room: four different events each
@@ -48,40 +48,31 @@ async def test_events_that_were_lost_are_made_up_for(host: Room, monkeypatch: py
 
 
 async def test_a_large_directory_is_listed_little_by_little(
-    host: Room, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logins come in between; and whoever has events lost meanwhile does not have it begin anew."""
-    monkeypatch.setattr(displaylocks, "_PASS", 0.0005)
+    monkeypatch.setattr(displaylocks, "_UPDATE", 0.0005)
     monkeypatch.setattr(displaylocks, "_REST", 0.001)
     for number in range(20000):
         (host.base / SOCKETS / f"junk{number}").touch()
     tmp = host.tmp(ALICE)
     tmp.mkdir(parents=True)
     serve(host, ALICE)
-    passes = 0
-    real = host.room._pass
-
-    def counted() -> None:
-        nonlocal passes
-        passes += 1
-        real()
-
-    monkeypatch.setattr(host.room, "_pass", counted)
     monkeypatch.setattr(Inotify, "read", lambda _: [Event(-1, IN_Q_OVERFLOW, "")])
     await host.start(ALICE, BOB)
     await host.shows(["host", ALICE, BOB])
     serve(host, ALICE, 8)  # of which nothing is heard
     await host.shows(["host", ALICE, BOB], 8)
-    assert passes > 10
+    assert host.updates > 10
     assert host.shared_again == 1
 
 
 @pytest.mark.parametrize("bound", [True, False], ids=["bound", "unbound"])
 async def test_a_socket_directory_that_is_made_again(
-    host: Room, monkeypatch: pytest.MonkeyPatch, bound: bool
+    host: Host, monkeypatch: pytest.MonkeyPatch, bound: bool
 ) -> None:
-    monkeypatch.setattr(displaylocks, "CHECK_INTERVAL", 0.1)
-    monkeypatch.setattr(displaylocks, "_MOVED_DELAY", 0.1)
+    monkeypatch.setattr(socketdir, "CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(socketdir, "_MOVED_DELAY", 0.1)
     await host.start(ALICE, BOB)
     serve(host, ALICE)
     await host.shows(["host", ALICE, BOB])
@@ -97,8 +88,8 @@ async def test_a_socket_directory_that_is_made_again(
         os.close(holder)
 
 
-async def test_an_empty_one_goes_without_an_event(host: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(displaylocks, "CHECK_INTERVAL", 0.1)
+async def test_an_empty_one_goes_without_an_event(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socketdir, "CHECK_INTERVAL", 0.1)
     await host.start(ALICE, BOB)
     await eventually(lambda: host.shared_again == 1)
     with opened(host.base / SOCKETS):
@@ -109,15 +100,15 @@ async def test_an_empty_one_goes_without_an_event(host: Room, monkeypatch: pytes
 
 
 async def test_a_socket_directory_that_must_not_be_shared(
-    host: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(displaylocks, "CHECK_INTERVAL", 0.05)
+    monkeypatch.setattr(socketdir, "CHECK_INTERVAL", 0.05)
     (host.base / SOCKETS).rename(host.base / "real")
     (host.base / SOCKETS).symlink_to("real")
     await host.start(ALICE, BOB)
     make_lock(host.tmp(ALICE), 7, ALICE)
     await eventually(lambda: "not shown across users" in caplog.text)
-    await asyncio.sleep(0.5)  # ten looks more
+    await host.updated(10)
     assert len([record for record in caplog.records if "not shown across users" in record.message]) == 1
     (host.base / SOCKETS).unlink()
     (host.base / "real").rename(host.base / SOCKETS)
@@ -129,14 +120,14 @@ async def test_a_socket_directory_that_must_not_be_shared(
     "error", [RuntimeError("can't start new thread"), OSError(errno.EMFILE, "none left")]
 )
 async def test_what_cannot_be_shared_again_is_tried_again(
-    host: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    monkeypatch.setattr(displaylocks, "CHECK_INTERVAL", 0.05)
+    monkeypatch.setattr(socketdir, "CHECK_INTERVAL", 0.05)
     host.failures = [error, error]
     await host.start(ALICE, BOB)
     serve(host, ALICE)
     await host.shows(["host", ALICE, BOB])
     await eventually(lambda: host.shared_again)
     assert [record.args for record in caplog.records] == [(SOCKETS, error)], "said once"
-    await asyncio.sleep(0.3)
+    await host.updated(5)
     assert host.shared_again == 1

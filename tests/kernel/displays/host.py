@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files as X servers make them, and a host of its own with instances and the room."""
+"""Files as X servers make them, and a host with instances and display locks."""
 
 import os
 import socket
@@ -55,14 +55,15 @@ def take_away(directory: Path, display: int) -> bool:
         return withdraw(fd, display)
 
 
-class Room:
-    """A host of its own: a base directory, instances in it, and the room."""
+class Host:
+    """A host of its own: a base directory, instances in it, and the display locks."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
         self.shared_again = 0
+        self.updates = 0
         self.failures: list[Exception] = []
-        self.room = DisplayLocks(self._share_again)
+        self.locks = DisplayLocks(self._share_again)
         self.directory = Directory(str(base), Lifetime.INSTANCE, (SOCKETS,))
 
     async def _share_again(self, base: str) -> None:
@@ -81,12 +82,17 @@ class Room:
         return self.base / f"polytmp-{uid}{name}/tmp"
 
     async def start(self, *uids: int) -> None:
-        await self.room.start([self.directory], [self.instance(uid) for uid in uids])
+        await self.locks.start([self.directory], [self.instance(uid) for uid in uids])
 
     async def again(self, *uids: int) -> None:
         """Another daemon; the former one is closed."""
-        self.room = DisplayLocks(self._share_again)
+        self.locks = DisplayLocks(self._share_again)
         await self.start(*uids)
+
+    async def updated(self, times: int) -> None:
+        """Wait for so many further updates."""
+        wanted = self.updates + times
+        await eventually(lambda: self.updates >= wanted)
 
     def shown(self, display: int = 7) -> list[str]:
         """Where the lock is to be seen, whoever's it is."""
@@ -98,6 +104,6 @@ class Room:
         await eventually(lambda: self.shown(display) == wanted)
 
 
-def serve(host: Room, uid: int, display: int = 7, where: Path | None = None) -> Path:
+def serve(host: Host, uid: int, display: int = 7, where: Path | None = None) -> Path:
     make_lock(where or host.tmp(uid), display, uid)
     return make_socket(host.base, display, uid)
