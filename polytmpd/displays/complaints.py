@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Warnings that are logged once until their cause is gone.
+"""Logs each warning once, until its cause is gone.
 
-Any thread may use it. Not here: what is wrong.
+Runs in any thread.
+Not here: what is wrong.
 """
 
 import logging
@@ -13,24 +14,24 @@ log = logging.getLogger(__name__)
 
 
 class Complaints:
-    """Remembers what it has complained about. Each subject is a short string of the caller's choice."""
+    """Remembers the subjects of its warnings: short strings that the caller chooses."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._subjects: set[str] = set()
 
     def warn(self, subject: str, message: str, *args: object, uid: int | None = None) -> None:
-        """Log a warning, unless there is one about this subject already."""
+        """Log a warning, unless this subject already has one. uid goes into the journal's fields."""
         if self._is_new(subject):
             log.warning(message, *args, extra=fields(uid=uid))
 
     def report(self, error: Exception) -> None:
-        """Log an unexpected error with its traceback, once for each type of error."""
+        """Log an unexpected error with its traceback, once for each type."""
         if self._is_new(f"internal {type(error).__name__}"):
-            log.error("Display locks are not shown everywhere: %r", error, exc_info=error)
+            log.error("Unexpected error, X display locks may be out of date: %r", error, exc_info=error)
 
     def settle(self, subject: str) -> None:
-        """The cause is gone: complain again if it comes back."""
+        """Forget a subject whose cause is gone. If the cause comes back, it is logged again."""
         with self._lock:
             self._subjects.discard(subject)
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon's side of the display locks: hears of instances and of changes, and has the registry updated.
+"""The daemon's side of the display locks: decides when the registry is updated.
 
-Runs in the event loop, and touches no file: all of that is work for the worker's thread. What fails is
-logged: a login never fails for a display.
-Not here: the socket directory's bind mounts (kernel/mountns, executor), and when instances come and go
-(daemon).
+Runs in the event loop and touches no file; it has the worker's thread do that.
+Not here: when instances come and go (daemon), and the bind mounts of the socket directory (kernel/mountns,
+executor).
 """
 
 import asyncio
@@ -15,23 +14,24 @@ from typing import Final
 
 from polytmpd.core.model import Directory, Instance
 from polytmpd.displays.complaints import Complaints
-from polytmpd.displays.lockfiles import SOCKETS
-from polytmpd.displays.places import find_copies_in, place_of
+from polytmpd.displays.lockfiles import SOCKETS, find_copies
+from polytmpd.displays.places import Place, place_of
 from polytmpd.displays.registry import HOST, Registry, Status
 from polytmpd.displays.worker import Worker
 
-# An update works so long at most, and rests at least so long, and ten times as long as it worked: whoever
-# makes and removes sockets without end gets a tenth of a processor, and logins come in between.
+# In seconds. An update works for at most _UPDATE, then rests for at least _REST, and for ten times as long
+# as it worked. So a user who makes and removes sockets in a loop costs a tenth of a processor, and logins
+# come in between.
 _UPDATE: Final = 0.02
 _REST: Final = 0.05
 _REST_FACTOR: Final = 10
 
 
 class DisplayLocks:
-    """One for a daemon; its methods are called in the event loop."""
+    """The display locks of one daemon. Call its methods in the event loop."""
 
     def __init__(self, share_again: Callable[[str], Awaitable[None]]) -> None:
-        """share_again(base) gives the host's socket directories in base, made again, to the instances."""
+        """share_again(base) gives the instances the socket directories that the host has in base now."""
         self._share_again = share_again
         self._complaints = complaints = Complaints()
         self._stopping = threading.Event()
@@ -39,15 +39,16 @@ class DisplayLocks:
         self._worker = Worker(lambda: Registry(complaints, stopping), complaints)
         self._changed = asyncio.Event()
         self._status = Status()
-        self._shared = 0  # the generation that the instances were last given
+        self._shared = 0  # the generation of the socket directory that the instances have
         self._updates: asyncio.Task[None] | None = None
         self._sweeps: set[asyncio.Task[None]] = set()
 
     async def start(self, directories: Sequence[Directory], instances: Iterable[Instance]) -> None:
-        """Look at everything anew.
+        """Show all displays in all instances, and remove the copies that a former daemon left.
 
-        instances: all that are there; also those that have ended and are removed next, since files of theirs
-        may persist. Without SOCKETS in directories this is idle until an instance comes that shares it.
+        Call it once, before the other methods. instances: every instance, even one that has ended and is
+        about to be removed, since its files may persist. Nothing happens until a directory or an instance
+        shares SOCKETS.
         """
         places = {instance.uid: place for instance in instances if (place := place_of(instance))}
         bases = [place.base for place in places.values()]
@@ -60,9 +61,7 @@ class DisplayLocks:
             self._sweep(uid)
 
     async def instance_came(self, instance: Instance) -> None:
-        """Show the displays that exist to an instance before its user comes in. Instances that have come
-        already may come again.
-        """
+        """Show all displays in an instance. Call it before the user enters; it may be called again."""
         if (place := place_of(instance)) is None:
             return
         await self._worker.call(lambda registry: registry.add_place(instance.uid, place))
@@ -71,12 +70,12 @@ class DisplayLocks:
             self._sweep(instance.uid)
 
     def instance_gone(self, uid: int) -> None:
-        """An instance ended: its displays are no more, and it is shown no others."""
+        """Forget the displays of an instance that has ended, and show no more displays in it."""
         if self._updates is not None:
             self._worker.submit(lambda registry: registry.remove_place(uid))
 
     async def close(self) -> None:
-        """Stop; copies stay, the next start judges them."""
+        """Stop. The copies stay; the next start() removes those that are out of date."""
         self._stopping.set()
         tasks = [task for task in (self._updates, *self._sweeps) if task is not None]
         for task in tasks:
@@ -89,7 +88,7 @@ class DisplayLocks:
         self._worker.shut_down()
 
     def _update_soon(self) -> None:
-        """Begin to hear events, at the latest when there is something to hear of."""
+        """Update the registry at the next opportunity, and from now on whenever something changes."""
         self._changed.set()
         if self._updates is None and not self._stopping.is_set():
             self._updates = asyncio.get_running_loop().create_task(self._keep_updated())
@@ -113,22 +112,22 @@ class DisplayLocks:
                 loop.add_reader(self._status.inotify, self._on_readable, self._status.inotify)
 
     def _on_readable(self, inotify: int) -> None:
-        asyncio.get_running_loop().remove_reader(inotify)  # until the update that it starts has rested
+        asyncio.get_running_loop().remove_reader(inotify)  # until the next update is over and has rested
         self._changed.set()
 
     async def _share(self, status: Status) -> None:
-        """Give a new socket directory to the instances."""
+        """Give the instances a new socket directory."""
         try:
             await self._share_again(status.base)
-        except Exception as error:  # nobody else would go on showing displays
-            message = "Instances may have a former %s: %r, trying again"
-            self._complaints.warn("share", message, SOCKETS, error)
+        except Exception as error:  # it must not end the task that keeps the displays updated
+            message = "Failed to share %s/%s with all instances, retrying: %r"
+            self._complaints.warn("share", message, status.base, SOCKETS, error)
         else:
             self._shared = status.generation
             self._complaints.settle("share")
 
     def _sweep(self, uid: int) -> None:
-        """Remove copies that a former daemon left in a place, without keeping anybody waiting."""
+        """Remove the copies that a former daemon left in a place. Returns at once."""
         task = asyncio.get_running_loop().create_task(self._remove_strays(uid))
         self._sweeps.add(task)
         task.add_done_callback(self._sweeps.discard)
@@ -138,5 +137,11 @@ class DisplayLocks:
         if place is None:
             return
         with contextlib.suppress(OSError):
-            found = await asyncio.to_thread(find_copies_in, place, self._stopping.is_set)
+            found = await asyncio.to_thread(_find_copies, place, self._stopping.is_set)
             await self._worker.call(lambda registry: registry.remove_strays(uid, place, found))
+
+
+def _find_copies(place: Place, cancelled: Callable[[], bool]) -> list[int]:
+    """Runs in a thread of its own, so that the worker need not wait for a large directory."""
+    with place.open() as directory:
+        return find_copies(directory, cancelled)

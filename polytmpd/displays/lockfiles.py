@@ -1,9 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""X displays' sockets, locks and the copies of locks, in one directory.
+"""The sockets and locks of X displays, and our copies of locks, in one directory.
 
-Every function works from the caller's descriptor of a directory (O_PATH will do); none follows a link or
-blocks. They keep nothing, and any thread may call them.
-Not here: which directories, and when.
+Runs in any thread: functions without state. Each works from the caller's descriptor of the directory, for
+which O_PATH is enough. None follows a symbolic link, and none blocks.
+Not here: in which directories, and when.
+
+Hard facts
+- An X server, Xwayland and mutter make the lock first ("%10d\\n", the server's PID, mode 0444), then the
+  socket X<n>. They remove both at exit. If they are killed, both stay, and because the directory is sticky
+  only the owner can remove them. The same is true of a copy, which is root's.
+- With -displayfd and no display number there is no lock at all.
+- A program that finds a lock calls kill(PID, 0), and removes the lock on ESRCH. A copy must never contain
+  anything but a positive PID: kill(-1) reaches every process.
+- A lock in a user's /tmp may be anything: a FIFO, a symbolic link, a file with a lease (fcntl(2)).
+- A copy belongs to root and is in a sticky directory. So once a descriptor has shown that a file is a copy,
+  its name still refers to it when it is unlinked. Only root can set or see a trusted.* attribute (xattr(7)).
 """
 
 import contextlib
@@ -18,7 +29,7 @@ from polytmpd.kernel.descriptor import Descriptor
 
 SOCKETS: Final = ".X11-unix"
 MARK: Final = "trusted.polytmp.displaylock"
-"""The extended attribute by which a copy is known to be one, by any daemon."""
+"""The extended attribute that marks a copy as one of ours, for this daemon and its successors."""
 
 _SOCKET: Final = re.compile(r"X(0|[1-9]\d{0,4})", re.ASCII)
 _LOCK: Final = re.compile(r"\.X(0|[1-9]\d{0,4})-lock", re.ASCII)
@@ -28,17 +39,17 @@ _SIZE_AT_MOST: Final = 16
 _PID_LAST: Final = 2**31 - 1
 _SCANNED_AT_MOST: Final = 1_000_000
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
-# opening a link, a socket, a file with a lease
+# what open(2) says of a symbolic link, a socket, a file with a lease
 _NOT_OURS: Final = (errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK)
 
 
 def display_of_socket(name: str) -> int | None:
-    """The display that a socket is named for; None if the name is no socket's."""
+    """The display in a socket's name; None for any other name."""
     return _display_of(_SOCKET.fullmatch(name))
 
 
 def display_of_lock(name: str) -> int | None:
-    """The display that a lock is named for; None if the name is no lock's."""
+    """The display in a lock's name; None for any other name."""
     return _display_of(_LOCK.fullmatch(name))
 
 
@@ -51,14 +62,14 @@ def lock_name(display: int) -> str:
 
 
 def parse_pid(data: bytes) -> int | None:
-    """The PID in a lock; None for everything that no X server writes."""
+    """The PID in a lock; None for anything that an X server would not write."""
     match = _PID.fullmatch(data) if len(data) <= _SIZE_AT_MOST else None
     pid = int(match[1]) if match else 0
     return pid if 0 < pid <= _PID_LAST else None
 
 
 def socket_owner(sockets: int, display: int) -> int | None:
-    """The UID that a display's socket belongs to; None where there is no socket."""
+    """The UID that a display's socket belongs to; None if there is no socket."""
     try:
         found = os.stat(f"X{display}", dir_fd=sockets, follow_symlinks=False)
     except OSError:
@@ -67,8 +78,9 @@ def socket_owner(sockets: int, display: int) -> int | None:
 
 
 def read_lock(directory: int, display: int, owner: int) -> int | None:
-    """The PID in a display's own lock: a plain, short file of that owner's, and no copy. None for anything
-    else.
+    """The PID in a display's original lock; None if there is none.
+
+    An original is a short regular file that belongs to owner and is not one of our copies.
     """
     with (
         contextlib.suppress(OSError),
@@ -81,7 +93,7 @@ def read_lock(directory: int, display: int, owner: int) -> int | None:
 
 
 def make_copy(directory: int, pid: int) -> Descriptor:
-    """A lock of ours that has no name yet, for publish(). The descriptor is the caller's. Raises OSError."""
+    """A copy that has no name yet, for publish(). The caller closes the descriptor. Raises OSError."""
     fd = Descriptor.open(".", os.O_TMPFILE | os.O_RDWR, dir_fd=directory, mode=0o600)
     try:
         os.write(fd, b"%10d\n" % pid)
@@ -94,9 +106,9 @@ def make_copy(directory: int, pid: int) -> Descriptor:
 
 
 def publish(copy: int, directory: int, display: int) -> bool:
-    """Give a copy its name in a directory of the same file system; an older copy is replaced.
+    """Give a copy its name in a directory of the same file system, in place of an older copy.
 
-    Whether a copy is there now: what belongs to somebody else stays as it is. Raises OSError.
+    Returns False if the name is taken by something that is not a copy; that stays. Raises OSError.
     """
     name = lock_name(display)
     with contextlib.suppress(FileNotFoundError), _opened_copy(name, directory) as old:
@@ -113,7 +125,7 @@ def publish(copy: int, directory: int, display: int) -> bool:
 
 
 def withdraw(directory: int, display: int) -> bool:
-    """Remove a display's copy, if it is one; whether it was. Raises OSError."""
+    """Remove a display's copy. Returns False if there is none; anything else stays. Raises OSError."""
     name = lock_name(display)
     with contextlib.suppress(FileNotFoundError), _opened_copy(name, directory) as copy:
         if copy is not None:
@@ -123,7 +135,10 @@ def withdraw(directory: int, display: int) -> bool:
 
 
 def find_copies(directory: int, cancelled: Callable[[], bool] = lambda: False) -> list[int]:
-    """The displays of which a directory has copies. As slow as the directory is large. Raises OSError."""
+    """The displays of which a directory has copies. Slow if the directory is large. Raises OSError.
+
+    If cancelled() becomes true, the result is what was found so far.
+    """
     found = []
     with (
         Descriptor.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory) as fd,
@@ -143,7 +158,10 @@ def find_copies(directory: int, cancelled: Callable[[], bool] = lambda: False) -
 
 @contextlib.contextmanager
 def _opened_copy(name: str, directory: int) -> Iterator[Descriptor | None]:
-    """A descriptor of our copy, None where something else has the name; FileNotFoundError."""
+    """Yields a descriptor of a copy, and closes it; None if something else has the name.
+
+    Raises OSError: FileNotFoundError if nothing has the name.
+    """
     try:
         fd = Descriptor.open(name, _READ, dir_fd=directory)
     except OSError as error:

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A place: the directory that the host, or the processes of one instance, know as /tmp.
+"""A place: the directory that processes of the host, or of one instance, know as /tmp.
 
-Keeps nothing open; any thread may use it. Not here: what is shown in it.
+Runs in any thread.
+Not here: which locks a place shows (registry).
+
+Hard fact
+- The daemon's path to a place leads through the host's /tmp, so it crosses no mount of the user's.
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from polytmpd.core.model import Instance, Lifetime
 from polytmpd.core.names import INNER
-from polytmpd.displays.lockfiles import SOCKETS, find_copies
+from polytmpd.displays.lockfiles import SOCKETS
 from polytmpd.kernel import host, syscalls
 from polytmpd.kernel.descriptor import Descriptor
 
@@ -20,14 +23,24 @@ _RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | sysc
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What somebody knows as /tmp: base on the host, and in it the barrier and the inner directory."""
+    """base: the directory on the host. inner: the path from there to the instance's own directory, empty for
+    the host. is_persistent: whether the files outlive the instance.
+    """
 
     base: str
     inner: str = ""
     is_persistent: bool = field(default=False, compare=False)
 
+    @property
+    def path(self) -> str:
+        """The absolute path on the host."""
+        return f"{self.base}/{self.inner}" if self.inner else self.base
+
     def open(self) -> Descriptor:
-        """Raises OSError: FileNotFoundError once the instance is on its way out."""
+        """An O_PATH descriptor, the caller's to close.
+
+        Raises OSError: FileNotFoundError once the instance is being removed.
+        """
         base = host.open_directory(self.base)
         if not self.inner:
             return base
@@ -36,14 +49,9 @@ class Place:
 
 
 def place_of(instance: Instance) -> Place | None:
-    """Where an instance's /tmp is; None where X11's sockets are not shared with it."""
+    """The place of an instance; None if the host's X11 sockets are not shared with it."""
     for entry in instance.directories:
         if SOCKETS in entry.directory.shared:
             persistent = entry.directory.lifetime is Lifetime.PERSISTENT
             return Place(entry.directory.path, f"{entry.barrier}/{INNER}", persistent)
     return None
-
-
-def find_copies_in(place: Place, cancelled: Callable[[], bool]) -> list[int]:
-    with place.open() as directory:
-        return find_copies(directory, cancelled)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The registry: which X displays there are, and in which places their locks are shown.
 
-Runs in the worker's thread, so that whatever is asked first is done first. It knows of no event loop.
+Runs in the worker's thread and knows nothing of the event loop.
 Not here: when it is updated (displaylocks), and what a lock is (lockfiles).
 """
 
@@ -18,22 +18,23 @@ from polytmpd.displays import lockfiles
 from polytmpd.displays.complaints import Complaints
 from polytmpd.displays.places import Place
 from polytmpd.displays.socketdir import SocketDirectory
+from polytmpd.kernel.host import in_words
 
 log = logging.getLogger(__name__)
 
 HOST: Final = -1
-"""Stands for the host where a place is named by the UID of its instance."""
+"""The host's place. Those of the instances have their UIDs."""
 PER_OWNER: Final = 64
-"""Displays of one user that are shown to the others."""
+"""How many displays of one user are shown to the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the event loop has to know of the registry.
+    """What the event loop needs to know.
 
-    base: the host's directory in which the sockets' is. generation: which socket directory it is, counted
-    from 1. inotify: the descriptor to wait for. check_due: when to update at the latest, by the monotonic
-    clock. has_work: whether to update soon.
+    base: the directory of the host that contains the socket directory. generation: which socket directory it
+    is, 0 if there has been none. inotify: the descriptor to wait for. check_due: when to update at the
+    latest, in seconds of the monotonic clock; None for never. has_work: whether the last update left work.
     """
 
     base: str = ""
@@ -45,7 +46,10 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class _Display:
-    """A display that is shown: whose the socket is, in whose place the lock is, and the PID in it."""
+    """A display that is shown.
+
+    owner: the UID that the socket belongs to. source: the place of the original lock. pid: the PID in it.
+    """
 
     owner: int
     source: int
@@ -53,10 +57,10 @@ class _Display:
 
 
 class Registry:
-    """Idle until it has a place."""
+    """The displays and the places of one daemon. It does nothing until it has a place."""
 
     def __init__(self, complaints: Complaints, stopping: Callable[[], bool]) -> None:
-        """stopping(): whether to leave the rest of the work undone."""
+        """If stopping() is true, updates end early."""
         self._complaints = complaints
         self._stopping = stopping
         self._directory: SocketDirectory | None = None
@@ -65,12 +69,12 @@ class Registry:
         self._counts: Counter[int] = Counter()
 
     def start(self, base: str, places: Mapping[int, Place]) -> None:
-        """Begin with these places, by the UIDs of their instances; base: the host's own."""
+        """Take these places, by UID. base: the host's directory. Call it once, before the other methods."""
         self._add_host(os.path.realpath(base))
         self._places |= places
 
     def add_place(self, uid: int, place: Place) -> None:
-        """Show the displays that exist in the place of an instance. It may have been added before."""
+        """Show all displays in the place of an instance, new or known."""
         directory = self._directory or self._add_host(place.base)
         self._places[uid] = place
         directory.check_soon()
@@ -79,7 +83,7 @@ class Registry:
                 self._publish(display, known.pid, [uid])
 
     def remove_place(self, uid: int) -> None:
-        """An instance ended: its displays are no more, and it is shown no others."""
+        """Forget an instance that has ended, and its displays. Removes the other copies from its place."""
         place = self._places.pop(uid, None)
         for display, known in list(self._displays.items()):
             if uid in {known.source, known.owner}:
@@ -93,7 +97,7 @@ class Registry:
         return self._places.get(uid)
 
     def remove_strays(self, uid: int, place: Place, found: Sequence[int]) -> None:
-        """Remove the copies in a place that are not to be there. found: the displays whose copies it has."""
+        """Remove the copies that do not belong in a place. found: the displays of which it has copies."""
         if self._directory is None or self._places.get(uid) != place:
             return
         for display in found:
@@ -104,7 +108,7 @@ class Registry:
                 self._withdraw_from(place, display)
 
     def update(self, seconds: float) -> None:
-        """Look at what has changed, no longer than so many seconds; the rest is left for the next time."""
+        """Show what has changed. Whatever takes longer than so many seconds is left to the next update."""
         if self._directory is None:
             return
         begun = time.monotonic()
@@ -116,7 +120,7 @@ class Registry:
             with self._directory.open() as sockets:
                 for display in self._directory.changed_until(begun + seconds):
                     self._compare(sockets, display)
-        except FileNotFoundError:  # the directory, a moment ago
+        except FileNotFoundError:  # the directory has just been removed
             self._directory.vanished()
 
     def status(self) -> Status:
@@ -131,7 +135,7 @@ class Registry:
         )
 
     def close(self) -> None:
-        """Release the descriptors; the copies stay."""
+        """Close all descriptors. The copies stay."""
         if self._directory is not None:
             self._directory.close()
 
@@ -141,7 +145,7 @@ class Registry:
         return self._directory
 
     def _compare(self, sockets: int, display: int) -> None:
-        """Compare one display with what is known of it."""
+        """Compare a display on disk with what is known of it, and show the difference."""
         known = self._displays.get(display)
         owner = lockfiles.socket_owner(sockets, display)
         if known is not None and known.owner != owner:
@@ -150,7 +154,7 @@ class Registry:
         if owner is None:
             return
         if known is None and self._counts[owner] >= PER_OWNER:
-            message = "UID %d has more than %d X displays, the others' locks are not shown to other users"
+            message = "UID %d has more than %d X displays, not showing the locks of the rest to other users"
             self._complaints.warn(f"owner {owner}", message, owner, PER_OWNER, uid=owner)
             return
         found = self._find_lock(display, owner)
@@ -164,10 +168,10 @@ class Registry:
         self._publish(display, pid, [uid for uid in self._places if uid != source])
 
     def _find_lock(self, display: int, owner: int) -> tuple[int, int] | None:
-        """Where a display's lock is, and the PID in it.
+        """The place of a display's lock, and the PID in it.
 
-        It is in its owner's /tmp, as a rule. Root's Xorg of a user's session, and `sudo -u bob`, have it in
-        the /tmp of the user who started them.
+        The lock is usually in the place of its owner. An Xorg that runs as root in a user's session, or one
+        started by `sudo -u bob`, has it in the place of the user who started it.
         """
         first = [uid for uid in (owner, HOST) if uid in self._places]
         for uid in (*first, *(uid for uid in self._places if uid not in first)):
@@ -178,7 +182,7 @@ class Registry:
         return None
 
     def _forget(self, display: int) -> None:
-        """Forget a display, and remove its copies."""
+        """Forget a display, and remove all copies of its lock."""
         known = self._displays.pop(display, None)
         if known is None:
             return
@@ -189,13 +193,13 @@ class Registry:
             self._withdraw_from(place, display)
 
     def _publish(self, display: int, pid: int, uids: Iterable[int]) -> None:
-        """One file for all: a link in each place costs no inode."""
+        """Show a lock in these places: one file, and a hard link in each, so that it costs one inode."""
         try:
             with self._places[HOST].open() as base:
                 copy = lockfiles.make_copy(base, pid)
         except OSError as error:
-            message = "X display locks are not shown across users: %s"
-            self._complaints.warn(f"place {HOST}", message, error)
+            message = "Failed to copy an X display lock in %s, not showing it to other users: %s"
+            self._complaints.warn(f"place {HOST}", message, self._places[HOST].path, in_words(error))
             return
         with copy:
             for uid in uids:
@@ -206,14 +210,14 @@ class Registry:
         try:
             with place.open() as directory:
                 shown = lockfiles.publish(copy, directory, display)
-        except FileNotFoundError:  # on its way out
+        except FileNotFoundError:  # the instance is being removed
             return
         except OSError as error:
-            message = "X display locks are not shown in %s/%s: %s"
-            self._complaints.warn(f"place {uid}", message, place.base, place.inner, error)
+            message = "Failed to show X display locks in %s, ignoring: %s"
+            self._complaints.warn(f"place {uid}", message, place.path, in_words(error))
             return
         if not shown:
-            log.debug("%s/%s has a lock of display %d of its own", place.base, place.inner, display)
+            log.debug("%s has its own lock of display %d, keeping it", place.path, display)
 
     def _withdraw_from(self, place: Place, display: int) -> None:
         try:
@@ -222,4 +226,5 @@ class Registry:
         except FileNotFoundError:
             return
         except OSError as error:
-            log.warning("The lock of display %d stays in %s/%s: %s", display, place.base, place.inner, error)
+            name = lockfiles.lock_name(display)
+            log.warning("Failed to remove %s/%s, ignoring: %s", place.path, name, in_words(error))

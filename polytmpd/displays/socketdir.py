@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host's socket directory, /tmp/.X11-unix: watches and lists it, and names the displays that may have
-changed.
+"""The host's socket directory, /tmp/.X11-unix: which displays may have changed.
 
-Runs in the worker's thread. Owns one inotify instance. The event loop waits for its descriptor to become
+Runs in the worker's thread. Owns one inotify instance; the event loop waits for its descriptor to become
 readable, and does nothing else with it.
 Not here: what becomes of a display (registry).
 
 Hard facts
-- X servers are looked for by their sockets: users' own /tmp are not watched, compilers live there.
-- A directory that is removed sends nothing, no IN_DELETE_SELF, while a bind mount of it exists: it is looked
-  at every CHECK_INTERVAL seconds.
+- X servers are found by their sockets. Watching for locks would mean watching every user's /tmp, where
+  compilers work.
+- A directory that is removed sends nothing, not even IN_DELETE_SELF, while a bind mount of it exists. So it
+  is checked every CHECK_INTERVAL seconds.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from polytmpd.displays.complaints import Complaints
 from polytmpd.displays.lockfiles import SOCKETS
 from polytmpd.displays.places import Place
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.host import in_words
 from polytmpd.kernel.inotify import (
     IN_CREATE,
     IN_DELETE,
@@ -38,7 +39,7 @@ from polytmpd.kernel.inotify import (
 )
 
 CHECK_INTERVAL: Final = 10.0
-"""Seconds in which a socket directory that was made again is noticed; a login notices it at once."""
+"""Seconds until a new socket directory is noticed at the latest; a login notices it at once."""
 
 _MOVED_DELAY: Final = 1.0
 _EVENTS: Final = (
@@ -49,7 +50,7 @@ _PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class SocketDirectory:
-    """The directory that has this name now; it may be removed and made again at any time."""
+    """The directory that has this name now. It may be removed and made again at any time."""
 
     def __init__(self, host: Place, complaints: Complaints, stopping: Callable[[], bool]) -> None:
         self._host = host
@@ -60,20 +61,20 @@ class SocketDirectory:
         self._identity: tuple[int, int] | None = None
         self._changed: dict[int, None] = {}
         self._listing: os._ScandirIterator[str] | None = None
-        self._lost = False  # events, while it is listed: it is listed once more then
+        self._overflowed = False  # during the listing, so it has to be listed once more
         self.check_due = 0.0
-        """When refresh() checks the directory next, by the monotonic clock."""
+        """When refresh() checks the directory next, in seconds of the monotonic clock."""
         self.generation = 0
-        """How many directories were found so far: a new one may have its predecessor's inode number."""
+        """Counts the directories found so far: a new one may have the inode number of the one before."""
 
     @property
     def inotify(self) -> int | None:
-        """The inotify descriptor; None before a directory was found. It stays this object's."""
+        """The inotify descriptor, to wait for only; None until a directory is found."""
         return None if self._inotify is None else int(self._inotify.fd)
 
     @property
     def has_work(self) -> bool:
-        """Whether displays are left that may have changed, or may be found."""
+        """Whether there are displays to compare, or entries to list."""
         return bool(self._changed) or self._listing is not None
 
     def open(self) -> Descriptor:
@@ -88,12 +89,13 @@ class SocketDirectory:
             self._inotify = None
 
     def check_soon(self, seconds: float = 0.0) -> None:
-        """Have refresh() check the directory in so many seconds."""
+        """Have refresh() check the directory after so many seconds."""
         self.check_due = time.monotonic() + seconds
 
     def refresh(self, shown: Iterable[int]) -> None:
-        """Read the events, and check the directory if that is due. If it is another one, all its sockets and
-        all displays that are shown may have changed.
+        """Read the events, and check the directory if that is due.
+
+        If it is another directory, everything may have changed: its sockets, and the displays shown now.
         """
         self._read_events()
         now = time.monotonic()
@@ -102,41 +104,44 @@ class SocketDirectory:
             self._check(shown)
         if self._identity is None:
             self._end_listing()
-            self._changed.clear()  # there is nothing to look at, and all is looked at when there is
+            self._changed.clear()  # once there is a directory, all of it is listed
 
     def list_until(self, end: float) -> None:
-        """Go on with the listing, as long as the directory may be. Raises OSError."""
+        """Continue the listing until a moment of the monotonic clock, however large the directory is.
+
+        Raises OSError.
+        """
         for entry in self._listing or ():
             if (display := lockfiles.display_of_socket(entry.name)) is not None:
                 self._changed[display] = None
             if time.monotonic() >= end or self._stopping():
                 return
-        if self._lost:
+        if self._overflowed:
             self._identity = None
             self.check_soon()
         self._end_listing()
 
     def changed_until(self, end: float) -> Iterator[int]:
-        """Take the displays that may have changed, one by one, for as long as there is time."""
+        """Take displays that may have changed, one by one, until a moment of the monotonic clock."""
         while self._changed and time.monotonic() < end and not self._stopping():
             display = next(iter(self._changed))
             del self._changed[display]
             yield display
 
     def vanished(self) -> None:
-        """The directory could not be opened any more."""
+        """Note that the directory can no longer be opened: check again after a moment."""
         self._identity = None
         self.check_soon(_MOVED_DELAY)
 
     def _read_events(self) -> None:
         for event in self._inotify.read() if self._inotify is not None else ():
             if event.mask & IN_Q_OVERFLOW:
-                self._identity = None  # as if it were another directory: all sockets are looked at
+                self._identity = None  # as if it were another directory: list all of it
                 self.check_soon()
             elif event.watch != self._watch:
                 continue
             elif event.mask & _SELF:
-                # not at once: who moves it away is about to make the new one
+                # not at once: whatever moved it away is about to make the new one
                 self.check_due = min(self.check_due, time.monotonic() + _MOVED_DELAY)
                 if event.mask & IN_IGNORED:
                     self._identity, self._watch = None, -1
@@ -144,7 +149,7 @@ class SocketDirectory:
                 self._changed[display] = None
 
     def _check(self, shown: Iterable[int]) -> None:
-        """Watch the host's socket directory as it is now; where it is another one, look at all sockets."""
+        """Find the directory as it is now. If it is another one, watch it and begin to list it."""
         try:
             with self._host.open() as base:
                 shared.ensure(base, SOCKETS)
@@ -157,13 +162,14 @@ class SocketDirectory:
                 self._identity = (found.st_dev, found.st_ino)
         except OSError as error:
             self._identity = None
-            self._complaints.warn(SOCKETS, "X displays are not shown across users: %s", error)
+            message = "Failed to watch %s/%s, not showing X display locks to other users: %s"
+            self._complaints.warn(SOCKETS, message, self._host.path, SOCKETS, in_words(error))
             return
         self._complaints.settle(SOCKETS)
         self._changed.update(dict.fromkeys(shown))
 
     def _move_watch(self, sockets: int) -> bool:
-        """Watch this directory; whether it is another one than was watched, which no instance has yet."""
+        """Watch this directory instead. Returns whether it is new: no instance has a new one yet."""
         if self._inotify is None:
             self._inotify = Inotify()
         former, self._watch = self._watch, -1
@@ -172,16 +178,18 @@ class SocketDirectory:
             return False
         self.generation += 1
         if former != -1:
-            with contextlib.suppress(OSError):  # the kernel removed it already
+            with contextlib.suppress(OSError):  # the kernel has already removed it
                 self._inotify.remove_watch(former)
         return True
 
     def _begin_listing(self, sockets: int, *, is_new: bool) -> None:
-        """One that is under way goes on to its end: who has events lost without end would have it begin
-        without end.
+        """Begin to list the directory.
+
+        A listing of the same directory continues, and is repeated later. Otherwise a user who keeps the
+        queue overflowing would make it begin again and again, and never end.
         """
         if self._listing is not None and not is_new:
-            self._lost = True
+            self._overflowed = True
             return
         self._end_listing()
         with Descriptor.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=sockets) as fd:
@@ -190,4 +198,4 @@ class SocketDirectory:
     def _end_listing(self) -> None:
         if self._listing is not None:
             self._listing.close()
-        self._listing, self._lost = None, False
+        self._listing, self._overflowed = None, False

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one thread that owns the registry, and the only way to it.
+"""The one thread that owns the registry, and the only way to reach it.
 
-The event loop calls submit() and call(); the work that they are given runs in the thread, in the order in
-which it was submitted. The registry is made in the thread and lies in its local storage, so no other thread
-can reach it.
+The event loop calls submit() and call(). The thread runs the work in the order in which it was submitted. It
+also creates the registry and keeps it in thread-local storage, so that no other thread can touch it.
 Not here: what the work is.
 """
 
@@ -24,10 +23,10 @@ class _Local(threading.local):
 
 
 class Worker:
-    """A thread with a registry in it. Work must not return the registry, or anything that can change."""
+    """A thread and its registry. Work must return neither the registry nor anything else that can change."""
 
     def __init__(self, make: Callable[[], Registry], complaints: Complaints) -> None:
-        """make() is called in the thread, once."""
+        """The thread calls make() once, when it starts."""
         self._complaints = complaints
         local = _Local()
 
@@ -38,9 +37,7 @@ class Worker:
         self._pool = ThreadPoolExecutor(1, "displaylocks", initializer=own)
 
     def submit(self, work: Callable[[Registry], T]) -> "Future[T | None]":
-        """Have the work done, after all that was submitted before. Its result is None if it fails; an error
-        is logged.
-        """
+        """Queue work for the thread. If the work fails, the error is logged and the result is None."""
 
         def run() -> T | None:
             try:
@@ -51,16 +48,16 @@ class Worker:
 
         try:
             return self._pool.submit(run)
-        except RuntimeError as error:  # can't start new thread: run() stays queued until one can be started
+        except RuntimeError as error:  # can't start new thread: run() stays queued until one starts
             self._complaints.report(error)
             future: Future[T | None] = Future()
             future.set_result(None)
             return future
 
     async def call(self, work: Callable[[Registry], T]) -> T | None:
-        """submit(), and wait for the result."""
+        """Queue work for the thread, and wait for its result; see submit()."""
         return await asyncio.wrap_future(self.submit(work))
 
     def shut_down(self) -> None:
-        """Take no more work, and wait for none."""
+        """Accept no more work. Does not wait for work that is still queued."""
         self._pool.shutdown(wait=False)

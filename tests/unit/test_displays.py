@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which modules of the displays know of the event loop, the worker's thread, and complaints."""
+"""The worker and its thread, complaints, and which modules know of the event loop."""
 
 import ast
 import threading

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is the name of a display, and what is a PID in a lock."""
+"""Which names are those of sockets and locks, and which data is a PID."""
 
 import re
 
@@ -72,7 +72,7 @@ def test_the_pid_in_a_lock(content: bytes, pid: int | None) -> None:
 
 
 @given(st.binary(max_size=32))
-def test_only_a_positive_pid_comes_out(content: bytes) -> None:
+def test_the_result_is_a_positive_pid_or_none(content: bytes) -> None:
     pid = parse_pid(content)
     assert pid is None or (0 < pid < 2**31 and re.fullmatch(rb"\s*0*%d\s*" % pid, content))
 

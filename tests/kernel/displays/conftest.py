@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+"""The fixtures of the display tests: a base directory, and a host in it."""
 
 import asyncio
 import os

@@ -37,7 +37,7 @@ def make_socket(directory: Path, display: int, owner: int) -> Path:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(bound))
     os.chown(bound, owner, owner)
-    return bound.rename(path)  # it is its owner's from the first moment on
+    return bound.rename(path)  # so it never has another owner
 
 
 def put_copy(directory: Path, display: int, pid: int = 4711) -> bool:
@@ -85,7 +85,7 @@ class Host:
         await self.locks.start([self.directory], [self.instance(uid) for uid in uids])
 
     async def again(self, *uids: int) -> None:
-        """Another daemon; the former one is closed."""
+        """Start another daemon. The former one is closed already."""
         self.locks = DisplayLocks(self._share_again)
         await self.start(*uids)
 
@@ -95,7 +95,7 @@ class Host:
         await eventually(lambda: self.updates >= wanted)
 
     def shown(self, display: int = 7) -> list[str]:
-        """Where the lock is to be seen, whoever's it is."""
+        """The places that have the lock or a copy of it."""
         places = {"host": self.base, **{path.parent.name[8:]: path for path in self.base.glob("*/tmp")}}
         return sorted(name for name, path in places.items() if (path / f".X{display}-lock").is_file())
 

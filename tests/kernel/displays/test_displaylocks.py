@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The room with sockets and instances."""
+"""Display locks with sockets and instances: where a lock is shown, and when it goes."""
 
 import asyncio
 import errno
@@ -36,7 +36,7 @@ async def test_a_lock_is_shown_and_goes_with_its_socket(host: Host) -> None:
     assert (host.tmp(ALICE) / ".X7-lock").stat().st_uid == ALICE
     path.unlink()
     await host.shows([ALICE])
-    assert read(host.tmp(ALICE), 7, ALICE) == 4711, "her own is not touched"
+    assert read(host.tmp(ALICE), 7, ALICE) == 4711, "the original stays"
 
 
 async def test_a_new_server_of_the_same_display(host: Host) -> None:
@@ -55,12 +55,12 @@ async def test_a_new_server_of_the_same_display(host: Host) -> None:
     await eventually(lambda: (host.tmp(ALICE) / ".X7-lock").read_text() == f"{4713:10}\n")
 
 
-async def test_locks_of_the_host_and_in_a_foreign_place(host: Host) -> None:
+async def test_locks_of_the_host_and_in_another_users_place(host: Host) -> None:
     await host.start(ALICE, BOB)
     serve(host, CAROL, 3, host.base)  # an exempt user
     await host.shows(["host", ALICE, BOB], 3)
     assert (host.base / ".X3-lock").stat().st_uid == CAROL
-    serve(host, 0, 4, host.tmp(ALICE))  # root's, in alice's session
+    serve(host, 0, 4, host.tmp(ALICE))  # by root in the session of alice
     await host.shows(["host", ALICE, BOB], 4)
 
 
@@ -69,7 +69,7 @@ async def test_instances_come_and_go(host: Host) -> None:
     serve(host, ALICE)
     await host.shows(["host", ALICE])
     await host.locks.instance_came(host.instance(BOB))
-    assert str(BOB) in host.shown(), "before it is used"
+    assert str(BOB) in host.shown(), "before the user enters"
     host.locks.instance_gone(ALICE)
     await host.shows([ALICE])
     assert (host.base / SOCKETS / "X7").exists(), "the socket is not ours"
@@ -77,7 +77,7 @@ async def test_instances_come_and_go(host: Host) -> None:
     assert host.shown() == [str(ALICE)]
 
 
-async def test_without_instances_and_without_sharing_the_room_is_idle(host: Host) -> None:
+async def test_nothing_happens_until_an_instance_shares_the_sockets(host: Host) -> None:
     host.directory = Directory(str(host.base), Lifetime.INSTANCE, (".ICE-unix",))
     await host.start(ALICE, BOB)
     serve(host, ALICE)
@@ -92,7 +92,7 @@ async def test_without_instances_and_without_sharing_the_room_is_idle(host: Host
     await host.shows(["host", ALICE, BOB])
 
 
-async def test_a_new_daemon_judges_what_it_finds(host: Host) -> None:
+async def test_a_new_daemon_keeps_what_is_right_and_removes_the_rest(host: Host) -> None:
     await host.start(ALICE, BOB)
     path = serve(host, ALICE)
     serve(host, ALICE, 8)
@@ -112,14 +112,14 @@ async def test_a_new_daemon_judges_what_it_finds(host: Host) -> None:
 
 
 async def test_a_copy_is_not_taken_for_the_hosts_own_lock(host: Host) -> None:
-    """Root's socket, and in the host's directory the copy of a user's lock."""
+    """The socket belongs to root, and the host's directory has a copy of a user's lock."""
     put_copy(host.base, 7)
     make_socket(host.base, 7, 0)
     await host.start(ALICE)
     await host.shows([])
 
 
-async def test_a_persistent_directory_is_cleared_of_a_former_boots_copies(host: Host) -> None:
+async def test_copies_of_an_earlier_boot_are_removed_from_a_persistent_directory(host: Host) -> None:
     host.directory = Directory(str(host.base), Lifetime.PERSISTENT, (SOCKETS,))
     await host.start(ALICE)
     instance = host.instance(BOB)
@@ -128,7 +128,7 @@ async def test_a_persistent_directory_is_cleared_of_a_former_boots_copies(host: 
     await host.shows([])
 
 
-async def test_no_user_is_shown_more_than_his_share(
+async def test_only_so_many_displays_of_one_user_are_shown(
     host: Host, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await host.start(ALICE, BOB)
@@ -141,18 +141,18 @@ async def test_no_user_is_shown_more_than_his_share(
     def complaints() -> list[object]:
         return [record.args for record in caplog.records if "more than" in record.message]
 
-    await eventually(complaints)  # perhaps the last of them is not seen yet
+    await eventually(complaints)  # the display after the last one shown may not have been compared yet
     assert complaints() == [(ALICE, PER_OWNER)]
     for path in (host.base / SOCKETS).glob("X???"):
         path.unlink()
     await eventually(lambda: not list(host.tmp(BOB).glob(".X???-lock")))
 
 
-async def test_a_place_that_cannot_be_written_does_not_keep_others_from_it(
+async def test_a_place_that_cannot_be_written_does_not_affect_the_others(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     await host.start(ALICE, BOB, CAROL)
-    shutil.rmtree(host.tmp(CAROL))  # on its way out
+    shutil.rmtree(host.tmp(CAROL))  # the instance is being removed
     real = lockfiles.publish
 
     def fail(copy: int, directory: int, display: int) -> bool:
@@ -168,7 +168,7 @@ async def test_a_place_that_cannot_be_written_does_not_keep_others_from_it(
     assert len([record for record in caplog.records if "full" in record.message]) == 1
 
 
-async def test_a_mistake_of_ours_is_told_once_and_stops_nothing(
+async def test_an_unexpected_error_is_logged_once_and_stops_nothing(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = lockfiles.socket_owner
@@ -191,12 +191,12 @@ async def test_a_mistake_of_ours_is_told_once_and_stops_nothing(
     (host.base / SOCKETS / "X8").unlink()
     await host.shows([ALICE])
     await eventually(lambda: failures > before)
-    await host.locks.instance_came(host.instance(BOB))  # work that comes after the update that failed
-    (record,) = [record for record in caplog.records if "not shown everywhere" in record.message]
+    await host.locks.instance_came(host.instance(BOB))  # its work comes after the update that failed
+    (record,) = [record for record in caplog.records if "out of date" in record.message]
     assert record.exc_info
 
 
-async def test_a_login_does_not_fail_where_no_thread_can_be_started(
+async def test_a_login_succeeds_if_no_thread_can_be_started(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as context:
@@ -211,7 +211,7 @@ async def test_a_login_does_not_fail_where_no_thread_can_be_started(
     await host.shows(["host", ALICE, BOB])
 
 
-async def test_it_ends_in_the_middle_of_work(host: Host) -> None:
+async def test_closing_in_the_middle_of_an_update(host: Host) -> None:
     await host.start(ALICE, BOB)
     for display in range(100, 400):
         serve(host, ALICE, display)
@@ -219,4 +219,4 @@ async def test_it_ends_in_the_middle_of_work(host: Host) -> None:
     former = host.locks
     await former.close()
     await host.again(ALICE, BOB)
-    former.instance_gone(ALICE)  # nobody listens
+    former.instance_gone(ALICE)  # has no effect

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Display locks on real files: what is read, what is written over."""
+"""Display locks on real files: what is read, and what is replaced."""
 
 import fcntl
 import os
@@ -23,7 +23,7 @@ def test_a_lock_is_read(base: Path) -> None:
     assert read(base, 7, ALICE) == 4711
 
 
-def test_a_lock_of_another_owner_is_not(base: Path) -> None:
+def test_a_lock_of_another_owner_is_not_read(base: Path) -> None:
     make_lock(base, 7, BOB)
     assert read(base, 7, ALICE) is None
     assert read(base, 8, ALICE) is None
@@ -32,7 +32,7 @@ def test_a_lock_of_another_owner_is_not(base: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["link", "broken link", "fifo", "directory", "socket", "huge", "long", "text"]
 )
-def test_what_is_no_lock_is_not_read_and_nothing_blocks(base: Path, kind: str) -> None:
+def test_anything_else_is_neither_read_nor_replaced_and_nothing_blocks(base: Path, kind: str) -> None:
     path = base / ".X7-lock"
     match kind:
         case "link":
@@ -61,7 +61,7 @@ def test_what_is_no_lock_is_not_read_and_nothing_blocks(base: Path, kind: str) -
 
 
 def test_a_file_with_a_lease_does_not_block(base: Path) -> None:
-    former = signal.signal(signal.SIGIO, signal.SIG_IGN)  # which tells the holder
+    former = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the signal that tells the holder
     path = make_lock(base, 7, 0)
     fd = os.open(path, os.O_RDWR)
     try:
@@ -74,7 +74,7 @@ def test_a_file_with_a_lease_does_not_block(base: Path) -> None:
         signal.signal(signal.SIGIO, former)
 
 
-def test_a_copy_is_nobodys_lock(base: Path) -> None:
+def test_a_copy_is_not_read_as_a_lock(base: Path) -> None:
     assert put_copy(base, 7)
     assert read(base, 7, 0) is None
 
@@ -82,20 +82,20 @@ def test_a_copy_is_nobodys_lock(base: Path) -> None:
 # Writing
 
 
-def test_a_copy_is_roots_readable_for_all_and_marked(base: Path) -> None:
+def test_a_copy_belongs_to_root_is_readable_by_all_and_marked(base: Path) -> None:
     os.umask(os.umask(0o077))
     assert put_copy(base, 7)
     path = base / ".X7-lock"
     found = path.stat()
     assert (found.st_uid, found.st_mode, path.read_text()) == (0, 0o100444, "      4711\n")
     assert MARK in os.listxattr(path)
-    assert [entry.name for entry in base.iterdir()] == [".X7-lock"], "nothing else is left"
+    assert [entry.name for entry in base.iterdir()] == [".X7-lock"], "no other file is left behind"
     assert take_away(base, 7)
     assert not take_away(base, 7)
     assert list(base.iterdir()) == []
 
 
-def test_an_older_copy_is_replaced_the_same_one_stays(base: Path) -> None:
+def test_an_older_copy_is_replaced_and_an_identical_one_stays(base: Path) -> None:
     put_copy(base, 7)
     first = (base / ".X7-lock").stat().st_ino
     assert put_copy(base, 7)
@@ -115,7 +115,7 @@ def test_a_lock_that_is_not_ours_stays(base: Path, owner: int) -> None:
 
 def test_a_user_cannot_forge_the_mark(base: Path) -> None:
     path = make_lock(base, 7, BOB)
-    os.setxattr(path, MARK, b"1")  # root did; it is a user's file all the same
+    os.setxattr(path, MARK, b"1")  # by root, but the file still belongs to a user
     assert not take_away(base, 7)
     with opened(base) as fd:
         assert find_copies(fd) == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host's socket directory: what is heard of it, when it is made again."""
+"""The host's socket directory: lost events, long listings, and a directory that is made again."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.kernel
 MAX_QUEUED_EVENTS = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
 
 
-async def test_events_that_were_lost_are_made_up_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_lost_events_are_made_up_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     await host.start(ALICE, BOB)
     await host.shows([])
     await eventually(lambda: host.shared_again == 1)
@@ -36,21 +36,19 @@ async def test_events_that_were_lost_are_made_up_for(host: Host, monkeypatch: py
         context.setattr(lockfiles, "display_of_socket", ignored.append)
         serve(host, ALICE)
         await eventually(lambda: "X7" in ignored)
-    assert host.shown() == [str(ALICE)], "not heard"
+    assert host.shown() == [str(ALICE)], "the event was ignored"
     first, second = host.base / SOCKETS / "a", host.base / SOCKETS / "b"
-    for _ in range(MAX_QUEUED_EVENTS // 4 + 10):  # without a moment for the room: four different events each
+    for _ in range(MAX_QUEUED_EVENTS // 4 + 10):  # four different events each, and no time to read them
         first.touch()
         second.touch()
         first.unlink()
         second.unlink()
     await host.shows(["host", ALICE, BOB])
-    assert host.shared_again == 1, "it is the same directory as before"
+    assert host.shared_again == 1, "it is still the same directory"
 
 
-async def test_a_large_directory_is_listed_little_by_little(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Logins come in between; and whoever has events lost meanwhile does not have it begin anew."""
+async def test_a_large_directory_is_listed_bit_by_bit(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logins come in between. Events that are lost meanwhile do not make the listing begin again."""
     monkeypatch.setattr(displaylocks, "_UPDATE", 0.0005)
     monkeypatch.setattr(displaylocks, "_REST", 0.001)
     for number in range(20000):
@@ -61,7 +59,7 @@ async def test_a_large_directory_is_listed_little_by_little(
     monkeypatch.setattr(Inotify, "read", lambda _: [Event(-1, IN_Q_OVERFLOW, "")])
     await host.start(ALICE, BOB)
     await host.shows(["host", ALICE, BOB])
-    serve(host, ALICE, 8)  # of which nothing is heard
+    serve(host, ALICE, 8)  # without an event
     await host.shows(["host", ALICE, BOB], 8)
     assert host.updates > 10
     assert host.shared_again == 1
@@ -76,7 +74,9 @@ async def test_a_socket_directory_that_is_made_again(
     await host.start(ALICE, BOB)
     serve(host, ALICE)
     await host.shows(["host", ALICE, BOB])
-    holder = os.open(host.base / SOCKETS, os.O_PATH) if bound else -1  # as a bind mount does
+    holder = (
+        os.open(host.base / SOCKETS, os.O_PATH) if bound else -1
+    )  # keeps the inode, as a bind mount does
     shutil.rmtree(host.base / SOCKETS)
     await host.shows([ALICE])
     await eventually((host.base / SOCKETS).exists)
@@ -88,7 +88,9 @@ async def test_a_socket_directory_that_is_made_again(
         os.close(holder)
 
 
-async def test_an_empty_one_goes_without_an_event(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_empty_directory_that_is_replaced_without_an_event(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(socketdir, "CHECK_INTERVAL", 0.1)
     await host.start(ALICE, BOB)
     await eventually(lambda: host.shared_again == 1)
@@ -99,7 +101,7 @@ async def test_an_empty_one_goes_without_an_event(host: Host, monkeypatch: pytes
         await host.shows(["host", ALICE, BOB])
 
 
-async def test_a_socket_directory_that_must_not_be_shared(
+async def test_a_socket_directory_that_cannot_be_shared(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(socketdir, "CHECK_INTERVAL", 0.05)
@@ -107,9 +109,9 @@ async def test_a_socket_directory_that_must_not_be_shared(
     (host.base / SOCKETS).symlink_to("real")
     await host.start(ALICE, BOB)
     make_lock(host.tmp(ALICE), 7, ALICE)
-    await eventually(lambda: "not shown across users" in caplog.text)
+    await eventually(lambda: "Failed to watch" in caplog.text)
     await host.updated(10)
-    assert len([record for record in caplog.records if "not shown across users" in record.message]) == 1
+    assert len([record for record in caplog.records if "Failed to watch" in record.message]) == 1
     (host.base / SOCKETS).unlink()
     (host.base / "real").rename(host.base / SOCKETS)
     make_socket(host.base, 7, ALICE)
@@ -119,7 +121,7 @@ async def test_a_socket_directory_that_must_not_be_shared(
 @pytest.mark.parametrize(
     "error", [RuntimeError("can't start new thread"), OSError(errno.EMFILE, "none left")]
 )
-async def test_what_cannot_be_shared_again_is_tried_again(
+async def test_sharing_that_fails_is_retried(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     monkeypatch.setattr(socketdir, "CHECK_INTERVAL", 0.05)
@@ -128,6 +130,6 @@ async def test_what_cannot_be_shared_again_is_tried_again(
     serve(host, ALICE)
     await host.shows(["host", ALICE, BOB])
     await eventually(lambda: host.shared_again)
-    assert [record.args for record in caplog.records] == [(SOCKETS, error)], "said once"
+    assert [record.args for record in caplog.records] == [(str(host.base), SOCKETS, error)], "logged once"
     await host.updated(5)
     assert host.shared_again == 1
