@@ -77,6 +77,15 @@ async def test_instances_come_and_go(host: Host) -> None:
     assert host.shown() == [str(ALICE)]
 
 
+async def test_copies_do_not_outlive_the_instance(host: Host) -> None:
+    """The directory may be persistent."""
+    await host.start(ALICE, BOB)
+    serve(host, ALICE)
+    await host.shows(["host", ALICE, BOB])
+    host.locks.instance_gone(BOB)
+    await host.shows(["host", ALICE])
+
+
 async def test_nothing_happens_until_an_instance_shares_the_sockets(host: Host) -> None:
     host.directory = Directory(str(host.base), Lifetime.INSTANCE, (".ICE-unix",))
     await host.start(ALICE, BOB)

@@ -2,6 +2,7 @@
 """The host's socket directory: lost events, long listings, and a directory that is made again."""
 
 import errno
+import math
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from polytmpd.displays import displaylocks, lockfiles, socketdir
+from polytmpd.displays.complaints import Complaints
 from polytmpd.displays.lockfiles import SOCKETS
+from polytmpd.displays.places import Place
+from polytmpd.displays.socketdir import SocketDirectory
 from polytmpd.kernel.inotify import IN_Q_OVERFLOW, Event, Inotify
 from tests.kernel.displays.host import (
     ALICE,
@@ -65,6 +69,25 @@ async def test_a_large_directory_is_listed_bit_by_bit(host: Host, monkeypatch: p
     assert host.shared_again == 1
 
 
+async def test_a_listing_that_lost_events_is_repeated(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(10):
+        (host.base / SOCKETS / f"junk{number}").touch()
+    directory = SocketDirectory(Place(str(host.base)), Complaints(), lambda: False)
+    directory.refresh([])
+    directory.list_until(0)
+    assert directory.has_work
+    with monkeypatch.context() as context:
+        context.setattr(Inotify, "read", lambda _: [Event(-1, IN_Q_OVERFLOW, "")])
+        directory.refresh([])
+    goes_on = []
+    for _ in range(3):
+        directory.list_until(math.inf)
+        directory.refresh([])
+        goes_on.append(directory.has_work)
+    directory.close()
+    assert goes_on == [True, False, False]
+
+
 @pytest.mark.parametrize("bound", [True, False], ids=["bound", "unbound"])
 async def test_a_socket_directory_that_is_made_again(
     host: Host, monkeypatch: pytest.MonkeyPatch, bound: bool
@@ -99,6 +122,20 @@ async def test_an_empty_directory_that_is_replaced_without_an_event(
         (host.base / SOCKETS).mkdir()
         serve(host, ALICE)
         await host.shows(["host", ALICE, BOB])
+
+
+async def test_a_login_notices_another_directory_at_once(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socketdir, "CHECK_INTERVAL", 1000)
+    await host.start(ALICE)
+    await eventually(lambda: host.shared_again == 1)
+    with opened(host.base / SOCKETS):
+        (host.base / SOCKETS).rmdir()
+        (host.base / SOCKETS).mkdir(0o700)
+        await host.locks.instance_came(host.instance(BOB))
+        await eventually(lambda: host.shared_again == 2)
+    assert (host.base / SOCKETS).stat().st_mode == 0o41777
 
 
 async def test_a_socket_directory_that_cannot_be_shared(
