@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who keeps a mount namespace, and how: an answer for people who ask why an instance is still there.
+"""Which processes keep a mount namespace, and how: this explains why an instance is still there.
 
-Not here: any decision. What is found is a snapshot of /proc, which may be out of date when it is read.
+Not here: any decision. The result is a snapshot of /proc and may already be out of date.
 
 Hard facts
-- A mount namespace made from another one (unshare, bwrap, a unit's PrivateTmp=) has a copy of its sentinel,
-  and keeps it: the end is reported when the last copy is gone. Copies are told by what their mountinfo
-  shows: the sentinel, and a mount whose root is in one of the instance's directories.
-- PID 1 holds descriptors for the daemon (the FD store), and the daemon its own: neither is a reason.
+- A mount namespace made from another one (unshare, bwrap, a unit's PrivateTmp=) has a copy of its sentinel
+  and keeps it: the end is reported when the last copy is gone. The mountinfo of a copy shows the sentinel,
+  and a mount whose root is in one of the instance's directories.
+- PID 1 holds descriptors for the daemon (the FD store), and the daemon its own. Neither keeps an instance.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Final
 
 from polytmpd.core.names import SENTINEL
 from polytmpd.kernel import mountinfo
-from polytmpd.kernel.processes import commands, namespace_paths, pids
+from polytmpd.kernel.processes import cgroup_pids, commands, descriptor_paths, namespace_paths, pids
 
 _DESCRIPTORS_TIMEOUT: Final = 5.0
 
@@ -29,20 +29,20 @@ class How(StrEnum):
     """How a process keeps an instance; part of the D-Bus contract."""
 
     NAMESPACE = "namespace"
-    """It, or a thread of it, lives in the instance's mount namespace."""
+    """At least one of its threads lives in the instance's mount namespace."""
     DERIVED = "derived"
     """It lives in a mount namespace that was made from the instance's."""
     DESCRIPTOR = "descriptor"
-    """It lives elsewhere, and has the namespace open."""
+    """It lives elsewhere and has the namespace open."""
     OUTSIDE = "outside"
-    """It belongs to the user's slice and does not keep the namespace: it started before, or left it."""
+    """It is in the user's slice but does not keep the namespace: it started before, or left it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
     """A process that keeps an instance.
 
-    control_group: relative to the cgroup root; empty where not known.
+    control_group: relative to the cgroup root; empty if unknown.
     """
 
     pid: int
@@ -59,9 +59,9 @@ def find(
 ) -> list[Holder]:
     """The holders of the namespace with that inode, and all processes in the cgroups (directories).
 
-    roots: the names of the instance's barriers. cancelled() ends it, with what was found so far. Blocking:
-    reads all of /proc. Somebody may have millions of descriptors: those not looked at in time are left out,
-    and processes with few come first.
+    roots: the names of the instance's barriers. If cancelled, an empty or incomplete list. Blocking: reads
+    all of /proc. A process may have millions of descriptors: those that are not checked within five seconds
+    are left out, and processes with few descriptors come first.
     """
     found: dict[int, How] = {}
     derived: dict[int, bool] = {}
@@ -88,7 +88,7 @@ def find(
     def is_over() -> bool:
         return cancelled() or time.monotonic() > end
 
-    for pid in sorted(everybody, key=_descriptors) if namespace and not cancelled() else ():
+    for pid in sorted(everybody, key=_descriptor_count) if namespace and not cancelled() else ():
         if is_over():
             break
         if pid in found or pid in {1, os.getpid()}:
@@ -96,7 +96,7 @@ def find(
         if _has_open(pid, f"mnt:[{namespace}]", is_over):
             found[pid] = How.DESCRIPTOR
     for directory in cgroups:
-        for pid in _in_cgroup(directory, cancelled):
+        for pid in cgroup_pids(directory, cancelled):
             found.setdefault(pid, How.OUTSIDE)
     ordered = sorted(found) if not cancelled() else []
     return [
@@ -106,17 +106,21 @@ def find(
 
 
 def control_group(pid: int) -> str:
-    """The process's cgroup, of the hierarchy that systemd uses (cgroups(7), /proc/PID/cgroup)."""
+    """The process's cgroup in the hierarchy that systemd uses; see cgroups(7), /proc/PID/cgroup."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/cgroup", errors="surrogateescape") as file:
         paths = {controllers: path for _, controllers, path in (line.strip().split(":", 2) for line in file)}
         found = [path for path in (paths.get("", ""), paths.get("name=systemd", "")) if path]
-        # In the one that systemd does not manage ("hybrid"), everything is in the root.
+        # In the hierarchy that systemd does not manage ("hybrid"), every process is in the root.
         return max(found, key=len, default="")
     return ""
 
 
 def _is_copy(process: str, roots: Collection[str], cancelled: Callable[[], bool]) -> bool:
-    """Not parsed: a user can have a hundred thousand mounts in each of many namespaces."""
+    """Whether a process lives in a copy of the namespace.
+
+    Searches the lines without parsing them: a user can have a hundred thousand mounts in each of many
+    namespaces.
+    """
     sentinel, inside = False, False
     names = [f"/{name}/".encode() for name in roots]
     with contextlib.suppress(OSError):
@@ -130,8 +134,8 @@ def _is_copy(process: str, roots: Collection[str], cancelled: Callable[[], bool]
     return False
 
 
-def _descriptors(pid: int) -> int:
-    """How many it has open, since Linux 6.2; before, always 0."""
+def _descriptor_count(pid: int) -> int:
+    """How many descriptors a process has open; always 0 before Linux 6.2."""
     try:
         return os.stat(f"/proc/{pid}/fd").st_size
     except OSError:
@@ -139,23 +143,10 @@ def _descriptors(pid: int) -> int:
 
 
 def _has_open(pid: int, target: str, cancelled: Callable[[], bool]) -> bool:
-    # Not listdir(): of a million descriptors the list alone takes seconds.
-    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
-        for entry in entries:
-            if cancelled():
-                break
-            with contextlib.suppress(OSError):
-                if os.readlink(entry.path) == target:
-                    return True
-    return False
-
-
-def _in_cgroup(directory: str, cancelled: Callable[[], bool]) -> set[int]:
-    found: set[int] = set()
-    for path, _, files in os.walk(directory):
+    for path in descriptor_paths(pid):
         if cancelled():
             break
-        if "cgroup.procs" in files:
-            with contextlib.suppress(OSError), open(f"{path}/cgroup.procs") as file:
-                found.update(map(int, file.read().split()))
-    return found - {0}
+        with contextlib.suppress(OSError):
+            if os.readlink(path) == target:
+                return True
+    return False

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which processes live in which mount namespace, and in which cgroup.
+"""Which processes live in which mount namespace, and which in which cgroup.
 
-Not here: what follows from it. A scan of /proc is used to answer questions and to join a namespace again,
-never to decide that nobody is left: a process may come and go between two reads.
+Not here: what follows from it. A scan of /proc answers questions and finds a namespace to join again. It
+never proves that a namespace is empty: a process may come and go between two reads.
 
 Hard facts
-- /proc/PID/ns/mnt is the thread group leader's. A leader that ended while other threads live has none
-  (ENOENT or EINVAL): /proc/PID/task/TID/ns/mnt of a living thread has.
-- Pids are used again. A namespace descriptor is checked by its inode after it was opened: then it is the
-  right one, whoever's it was.
-- Reading /proc/PID/cmdline waits for the process's memory map, which its user can keep locked for ever: a
-  thread in mmap(2) of a file of his own FUSE. Nothing but SIGKILL ends the wait, so another process reads.
+- /proc/PID/ns/mnt is that of the thread group leader. If the leader has ended while other threads live, it
+  cannot be read (ENOENT or EINVAL), but /proc/PID/task/TID/ns/mnt of a living thread can.
+- Pids are reused. So the inode of a namespace is checked after the namespace has been opened: if it matches,
+  the descriptor is the right one, whichever process it came from.
+- Reading /proc/PID/cmdline takes the lock of the process's memory map, which its user can hold indefinitely:
+  a thread in mmap(2) of a file on their own FUSE. Only SIGKILL ends the wait, so another process reads it.
 - Reading another user's ns links needs CAP_SYS_PTRACE (PTRACE_MODE_READ_FSCREDS).
 """
 
@@ -25,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
+from polytmpd.kernel.descriptor import Descriptor
+
 _COMMANDS_TIMEOUT: Final = 1.0
 _DESCRIPTORS_TIMEOUT: Final = 1.0
 _THREADS_AT_MOST: Final = 1000
-"""Threads that are asked whose a process is.
+"""How many threads of a process are checked for their namespace.
 
-Threads that live elsewhere than their leader are rare, and are few where they are: container runtimes.
+Threads that live in another namespace than their leader are rare, and few: those of container runtimes.
 """
 
 T = TypeVar("T")
@@ -38,14 +40,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process as a listing shows it: pid, and its command line, or [comm] where it has none."""
+    """A process as a listing shows it: its pid, and its command line, or [comm] if it has none."""
 
     pid: int
     command: str
 
 
 def pids() -> Iterator[int]:
-    """All processes of this pid namespace, in no order."""
+    """All processes of this pid namespace, in no particular order."""
     with os.scandir("/proc") as entries:
         for entry in entries:
             if entry.name.isdecimal():
@@ -53,12 +55,39 @@ def pids() -> Iterator[int]:
 
 
 def namespace_paths(pid: int) -> Iterator[str]:
-    """Paths under which a process's mount namespaces can be opened: the leader's, then every thread's."""
+    """Paths that open a process's mount namespaces: the leader's, then that of every other thread."""
     yield f"/proc/{pid}/ns/mnt"
     with contextlib.suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
             if int(task) != pid:
                 yield f"/proc/{pid}/task/{task}/ns/mnt"
+
+
+def descriptor_paths(pid: int) -> Iterator[str]:
+    """The links of a process's open descriptors, in no particular order; none if it is gone.
+
+    Reads the directory piece by piece: listing a million descriptors takes seconds.
+    """
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            yield entry.path
+
+
+def cgroup_pids(directory: str, cancelled: Callable[[], bool] = lambda: False) -> set[int]:
+    """The pids in a cgroup and all cgroups below it; if cancelled, some of them.
+
+    directory: the cgroup's path in /sys/fs/cgroup. Users nest cgroups as deep as they like, so this does not
+    recurse. Empty if there is no such cgroup.
+    """
+    found: set[int] = set()
+    pending = [directory]
+    while pending and not cancelled():
+        path = pending.pop()
+        with contextlib.suppress(OSError), os.scandir(path) as entries:
+            pending.extend(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+        with contextlib.suppress(OSError), open(f"{path}/cgroup.procs") as file:
+            found.update(map(int, file.read().split()))
+    return found - {0}  # 0: a process of another pid namespace
 
 
 def _inode(path: str) -> int | None:
@@ -69,40 +98,39 @@ def _inode(path: str) -> int | None:
 
 
 def namespaces(pid: int) -> set[int]:
-    """The inodes of the mount namespaces that a process lives in; empty where there is no such process.
+    """The inodes of the mount namespaces that a process lives in; empty if there is no such process.
 
-    Of one with very many threads, only some are looked at, its leader in any case: 15 ms, not a second.
+    Checks the leader and at most 1000 threads in all, which takes 15 ms and not a second.
     """
     some = itertools.islice(namespace_paths(pid), _THREADS_AT_MOST)
     return {inode for path in some if (inode := _inode(path)) is not None}
 
 
 def in_namespace(pid: int, inode: int, cancelled: Callable[[], bool] = lambda: False) -> bool:
-    """Whether the process, or any thread of it, lives in the mount namespace with that inode now.
+    """Whether any thread of the process now lives in the mount namespace with that inode.
 
-    Cancelled, it says that it does not. Blocking: a process may have as many threads as there are pids.
+    False if cancelled. Blocking: a process may have as many threads as there are pids.
     """
     wanted = itertools.takewhile(lambda _: not cancelled(), namespace_paths(pid))
     return any(_inode(path) == inode for path in wanted)
 
 
-def open_namespace(inode: int) -> int | None:
-    """A descriptor of the mount namespace with that inode, through any process that lives in it or holds it
-    open.
+def open_namespace(inode: int) -> Descriptor | None:
+    """Open the mount namespace with that inode through any process that lives in it or has it open.
 
-    The caller closes it. None where nobody was found. TimeoutError where nobody lives in it, and there are
-    more open descriptors than can be looked at in a second: users decide how many. Blocking: reads all of
-    /proc.
+    The caller closes it. None if there is no such process. Raises TimeoutError if no process lives in it and
+    there are more open descriptors than can be checked in a second: users decide how many. Blocking: reads
+    all of /proc.
     """
     for pid in pids():
         for path in namespace_paths(pid):
             if _inode(path) == inode and (fd := _open_checked(path, inode)) is not None:
                 return fd
     deadline = time.monotonic() + _DESCRIPTORS_TIMEOUT
-    for pid in pids():  # a namespace can be held by an open descriptor alone
-        for path in _descriptors(pid):
+    for pid in pids():  # an open descriptor alone keeps a namespace, too
+        for path in descriptor_paths(pid):
             if time.monotonic() > deadline:
-                text = f"too many open descriptors to find who holds mnt:[{inode}]"
+                text = f"too many open descriptors to find which process holds mnt:[{inode}]"
                 raise TimeoutError(errno.ETIMEDOUT, text)
             with contextlib.suppress(OSError):
                 if os.readlink(path) == f"mnt:[{inode}]" and (fd := _open_checked(path, inode)) is not None:
@@ -110,26 +138,18 @@ def open_namespace(inode: int) -> int | None:
     return None
 
 
-def _descriptors(pid: int) -> Iterator[str]:
-    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
-        for entry in entries:
-            yield entry.path
-
-
-def _open_checked(path: str, inode: int) -> int | None:
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _open_checked(path: str, inode: int) -> Descriptor | None:
+    with contextlib.suppress(OSError), Descriptor.open(path, os.O_RDONLY) as fd:
         if os.fstat(fd).st_ino == inode:
-            return fd
-        os.close(fd)
+            return Descriptor(fd.detach())
     return None
 
 
 def in_each_namespace(look: Callable[[str], T]) -> Iterator[tuple[int, int, T]]:
-    """(namespace inode, pid, what look gave) of each mount namespace that a process lives in, once.
+    """(inode, pid, result of look) of each mount namespace that a process lives in, once each.
 
-    look(process) reads /proc/{process}/mountinfo; where it raises OSError another process is tried, but for
-    ECANCELED, which is passed on. Blocking: reads all of /proc.
+    look(process) reads /proc/{process}/mountinfo. If it raises OSError, another process is tried; ECANCELED
+    is passed on. Blocking: reads all of /proc.
     """
     seen: set[int] = set()
     for pid in pids():
@@ -150,8 +170,9 @@ def in_each_namespace(look: Callable[[str], T]) -> Iterator[tuple[int, int, T]]:
 
 
 def commands(pids: Sequence[int], cancelled: Callable[[], bool] = lambda: False) -> list[str]:
-    """The command line of each on one line, unprintable characters replaced; [comm] for those without one,
-    and for all that are left when somebody's cannot be read in time. Cancelled, any text.
+    """The command line of each process on one line, with unprintable characters replaced.
+
+    [comm] for a process without one, and for all that remain after a second. If cancelled, any text.
     """
     deadline = time.monotonic() + _COMMANDS_TIMEOUT
     return ["?" if cancelled() else _command(pid, deadline - time.monotonic()) for pid in pids]
@@ -171,7 +192,7 @@ def _command(pid: int, timeout: float) -> str:
 def _command_line(pid: int, timeout: float) -> bytes:
     argv = ["/bin/cat", f"/proc/{pid}/cmdline"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        # All our descriptors are O_CLOEXEC.
+        # close_fds=False: all our descriptors are O_CLOEXEC.
         return subprocess.run(
             argv,
             stdin=subprocess.DEVNULL,
@@ -190,7 +211,7 @@ def _processes(pids: Iterable[int], cancelled: Callable[[], bool]) -> list[Proce
 
 
 def living_in(inode: int, cancelled: Callable[[], bool] = lambda: False) -> list[Process]:
-    """The processes with at least one thread in that mount namespace; cancelled, some of them.
+    """The processes with at least one thread in that mount namespace; if cancelled, some of them.
 
     Blocking: reads all of /proc.
     """
@@ -198,15 +219,5 @@ def living_in(inode: int, cancelled: Callable[[], bool] = lambda: False) -> list
 
 
 def in_cgroup(directory: str, cancelled: Callable[[], bool] = lambda: False) -> list[Process]:
-    """The processes in a cgroup and below it (its path in /sys/fs/cgroup); cancelled, some of them.
-
-    Empty where there is no such cgroup.
-    """
-    found: set[int] = set()
-    for path, _, files in os.walk(directory):
-        if cancelled():
-            break
-        if "cgroup.procs" in files:
-            with contextlib.suppress(OSError):
-                found.update(map(int, Path(path, "cgroup.procs").read_text().split()))
-    return _processes(found - {0}, cancelled)
+    """The processes that cgroup_pids() finds."""
+    return _processes(cgroup_pids(directory, cancelled), cancelled)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The search for holders and for processes ends when nobody waits for it any more."""
+"""The search for holders and processes, and that it ends when its caller no longer waits."""
 
+import contextlib
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,18 @@ from typing import Any
 import pytest
 
 from polytmpd.kernel import holders, processes
+from polytmpd.kernel.descriptor import Descriptor
 
 pytestmark = pytest.mark.unit
 
 FEW = 10
 MANY = 200
+DEEP = 2000
 NO_NAMESPACE = 1
 
 
 class Patience:
-    """Says that nobody waits any more after it was asked a few times."""
+    """Cancels after it has been asked a few times."""
 
     def __init__(self, times: int = FEW) -> None:
         self.left = times
@@ -31,7 +35,7 @@ class Patience:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What was looked at in /proc, with many threads and descriptors of one process."""
+    """The paths read in /proc; there is one process, with many threads and descriptors."""
     looked: list[str] = []
     fds = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) for _ in range(MANY)]
     process = subprocess.Popen(["sleep", "60"], pass_fds=fds)
@@ -61,18 +65,18 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     process.wait()
 
 
-def test_holders_of_what_nobody_waits_for(looks: list[str]) -> None:
+def test_a_cancelled_search_for_holders_ends(looks: list[str]) -> None:
     assert holders.find(NO_NAMESPACE, ()) == []
     assert len([path for path in looks if "/fd/" in path]) >= MANY
     looks.clear()
     assert holders.find(NO_NAMESPACE, (), cancelled=Patience()) == []
-    assert len(looks) <= FEW, "threads are counted one by one"
+    assert len(looks) <= FEW, "each thread asks whether to go on"
     looks.clear()
     assert holders.find(NO_NAMESPACE, (), cancelled=Patience(MANY + FEW)) == []
-    assert len([path for path in looks if "/fd/" in path]) <= FEW, "and so are descriptors"
+    assert len([path for path in looks if "/fd/" in path]) <= FEW, "and so does each descriptor"
 
 
-def test_descriptors_without_end_are_left_out(looks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptors_are_left_out_at_the_timeout(looks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holders, "_DESCRIPTORS_TIMEOUT", 0.0)
     assert holders.find(NO_NAMESPACE, ()) == []
     assert not [path for path in looks if "/fd/" in path]
@@ -83,13 +87,13 @@ def test_processes_with_few_descriptors_come_first(monkeypatch: pytest.MonkeyPat
     looked: list[int] = []
     monkeypatch.setattr(holders, "pids", lambda: iter(counts))
     monkeypatch.setattr(holders, "namespace_paths", lambda _: iter(()))
-    monkeypatch.setattr(holders, "_descriptors", counts.__getitem__)
+    monkeypatch.setattr(holders, "_descriptor_count", counts.__getitem__)
     monkeypatch.setattr(holders, "_has_open", lambda pid, *_: looked.append(pid))
     assert holders.find(NO_NAMESPACE, ()) == []
     assert looked == [102, 103, 101]
 
 
-def test_holders_in_a_cgroup_that_nobody_waits_for(looks: list[str], tmp_path: Any) -> None:
+def test_a_cancelled_walk_over_a_cgroup_ends(looks: list[str], tmp_path: Any) -> None:
     for number in range(MANY):
         (tmp_path / str(number)).mkdir()
     (tmp_path / "cgroup.procs").write_text(f"{os.getppid()}\n")
@@ -99,7 +103,24 @@ def test_holders_in_a_cgroup_that_nobody_waits_for(looks: list[str], tmp_path: A
     assert processes.in_cgroup(str(tmp_path), lambda: True) == []
 
 
-def test_processes_of_what_nobody_waits_for(looks: list[str]) -> None:
+def test_cgroups_may_be_nested_deeper_than_python_recurses() -> None:
+    """Not in tmp_path, which Python 3.11 could not delete either."""
+    top = tempfile.mkdtemp(dir="/tmp")
+    try:
+        with contextlib.ExitStack() as fds:
+            fd = fds.enter_context(Descriptor.open(top, os.O_PATH))
+            for _ in range(DEEP):
+                os.mkdir("c", dir_fd=fd)
+                below = Descriptor.open("c", os.O_PATH, dir_fd=fd)
+                fd.close()
+                fd = fds.enter_context(below)
+            Path(f"/proc/self/fd/{fd}/cgroup.procs").write_text(f"{os.getppid()}\n")
+        assert processes.cgroup_pids(top) == {os.getppid()}
+    finally:
+        subprocess.run(["rm", "-rf", top], check=True)
+
+
+def test_a_cancelled_search_for_processes_ends(looks: list[str]) -> None:
     assert processes.living_in(NO_NAMESPACE) == []
     assert len(looks) == MANY
     looks.clear()
@@ -116,6 +137,6 @@ def test_namespaces_of_a_process(looks: list[str], monkeypatch: pytest.MonkeyPat
     assert processes.namespaces(1 << 30) == set()
 
 
-def test_command_lines_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_command", lambda pid, timeout: pytest.fail("nobody waits for it"))
+def test_cancelled_command_lines_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_command", lambda pid, timeout: pytest.fail("read although cancelled"))
     assert processes.commands([os.getpid()], lambda: True) == ["?"]
