@@ -65,8 +65,8 @@ def find(
     """
     found: dict[int, How] = {}
     derived: dict[int, bool] = {}
-    everybody = list(pids())
-    for pid in everybody if namespace else ():
+    candidates = list(pids())
+    for pid in candidates if namespace else ():
         for path in namespace_paths(pid):
             if cancelled():
                 break
@@ -88,7 +88,7 @@ def find(
     def is_over() -> bool:
         return cancelled() or time.monotonic() > end
 
-    for pid in sorted(everybody, key=_descriptor_count) if namespace and not cancelled() else ():
+    for pid in sorted(candidates, key=_descriptor_count) if namespace and not cancelled() else ():
         if is_over():
             break
         if pid in found or pid in {1, os.getpid()}:

@@ -27,12 +27,13 @@ from typing import Any, Final
 from polytmpd import executor, sdnotify
 from polytmpd.blocking import barriers, deletion, instances, shared, storage
 from polytmpd.blocking.state import StateDirectory
-from polytmpd.kernel import descriptor, host, mountinfo, mountns, processes
+from polytmpd.kernel import descriptor, host, inside, mountinfo, mountns, processes
 
 DIRECTORY: Final = Path("/run/polytmp-faults")
 
 CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
-    (mountns, "", ("mount", "umount2", "unshare", "setns", "open_tree", "move_mount", "fsmount", "build")),
+    (mountns, "", ("mount", "unshare", "open_tree", "move_mount", "build")),
+    (inside, "", ("mount", "umount2", "unshare", "setns", "open_tree", "move_mount", "fsmount")),
     (storage, "os", ("mkdir", "rmdir", "symlink", "fchown", "fchmod", "setxattr", "removexattr")),
     (storage, "syscalls", ("renameat2",)),
     (shared, "os", ("mkdir", "fchown", "fchmod")),
@@ -45,7 +46,8 @@ CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
 
 READS: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (descriptor, "os", ("open", "dup")),
-    (mountns, "os", ("open", "fstat")),
+    (mountns, "os", ("fstat",)),
+    (inside, "os", ("fstat",)),
     (mountinfo, "", ("read", "mount_id_of")),
     (barriers, "os", ("fstat",)),
     (barriers, "syscalls", ("openat2",)),
@@ -53,7 +55,7 @@ READS: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (shared, "os", ("fstat",)),
     (executor, "os", ("fstat",)),
     (instances, "os", ("fstat",)),
-    (processes, "os", ("open", "fstat")),
+    (processes, "os", ("fstat",)),
 )
 """What only looks, and can fail all the same."""
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from polytmpd.kernel import inotify, mountinfo, mountns, processes
+from polytmpd.kernel import inotify, inside, mountinfo, mountns, processes
 from polytmpd.kernel.mountns import Namespace, PrivateDirectory
 from tests.kernel.world import run_alone
 
@@ -157,7 +157,7 @@ def case_a_host_mount_below_is_not_kept() -> None:
         before = points()
         namespace = it.build()
         assert points() == before, f"the host's own are still there: {set(before) ^ set(points())}"
-        table = mountns.mounts_in(namespace.fd)
+        table = inside.mounts_in(namespace.fd)
         assert not [mount for mount in table if mount.source in {"iso", "nested"}]
 
 
@@ -203,7 +203,7 @@ def case_renewed_sentinel_beneath() -> None:
 
 def case_renewed_sentinel_under_shared() -> None:
     too_old = OSError(errno.EINVAL, "MOVE_MOUNT_BENEATH is not known before Linux 6.5")
-    with mock.patch.object(mountns, "_set_sentinel_beneath", side_effect=too_old):
+    with mock.patch.object(inside, "_set_sentinel_beneath", side_effect=too_old):
         renewed_sentinel()
 
 
@@ -214,7 +214,7 @@ def renewed_sentinel() -> None:
         it.watches = inotify.Inotify()
         within(namespace, f"touch {it.mounted}/mine")
         first = it.directories[0]
-        watch = mountns.renew_sentinel(namespace.fd, first.path, first.shared, it.watch)
+        watch = inside.renew_sentinel(namespace.fd, first.path, first.shared, it.watch)
         assert within(namespace, f"ls {it.mounted}").strip() == "mine"
         within(namespace, f"touch {it.mounted}/.X11-unix/X0")
         assert Path(it.mounted, ".X11-unix/X0").exists()
@@ -281,13 +281,11 @@ def case_no_mount_event_is_missed() -> None:
             thread.join()
         subprocess.run(["mount", "-t", "tmpfs", "last", "/var/tmp/storm"], check=True)
         for namespace in made:
-            sources = [
-                m.source for m in mountns.mounts_in(namespace.fd) if m.mount_point == "/var/tmp/storm"
-            ]
+            sources = [m.source for m in inside.mounts_in(namespace.fd) if m.mount_point == "/var/tmp/storm"]
             assert sources == ["last"]
         subprocess.run(["umount", "/var/tmp/storm"], check=True)
         for namespace in made:
-            assert "/var/tmp/storm" not in [m.mount_point for m in mountns.mounts_in(namespace.fd)]
+            assert "/var/tmp/storm" not in [m.mount_point for m in inside.mounts_in(namespace.fd)]
         Path("/var/tmp/storm").rmdir()
 
 
