@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The service manager's protocol, with a real socket in the place of PID 1's."""
+"""The service manager's protocol, over a real socket in place of PID 1's."""
 
 import os
 import socket
@@ -29,16 +29,14 @@ def received(manager: socket.socket) -> tuple[list[str], list[int]]:
 
 def test_states(manager: socket.socket) -> None:
     sdnotify.ready("Private directories: /tmp")
-    sdnotify.status("busy")
     sdnotify.watchdog()
     sdnotify.stopping()
     assert received(manager) == (["READY=1", "STATUS=Private directories: /tmp"], [])
-    assert received(manager) == (["STATUS=busy"], [])
     assert received(manager) == (["WATCHDOG=1"], [])
     assert received(manager) == (["STOPPING=1"], [])
 
 
-def test_store_passes_the_descriptor_in_place_of_an_older_one(manager: socket.socket) -> None:
+def test_store_replaces_the_descriptor_of_that_name(manager: socket.socket) -> None:
     reader, writer = os.pipe()
     try:
         sdnotify.store("ns-1000", reader)
@@ -48,7 +46,7 @@ def test_store_passes_the_descriptor_in_place_of_an_older_one(manager: socket.so
         (stored,) = fds
         assert os.path.sameopenfile(stored, reader)
         os.close(stored)
-        assert os.path.sameopenfile(reader, reader), "the caller's own stays open"
+        assert os.path.sameopenfile(reader, reader), "the caller's descriptor stays open"
     finally:
         os.close(reader)
         os.close(writer)
@@ -67,7 +65,7 @@ def test_without_a_service_manager(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sdnotify.take_stored() == []
 
 
-def test_a_dead_service_manager_is_survived(
+def test_a_dead_service_manager_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
@@ -90,7 +88,7 @@ def test_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_take_stored() -> None:
-    """In a child: what PID 1 passes begins at descriptor 3, which is taken here."""
+    """In a child: PID 1 passes descriptors from 3 on, and here 3 is in use."""
     pid = os.fork()
     if pid == 0:
         code = 1
