@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel layer: nothing but OSError leaves it, and nothing in it knows what an instance is."""
+"""The kernel layer: it raises nothing but OSError and does not know what an instance is."""

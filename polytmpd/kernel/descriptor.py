@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A file descriptor that knows whether it is open, so that one place closes it.
+"""A file descriptor that knows whether it is open, so that it is closed once.
 
 Not here: what the descriptor is for.
 """
@@ -10,10 +10,10 @@ from typing import Self
 
 
 class Descriptor(int):
-    """An open file descriptor, owned by whoever holds this object.
+    """An open file descriptor; the code that holds this object owns it.
 
     It is an int, so every function of `os` and every system call takes it. Use it as a context manager, or
-    call close(). It is not closed when it is collected: a leaked descriptor is a defect that tests find.
+    call close(). Garbage collection does not close it: a leaked descriptor is a defect that tests find.
     """
 
     closed = False
@@ -31,17 +31,17 @@ class Descriptor(int):
         return cls(os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd))
 
     def dup(self) -> "Descriptor":
-        """A second descriptor of the same open file, the caller's to close. Raises OSError (EMFILE)."""
+        """Duplicate it; the caller closes the duplicate. Raises OSError (EMFILE)."""
         return Descriptor(os.dup(self))
 
     def close(self) -> None:
-        """Close it; once closed this does nothing."""
+        """Close it, unless it is closed already."""
         if not self.closed:
             self.closed = True
             os.close(self)
 
     def detach(self) -> int:
-        """Give the descriptor away: the caller, or what it passes the number to, closes it."""
+        """Give up ownership: the caller, or the function that it passes the number to, closes it."""
         self.closed = True
         return int(self)
 

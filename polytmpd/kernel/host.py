@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The host as PID 1 sees it: its root directory and its mount namespace.
 
-The sandbox of polytmpd.service gives the daemon a mount namespace of its own, see systemd.exec(5). So the
-daemon reaches every path of the host through PID 1's root, /proc/1/root.
-Not here: what is done on the host.
+The sandbox of polytmpd.service gives the daemon its own mount namespace, see systemd.exec(5). So the daemon
+reaches every path of the host through PID 1's root, /proc/1/root.
+Not here: changes to the host.
 """
 
 import os
@@ -21,7 +21,7 @@ def path(absolute: str) -> str:
 
 
 def open_directory(absolute: str) -> Descriptor:
-    """An O_PATH descriptor of a directory of the host, the caller's to close.
+    """Open a directory of the host with O_PATH; the caller closes it.
 
     Raises OSError; ENOTDIR if the last component is a symbolic link.
     """
@@ -29,7 +29,7 @@ def open_directory(absolute: str) -> Descriptor:
 
 
 def open_namespace() -> Descriptor:
-    """A descriptor of PID 1's mount namespace, the caller's to close. Raises OSError."""
+    """Open PID 1's mount namespace; the caller closes it. Raises OSError."""
     return Descriptor.open(_NAMESPACE, os.O_RDONLY)
 
 
@@ -39,7 +39,7 @@ def namespace_inode() -> int:
 
 
 def in_words(error: BaseException) -> str:
-    """An error's text for people: without the number, with paths as they are on the host."""
+    """The text of an error for people: without its number, and with the paths as the host has them."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         names = (error.filename, error.filename2)

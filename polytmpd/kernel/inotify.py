@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""inotify(7), as thin as it can be: an owning descriptor, watches, events.
+"""A thin layer over inotify(7): a descriptor, watches, events.
+
+Not here: what the events mean.
 
 Hard facts
 - cgroup.events of cgroup v2 sends IN_MODIFY when `populated` changes (cgroups(7)).
-- A watch keeps nothing alive. When the last mount of a file system ends, its watched inodes send IN_UNMOUNT,
+- A watch keeps nothing alive. When the last mount of a file system goes, its watched inodes send IN_UNMOUNT,
   then IN_IGNORED.
-- Watch descriptors are not used again within one inotify instance before 2^31 of them were given out.
-- When the queue overflows, one event comes with wd -1 and IN_Q_OVERFLOW: events were lost, look at the world
-  anew.
+- An inotify instance does not reuse watch descriptors until it has given out 2^31 of them.
+- When the queue overflows, one event with wd -1 and IN_Q_OVERFLOW arrives: events were lost, so read the
+  current state again.
 """
 
 import os
@@ -15,6 +17,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.syscalls import inotify_add_watch, inotify_init1, inotify_rm_watch
 
 IN_MODIFY: Final = 0x00000002
@@ -34,7 +37,7 @@ _HEADER: Final = struct.Struct("=iIII")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One inotify_event. name is empty where the watch is on the object itself."""
+    """One inotify_event. name is empty if it is about the watched object itself."""
 
     watch: int
     mask: int
@@ -44,20 +47,20 @@ class Event:
 class Inotify:
     """An inotify instance that owns its descriptor."""
 
-    def __init__(self, fd: int | None = None) -> None:
-        """Takes over fd (from the FD store, say), or makes a new instance. Raises OSError (EMFILE)."""
+    def __init__(self, fd: Descriptor | None = None) -> None:
+        """Make a new instance, or take over fd, for example from the FD store. Raises OSError (EMFILE)."""
         self.fd = inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK) if fd is None else fd
 
     def add_watch(self, path: str, mask: int) -> int:
-        """Returns the watch descriptor; the same one where the inode is watched already. Raises OSError."""
+        """Watch an inode; returns the same watch descriptor if it is watched already. Raises OSError."""
         return inotify_add_watch(self.fd, path, mask)
 
     def remove_watch(self, watch: int) -> None:
-        """Raises OSError (EINVAL) where the kernel removed it already."""
+        """End a watch. Raises OSError (EINVAL) if the kernel has removed it already."""
         inotify_rm_watch(self.fd, watch)
 
     def read(self) -> list[Event]:
-        """The events that wait; empty where there are none."""
+        """The pending events, if any. Does not block."""
         try:
             data = os.read(self.fd, 65536)
         except BlockingIOError:
@@ -65,13 +68,11 @@ class Inotify:
         return parse(data)
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self.fd.close()
 
 
 def parse(data: bytes) -> list[Event]:
-    """What one read(2) of an inotify descriptor gave."""
+    """The events in the result of one read(2) of an inotify descriptor."""
     events = []
     offset = 0
     while offset < len(data):
@@ -86,7 +87,7 @@ def parse(data: bytes) -> list[Event]:
 def living_watches(fd: int) -> set[int]:
     """The watch descriptors that an inotify instance still has, from /proc/PID/fdinfo (proc_pid_fdinfo(5)).
 
-    One whose file system was unmounted is not among them, whether its events were read or not.
+    A watch goes when its file system is unmounted, even if its events have not been read yet.
     """
     found = set()
     with open(f"/proc/self/fdinfo/{fd}", "rb") as file:

@@ -4,9 +4,10 @@
 Not here: what the mounts mean to polytmp.
 
 Hard facts
-- A user decides how long the table of a namespace of his own is: 100,000 lines (fs.mount-max), and as
-  nothing limits the depth of a directory, lines of as many kilobytes as he likes. 8000 such mounts are made
-  in less than a second, and give 1.6 GB. So such tables are read line by line, and of a line its beginning.
+- Users decide how long the table of their own namespace is: up to 100,000 lines (fs.mount-max), and since
+  nothing limits the depth of a directory, lines of any number of kilobytes. Making 8000 such mounts takes
+  less than a second and gives a table of 1.6 GB. So such tables are read line by line, and of each line only
+  the beginning.
 """
 
 import errno
@@ -23,7 +24,7 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of mountinfo. Paths are decoded as os.fsdecode() does and relative to the reader's root."""
+    """One line of mountinfo. Paths are decoded like os.fsdecode() and relative to the reader's root."""
 
     mount_id: int
     parent_id: int
@@ -37,7 +38,7 @@ class Mount:
 
     @property
     def propagates(self) -> bool:
-        """Whether a mount or umount under it is sent to, or received from, other namespaces."""
+        """Whether other namespaces send mounts and umounts below it to this one, or receive them."""
         return self.shared is not None or self.master is not None
 
 
@@ -47,7 +48,7 @@ def _unescape(field: bytes) -> str:
 
 
 def parse_line(line: bytes) -> Mount:
-    """Parse one line. Raises ValueError where it is not a line of mountinfo."""
+    """Parse one line. Raises ValueError if it is not a line of mountinfo."""
     fields = line.split(b" ")
     try:
         separator = fields.index(b"-", 6)
@@ -78,22 +79,22 @@ def parse(table: bytes) -> list[Mount]:
 
 
 def read(process: str = "thread-self") -> list[Mount]:
-    """The mounts that a process sees, in the order the kernel gives. Blocking, short.
+    """The mounts that a process sees, in the kernel's order. Blocks briefly.
 
-    Raises OSError, EFBIG where the table has more than 32 MiB.
+    Raises OSError; EFBIG if the table is larger than 32 MiB.
     """
-    # One open file, read to its end: the kernel restarts from the right mount when the table changes in
-    # between.
+    # Open it once and read to the end: if the table changes meanwhile, the kernel continues at the right
+    # mount.
     with open(f"/proc/{process}/mountinfo", "rb") as file:
         table = file.read(_TABLE_AT_MOST + 1)
     if len(table) > _TABLE_AT_MOST:
-        text = f"the table of mounts has more than {_TABLE_AT_MOST >> 20} MiB"
+        text = f"mount table larger than {_TABLE_AT_MOST >> 20} MiB"
         raise OSError(errno.EFBIG, text, f"/proc/{process}/mountinfo")
     return parse(table)
 
 
 def lines(process: str) -> Iterator[bytes]:
-    """The lines of a table of any size, of each the first 64 KiB. Blocking. Raises OSError."""
+    """The lines of a table of any size, each cut off after 64 KiB. Blocking. Raises OSError."""
     with open(f"/proc/{process}/mountinfo", "rb") as file:
         while line := file.readline(_LINE_AT_MOST):
             yield line
@@ -102,30 +103,30 @@ def lines(process: str) -> Iterator[bytes]:
 
 
 def device_and_root(line: bytes) -> tuple[str, str]:
-    """What is mounted; of a line that is cut off in the root, its beginning. Raises ValueError."""
+    """What is mounted. If the line is cut off in the root, the root is, too. Raises ValueError."""
     _, _, device, root, *_ = line.split(b" ", 4)
     return os.fsdecode(device), _unescape(root)
 
 
 def mount_id_of(fd: int) -> int:
-    """The mount_id of the mount that a descriptor (O_PATH too) was opened through, from /proc/PID/fdinfo."""
+    """The ID of the mount through which a descriptor was opened, even with O_PATH, from /proc/PID/fdinfo."""
     with open(f"/proc/thread-self/fdinfo/{fd}", "rb") as file:
         for line in file:
             name, _, value = line.partition(b":")
             if name == b"mnt_id":
                 return int(value)
-    raise OSError(f"the kernel tells no mnt_id for descriptor {fd}")
+    raise OSError(f"the kernel reports no mnt_id for descriptor {fd}")
 
 
 def is_below(path: str, directory: str) -> bool:
-    """Whether path is directory or lies in it; compared by component, so /tmpfoo is not below /tmp."""
+    """Whether path is the directory or lies in it; by component, so /tmpfoo is not below /tmp."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
 def outside(mounts: Iterable[Mount], directories: Iterable[str]) -> list[tuple[str, str, str]]:
-    """What a namespace must share with the host:
+    """(mount point, device, root) of each mount outside of the directories.
 
-    (mount point, device, root) of each mount not in the directories.
+    These are what a namespace must share with the host.
     """
     hidden = tuple(directories)
     return sorted(

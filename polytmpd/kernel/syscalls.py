@@ -2,15 +2,15 @@
 """System calls that Python 3.11 does not wrap, under the kernel's names.
 
 Each wrapper is named after its man page, takes bytes or str paths and integer descriptors, and raises
-OSError with the path in it. Nothing here decides anything. Descriptors that are returned are O_CLOEXEC and
-belong to the caller.
+OSError with the path in it. Each returned descriptor is O_CLOEXEC; the caller closes it.
+Not here: any decision.
 
 Hard facts
-- libc calls go through one CDLL handle with use_errno: ctypes releases the GIL around each, so a call that
-  hangs (a dead NFS server, say) stops one thread and not the event loop.
-- glibc of Debian 12 (2.36) wraps open_tree, move_mount, mount_setattr and setns; openat2 it does not:
+- All libc calls go through one CDLL handle with use_errno. ctypes releases the GIL around each, so a call
+  that hangs, for example on a dead NFS server, blocks one thread and not the event loop.
+- glibc 2.36 (Debian 12) wraps open_tree, move_mount, mount_setattr and setns, but not openat2, which needs
   syscall(2).
-- The numbers of system calls from 424 on are the same on every architecture (except alpha), see
+- From 424 on, system calls have the same number on every architecture except alpha, see
   Documentation/process/adding-syscalls.rst. So no table of architectures is needed.
 """
 
@@ -30,9 +30,6 @@ AT_EMPTY_PATH: Final = 0x1000
 CLONE_FS: Final = 0x00000200
 CLONE_NEWNS: Final = 0x00020000
 
-MS_NOSUID: Final = 0x2
-MS_NODEV: Final = 0x4
-MS_NOEXEC: Final = 0x8
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 1 << 18
 
@@ -100,8 +97,7 @@ _libc.syscall.restype = ctypes.c_long
 
 StrOrBytes = str | bytes
 
-# sysctl(8)'s names of the limits that make a system call fail with ENOSPC, or EMFILE.
-
+# What sysctl(8) calls the limits that make a system call fail with ENOSPC or EMFILE.
 _MOUNTS: Final = "fs.mount-max"
 _NAMESPACES: Final = "user.max_mnt_namespaces"
 _WATCHES: Final = "fs.inotify.max_user_watches"
@@ -111,14 +107,14 @@ _INOTIFY: Final = "fs.inotify.max_user_instances"
 def _check(
     result: int, path: StrOrBytes | None = None, path2: StrOrBytes | None = None, limit: str = ""
 ) -> int:
-    """limit: the sysctls that ENOSPC and EMFILE of this system call may stand for."""
+    """limit: the sysctl that makes this system call fail with ENOSPC or EMFILE."""
     if result >= 0:
         return result
     number = ctypes.get_errno()
     text = os.strerror(number)
     if number == errno.ENOSYS:
         text = "this kernel lacks a system call that polytmp needs (Linux 5.15 or newer has them all)"
-    elif number == errno.ENOSPC and limit:  # the kernel's own words speak of a disk
+    elif number == errno.ENOSPC and limit:  # strerror(3) would speak of a device
         text = f"the kernel's limit {limit} is reached; raise it, see sysctl(8)"
     elif number == errno.EMFILE and limit:
         text += f", or the kernel's limit {limit} is reached; raise it, see sysctl(8)"
@@ -126,12 +122,12 @@ def _check(
 
 
 def unshare(flags: int) -> None:
-    """unshare(2). Acts on the calling thread alone."""
+    """unshare(2). Affects only the calling thread."""
     _check(_libc.unshare(flags), limit=_NAMESPACES)
 
 
 def setns(fd: int, nstype: int) -> None:
-    """setns(2). CLONE_NEWNS needs an unshared fs_struct and resets root and working directory."""
+    """setns(2). CLONE_NEWNS requires an unshared fs_struct, and resets root and working directory."""
     _check(_libc.setns(fd, nstype))
 
 
@@ -165,7 +161,7 @@ def open_tree(dirfd: int, path: StrOrBytes, flags: int) -> Descriptor:
 
 
 def move_mount(from_fd: int, to_fd: int, flags: int = 0) -> None:
-    """move_mount(2), Linux 5.2, from descriptor to descriptor, so that no path is looked up twice.
+    """move_mount(2), Linux 5.2. Takes descriptors only, so that no path is looked up twice.
 
     With MOVE_MOUNT_SET_GROUP (Linux 5.15) nothing moves: the target joins the source's peer group.
     """
@@ -178,10 +174,9 @@ def move_mount(from_fd: int, to_fd: int, flags: int = 0) -> None:
 
 
 def fsmount(source: str, fstype: str, options: Sequence[tuple[str, str]]) -> Descriptor:
-    """fsopen(2), fsconfig(2), fsmount(2), Linux 5.2: a new file system, mounted nowhere yet, nosuid, nodev
-    and noexec.
+    """fsopen(2), fsconfig(2), fsmount(2), Linux 5.2: a new file system, nosuid, nodev and noexec.
 
-    Returns its descriptor, the caller's, for move_mount().
+    It is not mounted anywhere yet: pass the descriptor to move_mount().
     """
     with Descriptor(_check(_libc.fsopen(fstype.encode(), FSOPEN_CLOEXEC), fstype)) as context:
         for key, value in (("source", source), *options):
@@ -197,7 +192,7 @@ def renameat2(old_dirfd: int, old: StrOrBytes, new_dirfd: int, new: StrOrBytes, 
 
 
 def openat2(dirfd: int, path: StrOrBytes, flags: int, resolve: int, mode: int = 0) -> Descriptor:
-    """openat2(2), Linux 5.6. O_CLOEXEC is added; the descriptor is the caller's."""
+    """openat2(2), Linux 5.6. O_CLOEXEC is added."""
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
     result = _libc.syscall(
         ctypes.c_long(_SYS_OPENAT2),
@@ -217,22 +212,22 @@ def get_inode_flags(fd: int) -> int:
 
 
 def set_inode_flags(fd: int, flags: int) -> None:
-    """ioctl_iflags(2). Clearing FS_IMMUTABLE_FL and FS_APPEND_FL needs CAP_LINUX_IMMUTABLE."""
+    """ioctl_iflags(2). Clearing FS_IMMUTABLE_FL and FS_APPEND_FL requires CAP_LINUX_IMMUTABLE."""
     fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", flags))
 
 
 def get_nstype(fd: int) -> int:
-    """ioctl_ns(2) NS_GET_NSTYPE: the CLONE_* constant of the namespace behind the descriptor."""
+    """ioctl_ns(2) NS_GET_NSTYPE: the CLONE_* constant of the namespace."""
     return fcntl.ioctl(fd, NS_GET_NSTYPE)
 
 
 def get_userns(fd: int) -> Descriptor:
-    """ioctl_ns(2) NS_GET_USERNS: the user namespace that the namespace belongs to; the caller's to close."""
+    """ioctl_ns(2) NS_GET_USERNS: the user namespace that owns the namespace."""
     return Descriptor(fcntl.ioctl(fd, NS_GET_USERNS))
 
 
 def inotify_init1(flags: int) -> Descriptor:
-    """inotify_init1(2). The descriptor is the caller's."""
+    """inotify_init1(2)."""
     return Descriptor(_check(_libc.inotify_init1(flags), limit=_INOTIFY))
 
 

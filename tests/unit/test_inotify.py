@@ -77,7 +77,7 @@ def test_errors_name_the_path() -> None:
 def test_a_descriptor_that_was_kept(tmp_path: Path) -> None:
     first = Inotify()
     watch = first.add_watch(str(tmp_path), IN_CREATE)
-    kept = os.dup(first.fd)
+    kept = first.fd.dup()
     first.close()
     (tmp_path / "new").touch()
     second = Inotify(kept)
