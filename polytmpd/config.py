@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reads polytmpd.conf and its drop-ins, in systemd's syntax, and the range of regular UIDs from login.defs.
 
-A line that makes no sense is a Problem that names the place and the remedy; the others count all the same.
-Who calls decides whether to go on (at start, with a journal line each) or to refuse (on reload).
+A mistake is a Problem, which names the place and the remedy; all other lines still apply. The caller decides
+whether to log it and go on (at start) or to refuse the whole configuration (on reload).
 Not here: what the settings do.
 """
 
@@ -23,20 +23,24 @@ _UID_LAST: Final = 4294967294
 
 
 class Problem(str):
-    """One thing that is wrong: `file:line: what, and the remedy; what is made of it at start`."""
+    """A mistake, in systemd's style: `file:line: What is wrong, ignoring; the remedy`.
+
+    `ignoring` stands for whatever polytmpd does instead, at start.
+    """
 
     fault: str
-    """Without the last: who refuses the whole makes nothing of it."""
+    """The same without that: a reload refuses the whole configuration."""
 
-    def __new__(cls, fault: str, instead: str = "") -> "Problem":
-        made = super().__new__(cls, f"{fault}; {instead}" if instead else fault)
-        made.fault = fault
+    def __new__(cls, what: str, instead: str = "", remedy: str = "") -> "Problem":
+        end = f"; {remedy}" if remedy else ""
+        made = super().__new__(cls, f"{what}, {instead}{end}" if instead else f"{what}{end}")
+        made.fault = f"{what}{end}"
         return made
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What an administrator decides."""
+    """All settings."""
 
     directories: tuple[Directory, ...] = (
         Directory(_TMP, Lifetime.INSTANCE, SOCKET_DIRECTORIES),
@@ -47,7 +51,7 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """One assignment and where it stands."""
+    """One assignment. place: its file and line."""
 
     key: str
     value: str
@@ -55,14 +59,11 @@ class _Setting:
 
 
 class _BadValueError(ValueError):
-    pass
+    """(what is wrong, the remedy)"""
 
 
 def load(root: Path = Path("/")) -> tuple[Config, list[Problem]]:
-    """The configuration of the host whose root directory is given, and what was ignored in it.
-
-    Raises nothing.
-    """
+    """The configuration below that root directory, and the mistakes in it. Never raises."""
     problems: list[Problem] = []
     lists: dict[str, list[str]] = {}
     place_of: dict[str, str] = {}
@@ -73,8 +74,9 @@ def load(root: Path = Path("/")) -> tuple[Config, list[Problem]]:
 
 
 def _files(root: Path, problems: list[Problem]) -> list[Path]:
-    """The first main file of /etc, /run, /usr/lib, then the drop-ins by name; as systemd.conf(5) has it:
-    a link to /dev/null masks those of the same name.
+    """The first main file of /etc, /run and /usr/lib, then the drop-ins by name.
+
+    As in systemd.conf(5), a link to /dev/null masks the files of the same name.
     """
     found: list[Path] = []
     drop_ins: dict[str, Path] = {}
@@ -86,24 +88,14 @@ def _files(root: Path, problems: list[Problem]) -> list[Path]:
             if directory.is_dir():
                 drop_ins.update({path.name: path for path in directory.iterdir() if path.suffix == ".conf"})
         except OSError as error:
-            problems.append(
-                Problem(f"{error.filename}: cannot be read ({error.strerror})", "ignoring what is there")
-            )
+            problems.append(Problem(f"{error.filename}: Failed to read: {error.strerror}", "ignoring"))
     found += [drop_ins[name] for name in sorted(drop_ins)]
     return [path for path in found if not (path.is_symlink() and str(path.readlink()) == "/dev/null")]
 
 
 def _lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]]:
-    """Logical lines: without comments and blank lines, continued ones joined."""
-    try:
-        if not path.is_file():
-            raise _BadValueError("is not a regular file; replace it by one, or remove it")
-        text = path.read_bytes().decode()
-    except (OSError, ValueError) as error:
-        reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-        if isinstance(error, UnicodeDecodeError):
-            reason = f"byte {error.start} is not UTF-8; save it as UTF-8 text"
-        problems.append(Problem(f"{path}: {reason}", "ignoring the file"))
+    """Logical lines, each with its number: comments and blank lines left out, continuation lines joined."""
+    if (text := _read(path, problems)) is None:
         return
     pending, start = "", 0
     for number, raw in enumerate(text.split("\n"), 1):
@@ -122,6 +114,24 @@ def _lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]]:
         yield start, pending.strip()
 
 
+def _read(path: Path, problems: list[Problem]) -> str | None:
+    try:
+        if path.is_file():
+            return path.read_bytes().decode()
+        problems.append(
+            Problem(
+                f"{path}: Not a regular file", "ignoring", "replace it with a regular file, or remove it"
+            )
+        )
+    except UnicodeDecodeError as error:
+        problems.append(
+            Problem(f"{path}: Byte {error.start} is not UTF-8", "ignoring the file", "save it as UTF-8 text")
+        )
+    except OSError as error:
+        problems.append(Problem(f"{path}: Failed to read: {error.strerror}", "ignoring the file"))
+    return None
+
+
 def _settings(path: Path, problems: list[Problem]) -> Iterator[_Setting]:
     section: str | None = None
     for number, line in _lines(path, problems):
@@ -129,43 +139,42 @@ def _settings(path: Path, problems: list[Problem]) -> Iterator[_Setting]:
         if line.startswith("["):
             section = line
             if section != f"[{SECTION}]":
-                problems.append(
-                    Problem(
-                        f"{place}: unknown section {line!r}; the only section is [{SECTION}]", "ignoring"
-                    )
-                )
+                remedy = f"the only section is [{SECTION}]"
+                problems.append(Problem(f"{place}: Unknown section {line!r}", "ignoring", remedy))
             continue
         key, equals, value = line.partition("=")
         if section is None:
-            problems.append(
-                Problem(f"{place}: assignment outside of a section; put [{SECTION}] above it", "ignoring")
-            )
+            remedy = f"put [{SECTION}] above it"
+            problems.append(Problem(f"{place}: Assignment outside of a section", "ignoring", remedy))
         elif section == f"[{SECTION}]" and not equals:
-            problems.append(Problem(f"{place}: {line!r} is no assignment; write Key=value", "ignoring"))
+            problems.append(Problem(f"{place}: Missing '=' in {line!r}", "ignoring", "write Key=value"))
         elif section == f"[{SECTION}]":
             yield _Setting(key.strip(), value.strip(), place)
 
 
 def _absolute(word: str) -> str:
     if not word.startswith("/"):
-        raise _BadValueError(f"{word!r} is not an absolute path")
+        raise _BadValueError(f"{word!r} is not an absolute path", "begin it with /")
     parts = [part for part in word.split("/") if part]
-    if not parts or "." in parts or ".." in parts:
-        raise _BadValueError(f"{word!r} is not the normal path of a directory other than /")
+    if not parts:
+        raise _BadValueError("The root directory cannot be private", "remove it from the list")
+    if "." in parts or ".." in parts:
+        raise _BadValueError(f"{word!r} is not normalized", "write it without . and ..")
     return "/" + "/".join(parts)
 
 
 def _name_in_tmp(word: str) -> str:
     if "/" in word or word in {".", ".."} or not re.fullmatch(r"\.[\w.-]+", word):
-        raise _BadValueError(f"{word!r} is not the name of a hidden directory in {_TMP}, such as .X11-unix")
+        remedy = f"name a directory in {_TMP} that begins with a dot, such as .X11-unix"
+        raise _BadValueError(f"{word!r} is not a valid name", remedy)
     return word
 
 
 def _user(word: str) -> str:
-    # int() takes no more than 4300 digits
+    # int() refuses more than 4300 digits
     too_large = word.isdecimal() and (len(word) > len(str(_UID_LAST)) or int(word) > _UID_LAST)
     if ":" in word or "/" in word or too_large:
-        raise _BadValueError(f"{word!r} is neither a user's name nor a UID")
+        raise _BadValueError(f"{word!r} is neither a user name nor a UID", "correct it, or remove it")
     return word
 
 
@@ -180,16 +189,14 @@ _KEYS: Final[dict[str, Callable[[str], str]]] = {
 def _collect(
     setting: _Setting, lists: dict[str, list[str]], place_of: dict[str, str], problems: list[Problem]
 ) -> None:
-    """All settings are lists:
+    """Add an assignment to the lists.
 
-    the first assignment replaces the default, later ones add, an empty one empties.
+    The first one for a setting replaces the default, later ones append, an empty one clears the list.
     """
     check = _KEYS.get(setting.key)
     if check is None:
-        known = ", ".join(f"{key}=" for key in _KEYS)
-        problems.append(
-            Problem(f"{setting.place}: unknown setting {setting.key}=; known are {known}", "ignoring")
-        )
+        remedy = f"the settings are {', '.join(f'{key}=' for key in _KEYS)}"
+        problems.append(Problem(f"{setting.place}: Unknown setting {setting.key}=", "ignoring", remedy))
         return
     place_of[setting.key] = setting.place
     values = lists.setdefault(setting.key, [])
@@ -199,7 +206,8 @@ def _collect(
         try:
             value = check(word)
         except _BadValueError as error:
-            problems.append(Problem(f"{setting.place}: {setting.key}=: {error}", "ignoring"))
+            what, remedy = error.args
+            problems.append(Problem(f"{setting.place}: {setting.key}=: {what}", "ignoring", remedy))
             continue
         if value not in values:
             values.append(value)
@@ -211,31 +219,22 @@ def _assemble(
     default = Config()
     paths = lists.get("Directories", [directory.path for directory in default.directories])
     if not paths:
-        problems.append(
-            Problem(
-                f"{place_of['Directories']}: Directories= names no directory; name one, or disable "
-                "polytmpd.service to have none",
-                "using the default",
-            )
-        )
+        what = f"{place_of['Directories']}: Directories= names no directory"
+        remedy = "name at least one, or disable polytmpd.service"
+        problems.append(Problem(what, "using the default", remedy))
         paths = [directory.path for directory in default.directories]
     nested = [path for path in paths if any(path.startswith(other + "/") for other in paths)]
     for path in nested:
-        problems.append(
-            Problem(
-                f"{place_of['Directories']}: {path} lies in another one of Directories=", f"ignoring {path}"
-            )
-        )
+        what = f"{place_of['Directories']}: Directories=: {path} is inside another directory of the list"
+        problems.append(Problem(what, "ignoring", "remove one of the two"))
     paths = [path for path in paths if path not in nested]
     persistent = lists.get("PersistentDirectories", ["/var/tmp"])
     for path in persistent:
         if "PersistentDirectories" in place_of and path not in paths:
-            problems.append(
-                Problem(
-                    f"{place_of['PersistentDirectories']}: {path} is not one of Directories=; add it there",
-                    "ignoring",
-                )
+            what = (
+                f"{place_of['PersistentDirectories']}: PersistentDirectories=: {path} is not in Directories="
             )
+            problems.append(Problem(what, "ignoring", "add it there, too"))
     shared = tuple(lists.get("SharedPaths", SOCKET_DIRECTORIES))
     return Config(
         tuple(
@@ -251,7 +250,7 @@ def _assemble(
 
 
 def _regular_uids(path: Path, problems: list[Problem]) -> tuple[int, int]:
-    """UID_MIN and UID_MAX of login.defs(5); its defaults where they are missing or make no sense."""
+    """UID_MIN and UID_MAX of login.defs(5), or its defaults if they are missing or invalid."""
     found = {"UID_MIN": UID_MIN_DEFAULT, "UID_MAX": UID_MAX_DEFAULT}
     default = dict(found)
     try:
@@ -259,9 +258,8 @@ def _regular_uids(path: Path, problems: list[Problem]) -> tuple[int, int]:
     except FileNotFoundError:
         return default["UID_MIN"], default["UID_MAX"]
     except OSError as error:
-        problems.append(
-            Problem(f"{path}: cannot be read ({error.strerror})", "using UID_MIN 1000, UID_MAX 60000")
-        )
+        instead = f"using UID_MIN {default['UID_MIN']} and UID_MAX {default['UID_MAX']}"
+        problems.append(Problem(f"{path}: Failed to read: {error.strerror}", instead))
         return default["UID_MIN"], default["UID_MAX"]
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split()
@@ -274,14 +272,10 @@ def _regular_uids(path: Path, problems: list[Problem]) -> tuple[int, int]:
         if 0 < value <= _UID_LAST:
             found[words[0]] = value
         else:
-            problems.append(
-                Problem(f"{path}:{number}: {words[0]} {words[1]!r} is no UID", f"using {default[words[0]]}")
-            )
+            what = f"{path}:{number}: {words[0]} {words[1]!r} is not a valid UID"
+            problems.append(Problem(what, f"using {default[words[0]]}"))
     if found["UID_MIN"] > found["UID_MAX"]:
-        problems.append(
-            Problem(
-                f"{path}: UID_MIN is above UID_MAX", f"using {default['UID_MIN']} and {default['UID_MAX']}"
-            )
-        )
+        instead = f"using {default['UID_MIN']} and {default['UID_MAX']}"
+        problems.append(Problem(f"{path}: UID_MIN is greater than UID_MAX", instead))
         found = default
     return found["UID_MIN"], found["UID_MAX"]

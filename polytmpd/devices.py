@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Block devices that go away, a memory stick that is pulled out say, as udev tells it.
+"""Reports block devices that go away, such as a memory stick that is pulled out, from udev's events.
 
-Not here: what is done about it.
+Not here: how polytmpd reacts.
 
 Hard facts
-- An overrun makes each further read of the monitor fail. A new one is made, and as nobody knows what the old
-  one missed, everything has to be looked at.
-- udevd's events come from udevd: where there is none (most containers) only the kernel's own come, and those
-  the kernel sends to network namespaces of the initial user namespace alone.
+- After an overrun every further read of the monitor fails. So a new monitor replaces it, and since it is
+  unknown which events were lost, all devices have to be checked.
+- Without udevd, as in most containers, only the kernel sends events, and only to network namespaces that
+  belong to the initial user namespace.
 """
 
 import asyncio
@@ -28,31 +28,31 @@ UDEVD: Final = Path("/run/udev/control")
 
 @dataclass(frozen=True, slots=True)
 class BlockDevice:
-    """number: MAJOR:MINOR, as mountinfo has it. node: its path below /dev; empty where udev has none."""
+    """number: MAJOR:MINOR, as in mountinfo. node: its path below /dev; empty if udev knows none."""
 
     number: str
     node: str
 
 
 def exists(number: str) -> bool:
-    """Whether the kernel has a block device MAJOR:MINOR now. Major 0 is no device's, and always there."""
+    """Whether the kernel has a block device MAJOR:MINOR. Always true for major 0, which is no device's."""
     return number.startswith("0:") or Path("/sys/dev/block", number).exists()
 
 
 class Devices:
-    """Hears of block devices that go away; owns one netlink socket."""
+    """Listens for block devices that go away; owns a netlink socket."""
 
     def __init__(self, gone: Callable[[BlockDevice], None], missed: Callable[[], None]) -> None:
-        """gone(device) is called in the event loop for each that goes away.
+        """The event loop calls gone(device) for each device that goes away.
 
-        missed() where it is not known which did: at an overrun.
+        It calls missed() if events were lost: then any device may have gone.
         """
         self._gone = gone
         self._missed = missed
         self._monitor: Any = None
 
     def start(self) -> None:
-        """Listen. Where that cannot be, log it and go on: everything else works without."""
+        """Start listening. Logs a failure and ignores it: everything else works without udev."""
         try:
             context = pyudev.Context()
             source = "udev" if UDEVD.exists() else "kernel"
@@ -61,10 +61,13 @@ class Devices:
             self._monitor.start()
         except (OSError, ImportError) as error:  # ImportError: no libudev
             self._monitor = None
-            log.warning("Devices that go away stay mounted in private directories: udev: %s", error)
+            log.warning(
+                "Failed to listen to udev, devices that go away stay mounted in private directories: %s",
+                error,
+            )
             return
         if source == "kernel":
-            log.debug("No udevd is running, listening to the kernel")
+            log.debug("udevd is not running, listening to the kernel")
         asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._on_readable)
 
     def close(self) -> None:
@@ -80,7 +83,7 @@ class Devices:
                     text = f"{os.major(number)}:{os.minor(number)}"
                     self._gone(BlockDevice(text, device.device_node or ""))
         except OSError as error:
-            log.warning("Events of udev were lost, looking at all devices: %s", error)
+            log.warning("Lost events of udev, checking all devices: %s", error)
             self.close()
             self.start()
             self._missed()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where log records go: the journal, with fields, or standard error where there is no journal.
+"""Sends log records to the journal, with fields, or to standard error if there is no journal.
 
-Not here: what is logged. A record says `extra=fields(...)` for the fields by which an administrator
-searches.
+A log call passes `extra=fields(...)` for the fields that administrators search for.
+Not here: what is logged.
 """
 
 import logging
@@ -17,7 +17,7 @@ _SOCKET: Final = Path("/run/systemd/journal/socket")
 
 
 class MessageId(StrEnum):
-    """MESSAGE_ID= of what an administrator would search for, see sd_journal_print(3)."""
+    """MESSAGE_ID= of the messages that administrators search for, see sd_journal_print(3)."""
 
     INSTANCE_NEW = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e01"
     INSTANCE_REMOVED = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e02"
@@ -31,8 +31,9 @@ class MessageId(StrEnum):
 def fields(
     message_id: MessageId | None = None, uid: int | None = None, user: str | None = None
 ) -> dict[str, str]:
-    """The journal fields of a record; none of the names that JournalHandler would choke on (PRIORITY,
-    MESSAGE, ...).
+    """The journal fields of a record.
+
+    They avoid the names that JournalHandler uses itself, such as PRIORITY and MESSAGE.
     """
     found = {
         "MESSAGE_ID": None if message_id is None else message_id.value,
@@ -43,7 +44,7 @@ def fields(
 
 
 def set_up(level: int = logging.INFO) -> None:
-    """Send records to the journal; without one (a container, a terminal), to standard error."""
+    """Send records to the journal; in a container without one, or on a terminal, to standard error."""
     handler: logging.Handler
     if _SOCKET.exists() and not sys.stderr.isatty():
         handler = JournalHandler(SYSLOG_IDENTIFIER="polytmpd")

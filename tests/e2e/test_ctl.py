@@ -427,7 +427,7 @@ def test_check_finds_mistakes_in_the_configuration(machine: Machine, alice: Any)
             ("/etc/polytmpd.conf.d/x.conf:3", "warn"),
             ("polytmpd.conf", "warn"),
         ]
-        assert "unknown setting Foo=" in found[0]["text"]
+        assert "Unknown setting Foo=" in found[0]["text"]
         assert "nobody-knows" in found[1]["text"]
     finally:
         machine.sh("systemctl stop outside; rm /etc/polytmpd.conf.d/x.conf")

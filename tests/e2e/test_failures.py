@@ -143,10 +143,10 @@ def test_an_instance_path_that_exists_already(machine: Machine, squatter: str) -
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("Directories=/tmp\n", "outside of a section"),
+        ("Directories=/tmp\n", "Assignment outside of a section"),
         ("[Polytmp]\nDirectories=tmp\n", "not an absolute path"),
-        ("[Polytmp]\nFoo=bar\n", "unknown setting Foo="),
-        ("[Nonsense]\nFoo=bar\n", "unknown section"),
+        ("[Polytmp]\nFoo=bar\n", "Unknown setting Foo="),
+        ("[Nonsense]\nFoo=bar\n", "Unknown section"),
         ("[Polytmp]\nDirectories=\n", "names no directory"),
     ],
 )

@@ -409,7 +409,7 @@ def test_a_directory_that_keeps_the_configuration_from_being_in_force(tmp_path: 
             "Foo=\nDirectories=tmp /tmp\n",
             ["/tmp"],
             [
-                ("/etc/polytmpd.conf:2", "warn", "unknown setting Foo="),
+                ("/etc/polytmpd.conf:2", "warn", "Unknown setting Foo="),
                 ("/etc/polytmpd.conf:3", "warn", "'tmp' is not an absolute path"),
             ],
         ),
