@@ -18,18 +18,18 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 
 @pytest.fixture(scope="session")
 def base() -> Iterator[Path]:
-    """A directory that is the same inside and outside of the world, and that no private /tmp hides."""
+    """A directory with the same path inside and outside of the world, which no private /tmp hides."""
     if os.geteuid() != 0:
         pytest.fail("the PAM tests make mount namespaces: run them as root")
     path = Path(tempfile.mkdtemp(prefix="polytmp-test-", dir="/run"))
-    path.chmod(0o755)  # the module must be loaded for callers that are not root, too
+    path.chmod(0o755)  # callers other than root must be able to load the module, too
     yield path
     shutil.rmtree(path)
 
 
 @pytest.fixture(scope="session", params=["plain", "sanitized"])
 def build(request: pytest.FixtureRequest, base: Path) -> Path:
-    """pam_polytmp.so and the harness, made from a copy of pam/ by its own Makefile."""
+    """pam_polytmp.so and the harness, built from a copy of pam/ by its own Makefile."""
     source = base / f"build-{request.param}"
     shutil.copytree(PAM, source, ignore=shutil.ignore_patterns("*.so", "sanitize"))
     sanitized = request.param == "sanitized"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A polytmpd that answers AcquireNamespace with what it is told, however wrong. Its argument is JSON.
+"""A polytmpd that answers AcquireNamespace as its argument says (JSON), however wrong.
 
-It writes "ready" and then "call UID" for each call to standard output, and ends with its standard input.
+It writes "ready" and a line for each call to standard output, and exits at the end of standard input.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # as in polytmpd.bus.library, of which the fake must not depend
+if TYPE_CHECKING:  # as in polytmpd.bus.library, on which the fake must not depend
     from dbus_fast import Message, MessageType
     from dbus_fast.aio import MessageBus
 else:
@@ -36,7 +36,9 @@ def answer(message: Message, script: dict[str, Any]) -> Message | bool:
         os._exit(0)
     if script.get("silent"):
         return True
-    if "error" in script and script.setdefault("errors", -1):  # so often; without it always
+    if "error" in script and script.setdefault(
+        "errors", -1
+    ):  # that many times; without "errors", every time
         script["errors"] -= 1
         return Message.new_error(message, script["error"], script["text"])
     fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in script.get("open", [])]

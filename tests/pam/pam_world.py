@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A small host to open sessions in: mount and PID namespaces with a /dev/log, users and pam.d of their own.
+"""A small host to open sessions in: mount and PID namespaces with their own /dev/log, users and pam.d.
 
-Nothing of it is seen outside. /run is shared with the host, so that sockets and files of the test's own
-directory there have the same path on both sides.
+It is invisible outside. /run is shared with the host, so that the sockets and files in the test's directory
+have the same path on both sides.
 """
 
 import json
@@ -75,7 +75,7 @@ exec sleep infinity
 
 
 class SystemLog:
-    """What is written to /dev/log; drained all the time, since a full socket would block the writer."""
+    """What is written to /dev/log. Always drained, since a full socket would block the writer."""
 
     def __init__(self, path: str) -> None:
         self._lines: list[tuple[str, str]] = []
@@ -97,12 +97,12 @@ class SystemLog:
                 self._lines.append((LOG_LEVELS[int(priority[1:]) & 7], message.rstrip("\0")))
 
     def take(self) -> list[tuple[str, str]]:
-        """All lines of pam_polytmp written so far, (level, text) each, and forgets them."""
+        """(level, text) of each line of pam_polytmp since the last call."""
         mark = uuid.uuid4().bytes
         self._marks[mark] = done = threading.Event()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(mark, self._path)
-        assert done.wait(10), "the log is not read"
+        assert done.wait(10), "nothing reads the log"
         lines, self._lines = self._lines, []
         return lines
 
@@ -120,7 +120,7 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What the harness saw."""
+    """What the harness reports."""
 
     results: list[int]
     closed: int
@@ -183,7 +183,7 @@ class World:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        os.kill(self.init, signal.SIGKILL)  # PID 1 of the world: all that runs in it ends with it
+        os.kill(self.init, signal.SIGKILL)  # PID 1 of the world: every process in it ends, too
         for child in self._children:
             child.kill()
             child.wait(10)
@@ -203,7 +203,7 @@ class World:
         return child
 
     def module(self, *arguments: str) -> None:
-        """Configures the stack, so that each value that pam_polytmp.so returns is told from every other."""
+        """Configure the stack so that each return value of pam_polytmp.so has a different effect."""
         lines = [
             f"[success=1 ignore=ignore default=die] {self.build}/pam_polytmp.so {' '.join(arguments)}",
             "[default=die] pam_succeed_if.so quiet uid = 4294967294",  # libpam never returns PAM_IGNORE
@@ -222,12 +222,12 @@ class World:
         subprocess.run([*self.inside, "sh", "-euc", command], check=True, timeout=20)
 
     def make_namespace(self, command: str = ":", *options: str) -> Namespace:
-        """A namespace with a /tmp of its own, in which /tmp/marker is. It lives as long as the world."""
+        """A namespace with its own /tmp, which contains /tmp/marker. It lives as long as the world."""
         unshare = ["unshare", "--mount", "--propagation", "private", *options]
         child = self.spawn(self.inside, unshare, ["sh", "-c", NAMESPACE, "sh", command])
         assert child.stdout is not None
         pid = child.stdout.readline().strip()
-        assert pid, "no namespace was made"
+        assert pid, "the namespace could not be made"
         return Namespace(child, f"/proc/{self.init}/root/proc/{pid}/ns/mnt", f"/proc/{pid}/ns/mnt")
 
     def open_session(self, *arguments: str, bus: str | None = None, bound: float = 30) -> Session:
@@ -287,6 +287,6 @@ class Daemon:
         assert self._process.stdout.readline() == "ready\n"
 
     def stop(self) -> list[str]:
-        """Ends it and gives the calls it was sent."""
+        """Stop it; returns the calls that it received."""
         out: str = self._process.communicate(timeout=10)[0]
         return out.splitlines()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""pam_polytmp.so in a real libpam: every return value, and what became of the process.
+"""pam_polytmp.so in a real libpam: every return value, and what happens to the process.
 
-Every test runs against the module as it is installed and as it is built with ASan and UBSan (leaks count).
+Every test runs against the module as installed, and built with ASan and UBSan (leaks are errors).
 """
 
 import os
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.pam, pytest.mark.timeout(120)]
 
 MakeDaemon = Callable[..., Daemon]
 
-# where the sanitizers need what the test takes away: /proc, malloc()
+# if the sanitizers need what the test takes away: /proc, malloc()
 plain_build = pytest.mark.parametrize("build", ["plain"], indirect=True)
 
 CALL = "call org.polytmp1.Manager /org/polytmp1 u "
@@ -81,7 +81,7 @@ def assert_clean(session: Session) -> None:
 def assert_refused(
     session: Session, reason: str, name: str = "", user: str = "alice", cwd: str = "/"
 ) -> None:
-    """PAM_PERM_DENIED, one line in the log, one for the user, and nothing moved."""
+    """PAM_PERM_DENIED, one line in the log, one for the user; the process has not moved."""
     assert session.result == PAM_PERM_DENIED
     assert_untouched(session, cwd)
     detail = f"{name}: {reason}" if name else reason
@@ -178,7 +178,7 @@ def test_a_process_with_threads(world: World, bus: Bus, daemon: MakeDaemon, priv
 def test_a_process_that_shares_its_working_directory(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
-    """What vfork() leaves; setns() alone gives EINVAL."""
+    """As after vfork(); setns() alone gives EINVAL."""
     daemon(open=[private.path])
     assert_joined(world.open_session("-F", bus=bus.address), private)
 
@@ -194,7 +194,7 @@ def test_only_the_calling_thread_moves(
 
 def test_an_activatable_daemon_is_started(world: World, bus: Bus, private: Namespace) -> None:
     bus.activatable(bus.command(open=[private.path]))
-    stdin = os.open(world.base / "activated-stdin", os.O_RDWR)  # its end is the end of the fake
+    stdin = os.open(world.base / "activated-stdin", os.O_RDWR)  # closing it ends the fake
     try:
         assert_joined(world.open_session(bus=bus.address), private)
     finally:
@@ -202,7 +202,7 @@ def test_an_activatable_daemon_is_started(world: World, bus: Bus, private: Names
 
 
 def test_with_pamtester(world: World, bus: Bus, daemon: MakeDaemon, private: Namespace) -> None:
-    """A program that is not ours, and the control flag of the profile."""
+    """An independent program, with the control flag of the profile."""
     daemon(open=[private.path])
     (world.base / "pam.d/polytmp-test").write_text(
         f"session required pam_permit.so\nsession required {world.build}/pam_polytmp.so\n"
@@ -211,7 +211,7 @@ def test_with_pamtester(world: World, bus: Bus, daemon: MakeDaemon, private: Nam
     if world.build.name == "sanitize":
         library = subprocess.check_output(["gcc", "-print-file-name=libasan.so"], text=True)
         environment["LD_PRELOAD"] = library.strip()
-        environment["ASAN_OPTIONS"] = "detect_leaks=0"  # pamtester's own
+        environment["ASAN_OPTIONS"] = "detect_leaks=0"  # pamtester leaks
 
     def pamtester(user: str, address: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -242,7 +242,7 @@ def test_a_working_directory_in_tmp_is_the_private_one(
     session = world.open_session("-w", "/tmp/work", "-l", "/tmp/marker", bus=bus.address)
     assert_joined(session, private)
     assert session.cwd == "/tmp/work"
-    assert not session.same_directory  # the host's /tmp/work was left
+    assert not session.same_directory  # not the host's /tmp/work
     assert session.log == []
 
 
@@ -264,7 +264,7 @@ def assert_at_the_root(session: Session, namespace: Namespace, directory: str) -
     assert session.messages == []
 
 
-def test_a_working_directory_that_the_namespace_has_not(
+def test_a_working_directory_that_is_missing_in_the_namespace(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
     world.shell("mkdir /tmp/missing")
@@ -281,7 +281,7 @@ def test_a_deleted_working_directory(world: World, bus: Bus, daemon: MakeDaemon,
 def test_an_unreachable_working_directory(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
-    """That of another mount namespace: the kernel's getcwd() gives "(unreachable)/..."."""
+    """It is in another mount namespace: the kernel's getcwd() gives "(unreachable)/..."."""
     other = world.make_namespace("mkdir /tmp/elsewhere")
     pid = other.inner_path.split("/")[2]
     daemon(open=[private.path])
@@ -293,18 +293,18 @@ def test_an_unreachable_working_directory(
 def test_the_working_directory_is_not_taken_through_a_symlink(
     world: World, bus: Bus, daemon: MakeDaemon, path: str
 ) -> None:
-    """Root would pass a directory that the user may not enter."""
+    """Root could pass through a directory that the user may not enter."""
     world.shell(f"mkdir -p {path}; mkdir -p -m 700 /tmp/secret; mkdir -p /tmp/secret/deeper")
     private = world.make_namespace("mkdir -p -m 700 /tmp/secret/deeper; ln -s secret /tmp/link")
     daemon(open=[private.path])
     assert_at_the_root(world.open_session("-w", path, bus=bus.address), private, path)
 
 
-# -- nobody is asked -------------------------------------------------------------------------------
+# -- polytmpd is not asked -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("user", ["root", "toor"])
-def test_root_is_never_moved_and_nobody_is_asked(
+def test_root_is_never_moved_and_polytmpd_is_not_asked(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace, user: str
 ) -> None:
     fake = daemon(open=[private.path])
@@ -316,7 +316,7 @@ def test_root_is_never_moved_and_nobody_is_asked(
 
 
 @pytest.mark.parametrize("arguments", [[], ["-T"], ["-e", "1500"], ["-w", "/tmp"]], ids=str)
-def test_root_with_no_bus_at_all(world: World, arguments: list[str]) -> None:
+def test_root_without_a_bus(world: World, arguments: list[str]) -> None:
     session = world.open_session("-u", "root", *arguments)
     assert session.result == PAM_IGNORE
     assert (session.log, session.messages) == ([], [])
@@ -350,7 +350,7 @@ ln -s usr/lib usr/lib64 usr/bin usr/sbin .
 
 
 def test_in_a_chroot_nothing_is_done(world: World, bus: Bus, daemon: MakeDaemon, private: Namespace) -> None:
-    """An image build: it must work, and the chroot has a /tmp of its own."""
+    """As in an image build: it must work, and the chroot has its own /tmp."""
     fake = daemon(open=[private.path])
     world.shell(f"{CHROOT}\nmount --rbind /proc proc")
     session = world.open_session("-r", "/tmp/chroot", bus=bus.address)
@@ -360,7 +360,7 @@ def test_in_a_chroot_nothing_is_done(world: World, bus: Bus, daemon: MakeDaemon,
 
 @plain_build
 def test_in_a_chroot_without_proc_nothing_is_done(world: World) -> None:
-    world.shell(f"{CHROOT}\nmkdir -p proc/thread-self/fd")  # the harness counts in there
+    world.shell(f"{CHROOT}\nmkdir -p proc/thread-self/fd")  # the harness counts descriptors in it
     session = world.open_session("-r", "/tmp/chroot")
     assert_skipped(session, "NOTICE", "user alice is in a chroot, keeping the chroot's /tmp")
 
@@ -376,7 +376,7 @@ def test_a_thread_in_another_namespace_than_its_process(
     assert fake.stop() == []
 
 
-# -- errors as answers -----------------------------------------------------------------------------
+# -- error replies -----------------------------------------------------------------------------
 
 
 def test_an_exempt_user_is_left_alone_silently(world: World, bus: Bus, daemon: MakeDaemon) -> None:
@@ -389,7 +389,7 @@ def test_an_exempt_user_is_left_alone_silently(world: World, bus: Bus, daemon: M
 
 @pytest.mark.parametrize("user", ["alice", "cronuser"])
 @pytest.mark.parametrize("name", ANSWERED)
-def test_an_error_of_the_daemon_refuses_everybody(
+def test_an_error_of_the_daemon_refuses_every_user(
     world: World, bus: Bus, daemon: MakeDaemon, name: str, user: str
 ) -> None:
     daemon(error=name, text="no space left")
@@ -422,14 +422,14 @@ def test_a_text_with_control_characters_stays_one_line(world: World, bus: Bus, d
 
 
 @pytest.mark.parametrize(("text", "told"), [("is masked.", "is masked"), (".", ""), ("wait...", "wait..")])
-def test_the_users_line_goes_on_after_a_sentence(
+def test_the_users_line_continues_after_a_sentence(
     world: World, bus: Bus, daemon: MakeDaemon, text: str, told: str
 ) -> None:
     daemon(error="org.polytmp1.Error.Failed", text=text)
     assert_refused(world.open_session(bus=bus.address), told, "org.polytmp1.Error.Failed")
 
 
-def test_a_silent_session_tells_the_log_only(world: World, bus: Bus, daemon: MakeDaemon) -> None:
+def test_a_silent_session_reports_to_the_log_only(world: World, bus: Bus, daemon: MakeDaemon) -> None:
     daemon(error="org.polytmp1.Error.Failed", text="no")
     session = world.open_session("-q", bus=bus.address)
     assert session.result == PAM_PERM_DENIED
@@ -446,7 +446,7 @@ def test_after_a_refusal_the_working_directory_is_as_it_was(
     assert_refused(session, "no", "org.polytmp1.Error.Failed", cwd="/tmp/work")
 
 
-# -- hostile answers -------------------------------------------------------------------------------
+# -- hostile replies -------------------------------------------------------------------------------
 
 NO_NAMESPACE = "polytmpd's reply contains no namespace: Protocol error"
 NOT_OURS = "polytmpd's reply is not a mount namespace of this host"
@@ -517,17 +517,17 @@ def test_a_descriptor_that_is_no_mount_namespace(
 
 
 def test_a_mount_namespace_that_a_user_made(world: World, bus: Bus, daemon: MakeDaemon) -> None:
-    """CVE-2022-31214 in firejail --join: what is in it is his, setuid programs included."""
+    """CVE-2022-31214 in firejail --join: the user controls all that is in it, setuid programs included."""
     theirs = world.make_namespace(":", "--user", "--map-root-user")
     daemon(open=[theirs.path])
     assert_refused(world.open_session(bus=bus.address), NOT_OURS)
 
 
-# -- nobody answers --------------------------------------------------------------------------------
+# -- no reply --------------------------------------------------------------------------------
 
 
 def assert_unreachable_for(world: World, user: str, bus: str | None = None) -> Session:
-    """A user is refused, a system user is let through; gives the session."""
+    """A user is refused, a system user is let through; returns the session."""
     session = world.open_session("-u", user, bus=bus)
     assert_untouched(session)
     assert len(session.log) == 1
@@ -550,7 +550,7 @@ def test_no_bus(world: World, user: str) -> None:
 
 
 @both_kinds
-def test_a_bus_that_nobody_serves(world: World, user: str) -> None:
+def test_a_bus_socket_without_a_bus(world: World, user: str) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(f"{world.base}/dead")
     assert_unreachable_for(world, user, f"unix:path={world.base}/dead")
@@ -605,7 +605,7 @@ def test_a_daemon_that_dies_over_the_call_and_is_started_again(
 
 @both_kinds
 def test_a_daemon_that_dies_over_every_call(world: World, bus: Bus, user: str) -> None:
-    """It is not asked for ever."""
+    """The module gives up."""
     bus.activatable(bus.command(die=True))
     stdin = os.open(world.base / "activated-stdin", os.O_RDWR)
     try:
@@ -619,7 +619,7 @@ def test_a_daemon_that_dies_over_every_call(world: World, bus: Bus, user: str) -
 def test_a_daemon_with_much_to_read_is_asked_again(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
-    """The bus answers for it that its queue is full, which others may have filled."""
+    """The bus replies that the daemon's queue is full; others may have filled it."""
     busy = daemon(error=f"{DBUS}LimitsExceeded", text="full", errors=3, open=[private.path])
     session = world.open_session(bus=bus.address)
     assert_joined(session, private)
@@ -628,9 +628,7 @@ def test_a_daemon_with_much_to_read_is_asked_again(
 
 
 @both_kinds
-def test_a_daemon_that_always_has_too_much_to_read(
-    world: World, bus: Bus, daemon: MakeDaemon, user: str
-) -> None:
+def test_a_daemon_whose_queue_stays_full(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
     world.module("timeout=1")
     daemon(error=f"{DBUS}LimitsExceeded", text="full")
     session = assert_unreachable_for(world, user, bus.address)
@@ -647,7 +645,7 @@ def test_a_bus_that_dies_over_the_call(world: World, bus: Bus, daemon: MakeDaemo
 
 @contextmanager
 def server(world: World, serve: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A socket that is served by this function and speaks no D-Bus."""
+    """A socket that this function serves, and not a bus."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(f"{world.base}/odd")
         listening.listen()
@@ -683,7 +681,7 @@ def talk_nonsense(listening: socket.socket) -> None:
 
 
 def trickle(listening: socket.socket) -> None:
-    """Something all the time, but never a line."""
+    """Keeps sending, but never a whole line."""
     client, _ = listening.accept()
     with client:
         try:
@@ -696,8 +694,10 @@ def trickle(listening: socket.socket) -> None:
 
 @both_kinds
 @pytest.mark.parametrize("serve", [never_speak, hang_up, talk_nonsense, trickle])
-def test_a_bus_that_is_none(world: World, user: str, serve: Callable[[socket.socket], None]) -> None:
-    """The set-up of the connection is within the deadline, too."""
+def test_a_bus_that_does_not_speak_dbus(
+    world: World, user: str, serve: Callable[[socket.socket], None]
+) -> None:
+    """The deadline includes setting up the connection."""
     world.module("timeout=1")
     with server(world, serve) as address:
         session = assert_unreachable_for(world, user, address)
@@ -727,7 +727,7 @@ def test_a_bus_that_is_none(world: World, user: str, serve: Callable[[socket.soc
         ("UID_MIN 99999999999999999999999\n", "alice", False),
         ("UID_MIN 4294967295\n", "alice", False),
         ("UID_MAX 0x10\n", "alice", False),
-        ("UID_MIN 3000\nUID_MAX 2000\n", "alice", False),  # or all were system users
+        ("UID_MIN 3000\nUID_MAX 2000\n", "alice", False),  # or all users would be system users
     ],
 )
 def test_who_is_a_system_user(world: World, login_defs: str, user: str, system: bool) -> None:
@@ -739,7 +739,7 @@ def test_who_is_a_system_user(world: World, login_defs: str, user: str, system: 
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def test_unknown_arguments_are_named_and_ignored(
+def test_unknown_arguments_are_reported_and_ignored(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
     world.module("timout=1", "nonsense", "debugging")
@@ -751,7 +751,7 @@ def test_unknown_arguments_are_named_and_ignored(
 
 
 @pytest.mark.parametrize("value", ["0", "601", "-1", "+1", "1s", "", "x", "0x10", "99999999999999999999"])
-def test_a_bad_timeout_is_named_and_the_default_used(
+def test_a_bad_timeout_is_reported_and_the_default_used(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace, value: str
 ) -> None:
     world.module(f"timeout={value}", "debug")
@@ -776,7 +776,7 @@ def test_a_good_timeout(world: World, bus: Bus, daemon: MakeDaemon, private: Nam
     ]
 
 
-def test_debug_says_that_a_user_is_exempt(world: World, bus: Bus, daemon: MakeDaemon) -> None:
+def test_debug_reports_that_a_user_is_exempt(world: World, bus: Bus, daemon: MakeDaemon) -> None:
     world.module("debug")
     daemon(error="org.polytmp1.Error.Exempt", text="")
     session = world.open_session(bus=bus.address)
@@ -816,7 +816,7 @@ def test_the_source_stays_small(build: Path) -> None:
 def test_every_failing_allocation(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace, reachable: bool
 ) -> None:
-    """Each allocation of a session fails once: no crash, no descriptor left, moved or not moved at all."""
+    """Each allocation of a session fails once: no crash, no open descriptor, and no half move."""
     daemon(open=[private.path])
     address = bus.address if reachable else None
     expected = PAM_SUCCESS if reachable else PAM_PERM_DENIED
@@ -828,16 +828,16 @@ def test_every_failing_allocation(
         seen.add(session.result)
         if (
             session.result == PAM_SYSTEM_ERR
-        ):  # libpam's own, after the module: no memory for its audit message
+        ):  # libpam itself, after the module: no memory for its audit message
             continue
         assert session.moved == (session.result == PAM_SUCCESS), n
         assert session.fds == session.fds_before, n
         assert session.result != PAM_IGNORE, n
-    # where libc had no memory to read /etc/passwd, it knows no user
+    # if libc has no memory to read /etc/passwd, it knows no user
     assert seen - {PAM_USER_UNKNOWN, PAM_SYSTEM_ERR} == {expected, PAM_BUF_ERR}
 
 
-# -- the profile of pam-auth-update ------------------------------------------------------------------
+# -- the profile of pam-auth-update ----------------------------------------------------------------
 
 PAM_AUTH_UPDATE = """
 cp -a /var/cache/debconf /tmp/debconf
@@ -859,7 +859,7 @@ cp /tmp/root/etc/pam.d/common-session* "$OUT"
 
 @plain_build
 def test_the_profile_is_right_after_pam_systemd(world: World) -> None:
-    """And before what starts programs; in the stack of cron and sudo, too; without pam_tmpdir."""
+    """And before modules that start programs, in the stacks of cron and sudo, too; without pam_tmpdir."""
     out = world.base / "stacks"
     world.shell(f"PROFILE={world.build}/polytmp.pam-config\nOUT={out}\n{PAM_AUTH_UPDATE}")
 
