@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Forked processes that do a test's work elsewhere, or attack it, and never come back as a second test run.
+"""Forked processes that work for a test elsewhere, or attack it.
 
-A forked child has the whole of pytest above it on its stack, and pytest-timeout's handler of SIGALRM: what
-it raises must end it, not go on there and report results of its own.
+A forked child has all of pytest on its stack, and pytest-timeout's handler of SIGALRM. An exception must end
+it: otherwise it would continue in pytest, as a second test run with its own results.
 """
 
 import ctypes
@@ -24,9 +24,10 @@ _libc = ctypes.CDLL(None)
 
 
 def start(work: Callable[[], object], seconds: int = 120, errors: int = 2) -> int:
-    """Returns the child's pid; the caller waits for it. SIGALRM ends it after so long.
+    """Call work() in a child; returns its pid, which the caller waits for.
 
-    What `work` raises is written to `errors`, and the exit status is 1.
+    SIGALRM ends it after that many seconds. If work() raises, the traceback goes to the descriptor `errors`,
+    and the exit status is 1.
     """
     parent = os.getpid()
     pid = os.fork()
@@ -46,7 +47,7 @@ def start(work: Callable[[], object], seconds: int = 120, errors: int = 2) -> in
 
 
 def in_child(work: Callable[[], object], seconds: int = 120) -> None:
-    """What it raises fails the test."""
+    """Call work() in a child and wait for it. If it raises, the test fails."""
     with tempfile.TemporaryFile() as said:
         _, status = os.waitpid(start(work, seconds, said.fileno()), 0)
         said.seek(0)
@@ -54,13 +55,13 @@ def in_child(work: Callable[[], object], seconds: int = 120) -> None:
 
 
 def alone() -> None:
-    """From here on what this process mounts is seen by nobody else."""
+    """From now on, no other process sees the mounts of this one."""
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 
 
 def in_namespace(work: Callable[[], object]) -> None:
-    """In a child with a mount namespace of its own."""
+    """Call work() in a child with its own mount namespace."""
 
     def inside() -> None:
         alone()
@@ -70,7 +71,7 @@ def in_namespace(work: Callable[[], object]) -> None:
 
 
 def become(uid: int) -> None:
-    """Without a way back; the parent-death signal, which that would clear, is set again (prctl(2))."""
+    """Switch to that user, for good. Sets the parent-death signal again, which that clears (prctl(2))."""
     os.setgroups([])
     os.setgid(uid)
     os.setuid(uid)
@@ -78,7 +79,7 @@ def become(uid: int) -> None:
 
 
 class Attack:
-    """Processes at work against the test."""
+    """Processes that attack the test."""
 
     def __init__(self, pids: list[int], counts: mmap.mmap) -> None:
         self._pids = pids
@@ -86,17 +87,16 @@ class Attack:
 
     @property
     def rounds(self) -> list[int]:
-        """How often each has struck."""
+        """How often each has attacked."""
         return list(struct.unpack(f"{len(self._pids)}q", self._counts[:]))
 
 
 @contextmanager
 def attackers(uid: int, *works: Callable[[int], object], seconds: float = 20) -> Iterator[Attack]:
-    """One process each of that user that calls its work over and over, with the number of the round.
+    """A process of that user for each work, which calls it repeatedly with the number of the round.
 
-    They let off after so long. Several of them on few processors, at it without a pause, can slow down whom
-    they attack as far as the scheduler lets them; a test wants to see them fail, and not to see who tires
-    first.
+    They stop after that many seconds. On few processors, several that never pause slow down their target as
+    far as the scheduler lets them. A test wants to see them fail, not to see which side tires first.
     """
     counts = mmap.mmap(-1, 8 * len(works))
     attack = Attack([], counts)

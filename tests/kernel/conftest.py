@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A base directory on a disk and one on a tmpfs, for the tests of instance directories."""
+"""Base directories on a disk and on a tmpfs, for the tests of instance directories."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(params=["/var/tmp", "/dev/shm"])
 def base(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """Empty, root's, with mode 1777. The test fails if it leaks a descriptor."""
+    """Empty, owned by root, with mode 1777. The test fails if it leaks a descriptor."""
     if os.geteuid() != 0:
         pytest.fail("these tests need root")
     path = Path(tempfile.mkdtemp(prefix="polytmp-test-", dir=request.param))

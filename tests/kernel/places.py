@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Directories as instances have them, and what an attacker puts in their place."""
+"""The directories of instances, and what an attacker puts in their place."""
 
 import os
 import stat

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Each step of making an instance fails once: it is rolled back to nothing, and the error says what failed.
+"""Each step of making an instance fails once: everything is rolled back, and the error says what failed.
 
-In a pid and mount namespace of its own, in which tests/faults/private.py is PID 1: the executor makes its
+Runs in new pid and mount namespaces in which tests/faults/private.py is PID 1: the executor makes its
 namespaces from PID 1's.
 """
 
@@ -24,7 +24,7 @@ UNSHARE = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What came of it when one step failed. left: what was there before and after, where they differ."""
+    """The outcome when one step fails. left: what differs, before and after."""
 
     step: str
     number: int
@@ -44,7 +44,7 @@ def cases(operation: str, *options: str) -> list[Case]:
 
 
 def assert_rolled_back(found: list[Case], survived: set[str], failures: int) -> None:
-    """survived: the steps whose failure does not fail the whole."""
+    """survived: the steps whose failure is ignored."""
     assert [case for case in found if case.left] == []
     assert {case.step for case in found if case.error is None} == survived
     failed = [case for case in found if case.error is not None]
@@ -53,16 +53,14 @@ def assert_rolled_back(found: list[Case], survived: set[str], failures: int) -> 
 
 
 def test_each_step_of_create() -> None:
-    """What cannot be shared is not, and the login goes on; for a state file that cannot be written there is
-    the FD store.
-    """
+    """The login goes on if a name cannot be shared, or the state file not written: there is the FD store."""
     survived = {"shared.os.mkdir", "shared.os.open", "shared.os.fstat"}
     survived |= {"StateDirectory.save", "state.write_text", "state.replace"}
     assert_rolled_back(cases("create"), survived, 100)
 
 
-def test_each_step_of_making_the_namespace_anew_over_the_same_files() -> None:
-    """A login while nobody can be found in the namespace any more: the files stay, whatever fails."""
+def test_each_step_of_making_a_new_namespace_over_the_same_files() -> None:
+    """A login after the last process of the namespace ended: the files stay, whatever fails."""
     survived = {"StateDirectory.save", "state.write_text", "state.replace"}
     assert_rolled_back(cases("rebuild"), survived, 60)
 
@@ -76,7 +74,7 @@ def test_no_descriptor_is_left() -> None:
 
 
 def test_no_mount_namespace_is_left() -> None:
-    """user.max_mnt_namespaces, in a user namespace of its own."""
+    """user.max_mnt_namespaces, in a new user namespace."""
     limited, again = cases("no_namespaces", "--user", "--map-root-user")
     assert limited.errno == errno.ENOSPC
     assert limited.error is not None
@@ -102,7 +100,7 @@ def test_no_inotify_instance_is_left() -> None:
 
 
 def test_no_mount_is_left() -> None:
-    """fs.mount-max, in a mount namespace that is filled up to it."""
+    """fs.mount-max, in a mount namespace that is full."""
     filled, limited, again = cases("no_mounts")
     assert (filled.step, filled.errno) == ("filled", errno.ENOSPC)
     assert limited.errno == errno.ENOSPC

@@ -66,7 +66,7 @@ def deep(directory: Path, depth: int, name: str = "d") -> None:
 
 
 def snapshot(root: Path) -> dict[str, object]:
-    """Everything of a tree that deletion must leave alone."""
+    """Everything about a tree that deletion must leave alone."""
     seen: dict[str, object] = {}
     for path in sorted([root, *root.rglob("*")]):
         at = path.lstat()
@@ -79,7 +79,7 @@ def snapshot(root: Path) -> dict[str, object]:
 
 @pytest.fixture
 def sentinel(base: Path) -> Iterator[Path]:
-    """A tree beside the instance that must come out of each test as it went in."""
+    """A tree beside the instance, which each test must leave as it is."""
     root = base / "sentinel"
     (root / "sub" / "deeper").mkdir(parents=True)
     (root / "file").write_text("precious")
@@ -93,7 +93,7 @@ def bind(source: Path, target: Path) -> None:
     syscalls.mount(str(source), str(target), None, 0x1000)
 
 
-# --- what is there to be removed ---
+# --- what to remove ---
 
 
 def test_nothing_in_it(base: Path) -> None:
@@ -184,7 +184,7 @@ def test_shapes_beyond_the_open_chain(base: Path) -> None:
 
 
 def test_barrier_stays_small(base: Path) -> None:
-    """Thousands of directories below the chain must not all be waiting in the barrier at once."""
+    """Of thousands of directories below the chain, only a few wait in the barrier at once."""
     inner = make(base)
     at = inner
     for _ in range(7):
@@ -263,7 +263,7 @@ def test_very_deep_with_few_descriptors_and_a_small_stack(base: Path, spare: int
 
 
 def test_many_files(base: Path) -> None:
-    # Creating them is what takes its time on ext4, not removing them.
+    # On ext4 creating them takes long, not removing them.
     count = 1_000_000 if SLOW else 20_000 if base.parent == Path("/var/tmp") else 200_000
     inner = make(base)
     with opened(inner) as fd:
@@ -305,7 +305,7 @@ def test_protected_files_and_directories(base: Path, flag: str) -> None:
 
 
 def test_an_immutable_file_with_another_name_is_left(base: Path) -> None:
-    """The flag is the outside file's, too: lifting it would take the administrator's protection away."""
+    """The file outside has the same flag: clearing it would remove the administrator's protection."""
     inner = make(base)
     outside = base / "outside"
     outside.write_text("protected")
@@ -364,7 +364,7 @@ def test_mounts_are_in_the_way(base: Path, sentinel: Path, kind: str, depth: int
     assert [path.name for path in base.iterdir()] == ["sentinel"]
 
 
-def test_a_mount_in_another_namespace_does_not_hinder(base: Path, sentinel: Path) -> None:
+def test_a_mount_in_another_namespace_is_not_in_the_way(base: Path, sentinel: Path) -> None:
     inner = make(base)
     (inner / "mounted").mkdir()
     (inner / "mounted" / "below").touch()
@@ -405,7 +405,7 @@ def test_the_barrier_itself_is_a_mount(base: Path, sentinel: Path) -> None:
 def test_exchanged_between_question_and_answer(
     base: Path, sentinel: Path, swap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worst case, which taking possession prevents: it is somebody else's the moment we open it."""
+    """The worst case, which taking possession prevents: it is something else by the time we open it."""
     inner = make(base)
     victim = inner / "victim"
     victim.mkdir()
@@ -423,7 +423,9 @@ def test_exchanged_between_question_and_answer(
                 if swap in ("symlink", "file"):
                     victim.rename(inner / "aside")
                 if swap == "symlink":
-                    victim.symlink_to("../../sentinel")  # an absolute one might fail for crossing mounts
+                    victim.symlink_to(
+                        "../../sentinel"
+                    )  # an absolute one might fail because it crosses mounts
                 elif swap == "file":
                     victim.touch()
                 elif swap == "bind":
@@ -490,7 +492,7 @@ def test_possession_shuts_out_who_holds_a_descriptor(base: Path, acl: bool) -> N
 
 
 def build_battlefield(inner: Path) -> list[int]:
-    """Directories of the attacker's, some deep, and a descriptor of each."""
+    """Directories of the attacker, some of them deep; returns a descriptor of each."""
     paths = []
     for number in range(8):
         path = inner / str(number)
@@ -511,13 +513,13 @@ def build_battlefield(inner: Path) -> list[int]:
 def test_attackers_at_work(base: Path, sentinel: Path, seed: int) -> None:
     inner = make(base)
     fds = build_battlefield(inner)
-    outside = base / "outside"  # where the attacker may carry things off to
+    outside = base / "outside"  # the attacker may move things here
     outside.mkdir()
     os.chown(outside, ATTACKER, ATTACKER)
     fds_and_outside = [*fds, os.open(outside, os.O_RDONLY)]
     dice = random.Random(seed)
 
-    # Few names, so that the tree stays as small as it is however long they have.
+    # Few names, so that the tree stays small however long they run.
     def disturb(_number: int) -> None:
         there, other = dice.choice(fds), dice.choice(fds_and_outside)
         name, new = f"dir{dice.randrange(12)}", f"dir{dice.randrange(12)}"
@@ -542,7 +544,7 @@ def test_attackers_at_work(base: Path, sentinel: Path, seed: int) -> None:
             os.rename(name, new)
 
     def exchange(number: int) -> None:
-        """Nothing but a directory against a symbolic link, as fast as it goes."""
+        """Exchange directories with a symbolic link, as fast as possible."""
         there = fds[(number >> 6) % len(fds)]
         with suppress(OSError):
             os.symlink(sentinel / "sub", "link", dir_fd=there)
@@ -559,7 +561,7 @@ def test_attackers_at_work(base: Path, sentinel: Path, seed: int) -> None:
 
 
 def test_attackers_who_only_create(base: Path) -> None:
-    """Nothing but possession (above) ends this race before they tire."""
+    """Only taking possession ends this race before the attackers stop."""
     inner = make(base)
     held = inner / "held"
     held.mkdir()
@@ -577,8 +579,8 @@ def test_attackers_who_only_create(base: Path) -> None:
     os.close(fd)
 
 
-def test_who_puts_things_into_the_barrier_for_ever(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only root could: it ends with an error and not never."""
+def test_an_entry_that_always_comes_back(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only root could do this. It fails instead of running forever."""
     inner = make(base)
     (inner / "dir").mkdir()
     (inner / "dir" / "file").touch()
@@ -668,7 +670,7 @@ def test_full_disk(base: Path, kind: str, full: str) -> None:
         for _ in range(7):
             at = at / "e"
             at.mkdir()
-        # Long names fill the directories' blocks; then whatever still fits.
+        # Long names fill the directories' blocks, then files take what is left.
         with suppress(OSError):
             for number in range(100_000):
                 (at / f"{number:0200}").mkdir()
@@ -692,8 +694,8 @@ def test_full_disk(base: Path, kind: str, full: str) -> None:
 # --- leases ---
 
 
-def test_a_lease_does_not_make_us_wait(base: Path) -> None:
-    """An immutable file that somebody holds a lease on: opening it would take 45 seconds."""
+def test_a_lease_does_not_block_removal(base: Path) -> None:
+    """An immutable file with a lease on it: opening it would take 45 seconds."""
     inner = make(base)
     path = inner / "leased"
     path.write_text("x")

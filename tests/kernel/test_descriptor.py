@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One owner closes a descriptor, once."""
+"""A descriptor has one owner, which closes it once."""
 
 import fcntl
 import os
@@ -29,7 +29,7 @@ def test_it_is_closed_when_the_block_fails() -> None:
     assert not is_open(fd)
 
 
-def test_closing_twice_spares_who_got_the_number_next() -> None:
+def test_closing_twice_does_not_close_a_reused_number() -> None:
     fd = Descriptor.open("/", os.O_PATH)
     fd.close()
     with Descriptor.open("/", os.O_PATH) as other:
@@ -45,7 +45,7 @@ def test_a_detached_one_stays_open() -> None:
     os.close(number)
 
 
-def test_a_second_one_has_an_end_of_its_own() -> None:
+def test_a_duplicate_is_closed_separately() -> None:
     with Descriptor.open("/", os.O_PATH) as fd:
         other = fd.dup()
     assert is_open(other)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Devices that go away, by real events: the kernel sends what root writes into a device's uevent file."""
+"""Devices that go away, with real events: the kernel sends what root writes to a device's uevent file."""
 
 import asyncio
 import fcntl
@@ -30,16 +30,16 @@ async def heard() -> AsyncIterator[Heard]:
     if os.geteuid() != 0:
         pytest.fail("these tests need root")
     turn = os.open("/run/polytmp-test-devices", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-    fcntl.flock(turn, fcntl.LOCK_EX)  # the other tests of the same device may run beside
+    fcntl.flock(turn, fcntl.LOCK_EX)  # other tests of the same device may run in parallel
     made = Heard()
     made.devices.start()
     yield made
     made.devices.close()
-    tell("add")
+    send("add")
     os.close(turn)
 
 
-def tell(action: str) -> None:
+def send(action: str) -> None:
     (LOOP / "uevent").write_text(action)
 
 
@@ -49,24 +49,24 @@ def ours(heard: Heard) -> list[BlockDevice]:
 
 
 async def test_a_device_goes_away(heard: Heard) -> None:
-    tell("change")
-    tell("remove")
+    send("change")
+    send("remove")
     await eventually(lambda: ours(heard))
     assert ours(heard) == [BlockDevice((LOOP / "dev").read_text().strip(), f"/dev/{LOOP.name}")]
     assert heard.missed == 0
 
 
 async def test_more_than_the_socket_holds(heard: Heard) -> None:
-    """Nobody reads while they come; afterwards everything is heard as before."""
+    """Events are lost while no one reads; afterwards the monitor works as before."""
     heard.devices._monitor.set_receive_buffer_size(4096)
     for _ in range(100):
-        tell("change")
+        send("change")
     await eventually(lambda: heard.missed == 1)
-    tell("remove")
+    send("remove")
     await eventually(lambda: ours(heard))
 
 
-async def test_nothing_is_left_of_it() -> None:
+async def test_close_leaves_no_descriptor() -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         heard = Heard()
@@ -76,7 +76,7 @@ async def test_nothing_is_left_of_it() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_what_exists() -> None:
+def test_exists() -> None:
     assert exists((LOOP / "dev").read_text().strip())
-    assert exists("0:77"), "no device's number at all"
+    assert exists("0:77"), "not a device number"
     assert not exists("239:239")

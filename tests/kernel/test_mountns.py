@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""kernel/mountns against the running kernel. Each case_ runs alone in namespaces of its own (world.py)."""
+"""kernel/mountns and kernel/inside with the running kernel. Each case_ runs in new namespaces (world.py)."""
 
 import contextlib
 import errno
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.kernel
 T = TypeVar("T")
 
 POINT = "/var/tmp/polytmp-test-point"
-"""On the root file system, which is private for a moment while a namespace is made."""
+"""On the root file system, which is briefly private while a namespace is made."""
 
 
 def test_root_is_here() -> None:
@@ -33,10 +33,7 @@ def test_root_is_here() -> None:
 
 
 class Bed:
-    """Two private directories, as on Debian 13:
-
-    one a mount of its own, one a plain directory of the root file system.
-    """
+    """Two private directories, as on Debian 13: a mount, and a plain directory of the root file system."""
 
     def __init__(self) -> None:
         self.watches = inotify.Inotify()
@@ -138,7 +135,7 @@ def case_two_namespaces_share_what_is_not_private() -> None:
         assert within(first, f"ls {POINT}") == ""
 
 
-def case_shared_names_are_the_hosts_own() -> None:
+def case_shared_names_are_the_hosts() -> None:
     with bed() as it:
         namespace = it.build()
         within(namespace, f"touch {it.mounted}/.X11-unix/X0")
@@ -152,11 +149,11 @@ def case_a_host_mount_below_is_not_kept() -> None:
             subprocess.run(["mount", "-t", "tmpfs", "iso", f"{path}/iso"], check=True)
             Path(path, "iso/nested").mkdir()
             subprocess.run(["mount", "-t", "tmpfs", "nested", f"{path}/iso/nested"], check=True)
-        # One that is covered by another: no path leads to it.
+        # A covered mount: no path leads to it.
         subprocess.run(["mount", "-t", "tmpfs", "nested", f"{it.mounted}/iso"], check=True)
         before = points()
         namespace = it.build()
-        assert points() == before, f"the host's own are still there: {set(before) ^ set(points())}"
+        assert points() == before, f"the host keeps its mounts: {set(before) ^ set(points())}"
         table = inside.mounts_in(namespace.fd)
         assert not [mount for mount in table if mount.source in {"iso", "nested"}]
 
@@ -202,7 +199,7 @@ def case_renewed_sentinel_beneath() -> None:
 
 
 def case_renewed_sentinel_under_shared() -> None:
-    too_old = OSError(errno.EINVAL, "MOVE_MOUNT_BENEATH is not known before Linux 6.5")
+    too_old = OSError(errno.EINVAL, "MOVE_MOUNT_BENEATH needs Linux 6.5")
     with mock.patch.object(inside, "_set_sentinel_beneath", side_effect=too_old):
         renewed_sentinel()
 
@@ -224,7 +221,7 @@ def renewed_sentinel() -> None:
         assert found == [watch]
 
 
-def case_something_else_in_the_place_is_refused() -> None:
+def case_something_else_in_its_place_is_refused() -> None:
     with bed() as it:
         before = points()
         Path(it.plain, "barrier/tmp").rename(Path(it.plain, "barrier/old"))
@@ -258,9 +255,7 @@ def case_nothing_leaks() -> None:
 
 
 def case_no_mount_event_is_missed() -> None:
-    """The host mounts and unmounts all the time while namespaces are made; each must agree with it in the
-    end.
-    """
+    """The host keeps mounting while namespaces are made; each must agree with it in the end."""
     with bed() as it:
         Path("/var/tmp/storm").mkdir(exist_ok=True)
         stop = threading.Event()

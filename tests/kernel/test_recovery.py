@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who has an instance mounted, wherever its directory lies."""
+"""Which process has an instance mounted, wherever its directory is."""
 
 import os
 import tempfile
@@ -18,7 +18,7 @@ _MS_BIND = 4096
 
 
 def _taken_along(base: str) -> None:
-    """A process of another namespace has something in the instance mounted, and is found until it ends."""
+    """A process in another namespace has part of the instance mounted, and is found until it ends."""
     inside = f"{base}/{BARRIER}/tmp/inside"
     os.makedirs(inside)
     os.makedirs(f"{base}/polytmp-1002/tmp")
@@ -43,7 +43,7 @@ def _taken_along(base: str) -> None:
 
 
 def _in_the_root_file_system() -> None:
-    # Two levels: it is what Debian 12's /tmp and everybody's /var/tmp are.
+    # Two levels, like /tmp on Debian 12, and /var/tmp everywhere.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as base:
         _taken_along(base)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Setting instance directories aside, and finding what is left over, on real file systems."""
+"""Setting instance directories aside, and finding leftovers, on real file systems."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_set_aside_under_another_name(base: Path) -> None:
         new = names.former(1000, "0" * 16)
         storage.set_aside(fd, NAME, new)
         assert storage.remembered(fd, new) == "alice"
-        assert storage.leftovers(fd) == storage.Leftovers((), (), 0), "nobody deletes it"
+        assert storage.leftovers(fd) == storage.Leftovers((), (), 0), "it is not deleted"
 
 
 def test_set_aside_and_leftovers(base: Path) -> None:

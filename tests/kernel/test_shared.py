@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host's socket directories: which are made, finished, refused."""
+"""The host's socket directories: which are made, completed, refused."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def ensure(base: Path) -> tuple[int, int]:
-    """(mode, owner) of what is there then."""
+    """Returns the (mode, owner) of the result."""
     fd = os.open(base, os.O_PATH | os.O_DIRECTORY)
     try:
         shared.ensure(fd, NAME)
@@ -41,7 +41,7 @@ def test_a_missing_one_is_made(base: Path, mode: int) -> None:
 
 @pytest.mark.parametrize("mode", [0o1777, 0o3777])
 @pytest.mark.parametrize("step", ["fchown", "fchmod"])
-def test_one_whose_maker_was_killed_is_finished(base: Path, step: str, mode: int) -> None:
+def test_a_half_made_one_is_completed(base: Path, step: str, mode: int) -> None:
     base.chmod(mode)
     with mock.patch.object(os, step, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         ensure(base)
@@ -50,13 +50,13 @@ def test_one_whose_maker_was_killed_is_finished(base: Path, step: str, mode: int
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o750, 0o1700, 0o1777])
-def test_the_mode_that_root_gave_stays(base: Path, mode: int) -> None:
+def test_the_mode_that_root_has_set_stays(base: Path, mode: int) -> None:
     (base / NAME).mkdir()
     (base / NAME).chmod(mode)
     assert ensure(base) == (0o40000 | mode, 0)
 
 
-def test_what_root_keeps_in_a_closed_one_is_shown_to_nobody(base: Path) -> None:
+def test_a_directory_that_root_has_closed_stays_closed(base: Path) -> None:
     (base / NAME).mkdir(mode=0o700)
     (base / NAME / "secret").touch()
     assert ensure(base) == (0o40700, 0)

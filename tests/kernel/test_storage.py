@@ -71,7 +71,7 @@ def test_make_copies_the_acl_to_the_inner_directory_only(base: Path) -> None:
 
 
 def test_make_copies_the_label(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no SELinux here: a fake for the one attribute."""
+    """Without SELinux: the attribute is a fake."""
     labels: dict[str, bytes] = {str(base): b"system_u:object_r:tmp_t:s0\0"}
     real = os.getxattr
 
@@ -145,7 +145,7 @@ def test_make_that_fails_at_any_step_leaves_nothing(
             try:
                 inner = storage.make(fd, NAME, SOCKETS, "alice")
             except OSError as error:
-                assert error.errno == errno.EIO  # noqa: PT017  (it need not fail: the last step does not exist)
+                assert error.errno == errno.EIO  # noqa: PT017  (it may succeed: the last step does not exist)
                 assert str(error.filename).startswith(str(base))  # noqa: PT017
                 failed += 1
             else:
@@ -156,7 +156,7 @@ def test_make_that_fails_at_any_step_leaves_nothing(
     assert_as_made(base)
 
 
-def test_a_base_where_names_do_not_stand_still_is_refused(base: Path) -> None:
+def test_a_base_in_which_others_can_rename_is_refused(base: Path) -> None:
     base.chmod(0o777)
     with pytest.raises(PermissionError, match="sticky"):
         make(base)
@@ -253,7 +253,7 @@ def test_adopt_and_set_aside_enter_no_mount(base: Path, place: str, kind: str) -
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SQUATTERS if kind != "mode"])
-def test_adopt_moves_what_lies_where_a_mountpoint_must_be(base: Path, kind: str) -> None:
+def test_adopt_moves_what_is_in_place_of_a_mount_point(base: Path, kind: str) -> None:
     make(base)
     inner = base / NAME / "tmp"
     (inner / ".X11-unix").rmdir()
@@ -266,7 +266,7 @@ def test_adopt_moves_what_lies_where_a_mountpoint_must_be(base: Path, kind: str)
 
 
 @pytest.mark.parametrize("step", range(1, 12))
-def test_adopt_that_fails_takes_away_what_it_made_and_nothing_else(
+def test_adopt_that_fails_removes_what_it_made_and_nothing_else(
     base: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(base)
@@ -295,8 +295,8 @@ def test_adopt_that_fails_takes_away_what_it_made_and_nothing_else(
             assert sorted(os.listdir(inner)) == [".ICE-unix", ".X11-unix", "kept"]
 
 
-def test_adopt_while_the_user_is_at_work(base: Path) -> None:
-    """A process left over from before keeps putting links where the mount point must be."""
+def test_adopt_while_the_user_interferes(base: Path) -> None:
+    """A process left over from before keeps creating links in place of the mount point."""
     make(base)
     inner = base / NAME / "tmp"
     fd = os.open(inner, os.O_RDONLY)
@@ -321,7 +321,7 @@ def test_adopt_while_the_user_is_at_work(base: Path) -> None:
     assert stat.S_ISDIR(os.stat("/etc").st_mode)
 
 
-# --- whose it is ---
+# --- the owner ---
 
 
 def test_a_barrier_remembers_its_user(base: Path) -> None:
@@ -331,11 +331,11 @@ def test_a_barrier_remembers_its_user(base: Path) -> None:
         os.close(storage.make(fd, NAME, SOCKETS, "alice"))
         assert storage.remembered(fd, NAME) == "alice"
         os.close(storage.adopt(fd, NAME, SOCKETS, "bob"))
-        assert storage.remembered(fd, NAME) == "alice", "for good"
+        assert storage.remembered(fd, NAME) == "alice", "the first user stays"
     assert_as_made(base)
 
 
-def test_a_barrier_that_remembers_nobody(base: Path) -> None:
+def test_a_barrier_without_a_user(base: Path) -> None:
     make(base)
     with opened(base) as fd:
         assert storage.remembered(fd, NAME) is None
@@ -343,7 +343,7 @@ def test_a_barrier_that_remembers_nobody(base: Path) -> None:
         assert storage.remembered(fd, NAME) == "DOM\\alice"
 
 
-def test_a_mark_that_is_none(base: Path) -> None:
+def test_a_user_mark_that_is_not_a_link(base: Path) -> None:
     make(base)
     (base / NAME / "user").write_text("alice")
     with opened(base) as fd, pytest.raises(FileExistsError, match="not a symbolic link") as caught:
@@ -351,7 +351,9 @@ def test_a_mark_that_is_none(base: Path) -> None:
     assert caught.value.filename == str(base / NAME / "user")
 
 
-def test_a_full_disk_keeps_nobody_out_of_what_is_kept(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_lock_users_out_of_persistent_files(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(base)
 
     def full(*_: object, **__: object) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Counting what an instance takes, on real file systems."""
+"""Counting the disk usage of an instance, on real file systems."""
 
 import os
 import subprocess
@@ -69,12 +69,12 @@ def test_usage_does_not_enter_mounts(base: Path) -> None:
 
 
 def test_usage_while_it_is_moved_away(base: Path) -> None:
-    """The directories above are gone when the count comes back: what is counted is only ever in the tree."""
+    """The parent directories are gone when the count returns to them. It never leaves the tree."""
     make(base)
     inner = base / NAME / "tmp"
     at = inner
     for level in range(100):
-        for name in "abc":  # before and after the way down, whatever the order of the listing
+        for name in "abc":  # listed before or after the way down, in whatever order
             (at / name).mkdir(parents=True)
         (at / f"{level}").mkdir()
         for name in "def":

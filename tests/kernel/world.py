@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs a function where it is alone with the kernel: in new mount and pid namespaces, of which it sees
-process 1 as the host.
+"""Runs a function in new mount and pid namespaces, whose process 1 it takes for the host.
 
-polytmpd makes namespaces from PID 1's; here /proc/1 is a process of the test's own, with mounts that
-propagate among themselves and to nobody else.
+polytmpd makes namespaces from PID 1's. Here /proc/1 is a process of the test, and its mounts propagate only
+among themselves.
 """
 
 import importlib
@@ -19,7 +18,7 @@ ENTER = (
 
 
 def run_alone(module: str, function: str, *, shared: bool = True) -> None:
-    """Run module.function() there. Raises AssertionError with its output where it fails."""
+    """Run module.function() there. Raises AssertionError with its output if it fails."""
     script = ENTER if shared else ENTER.replace("--make-rshared", "--make-rprivate")
     argv = [sys.executable, "-m", "tests.kernel.world", module, function]
     done = subprocess.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""inotify: real events of real files, and what one read(2) gives."""
+"""inotify: real events of real files, and parsing the result of read(2)."""
 
 import os
 import struct
@@ -50,7 +50,7 @@ def test_overflow_has_no_watch() -> None:
 def test_real_events(tmp_path: Path) -> None:
     inotify = Inotify()
     try:
-        assert inotify.read() == [], "read() does not wait"
+        assert inotify.read() == [], "read() does not block"
         watch = inotify.add_watch(str(tmp_path), IN_CREATE | IN_DELETE)
         (tmp_path / "new").touch()
         (tmp_path / "new").unlink()
@@ -74,14 +74,14 @@ def test_errors_name_the_path() -> None:
         inotify.close()
 
 
-def test_a_descriptor_that_was_kept(tmp_path: Path) -> None:
+def test_a_stored_descriptor_is_taken_over(tmp_path: Path) -> None:
     first = Inotify()
     watch = first.add_watch(str(tmp_path), IN_CREATE)
     kept = first.fd.dup()
     first.close()
     (tmp_path / "new").touch()
     second = Inotify(kept)
-    assert not os.get_inheritable(Inotify(kept).fd)
+    assert not os.get_inheritable(second.fd)
     assert second.read() == [Event(watch, IN_CREATE, "new")]
     second.close()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where log records go."""
+"""Log records reach the journal or standard error, with their fields."""
 
 import logging
 import re
@@ -13,7 +13,7 @@ from polytmpd.journal import MessageId, fields
 
 pytestmark = pytest.mark.unit
 
-# What JournalHandler, or logging itself, uses: an `extra` of that name loses the record.
+# JournalHandler or logging itself uses these names: an `extra` with one of them loses the record.
 RESERVED = {
     "PRIORITY",
     "MESSAGE",
@@ -49,7 +49,7 @@ def test_fields() -> None:
     assert not RESERVED & set(fields(MessageId.BAD_CONFIG, 1, "x"))
 
 
-def test_message_ids_are_ids_and_differ() -> None:
+def test_message_ids_are_valid_and_unique() -> None:
     assert all(re.fullmatch("[0-9a-f]{32}", entry.value) for entry in MessageId)
     assert len({entry.value for entry in MessageId}) == len(MessageId)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tables of mounts, as the kernel writes them."""
+"""Mount tables, as the kernel writes them."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 LINE = b"36 35 98:0 /mnt1 /mnt2 rw,noatime shared:7 master:1 - ext3 /dev/root rw,errors=continue"
 
 
-def test_a_line_of_the_manual_page() -> None:
+def test_the_line_in_the_manual_page() -> None:
     assert parse_line(LINE) == Mount(36, 35, "98:0", "/mnt1", "/mnt2", 7, 1, "ext3", "/dev/root")
 
 
@@ -43,7 +43,7 @@ def test_escapes() -> None:
     assert mount.source == "a b"
 
 
-def test_names_that_are_no_text_are_kept() -> None:
+def test_names_that_are_not_utf_8_are_kept() -> None:
     mount = parse_line(b"1 2 0:3 / /mnt/\xff rw - tmpfs  rw")
     assert os.fsencode(mount.mount_point) == b"/mnt/\xff"
     assert mount.source == ""
@@ -61,7 +61,7 @@ def test_names_that_are_no_text_are_kept() -> None:
         b"36 35 98:0 - /mnt1 /mnt2 rw",
     ],
 )
-def test_what_is_no_line(line: bytes) -> None:
+def test_lines_that_are_not_of_mountinfo(line: bytes) -> None:
     with pytest.raises(ValueError, match="not a line of mountinfo"):
         parse_line(line)
 
@@ -97,7 +97,7 @@ PATH = st.binary(max_size=30).map(lambda rest: b"/" + rest.replace(b"\0", b""))
 
 
 @given(PATH, PATH, PATH, st.none() | st.integers(0, 1 << 31))
-def test_any_name_survives(root: bytes, point: bytes, source: bytes, shared: int | None) -> None:
+def test_any_name_is_read_back(root: bytes, point: bytes, source: bytes, shared: int | None) -> None:
     tag = b"" if shared is None else b"shared:%d " % shared
     line = b"1 2 0:3 %s %s rw %s- tmpfs %s rw" % (escaped(root), escaped(point), tag, escaped(source))
     (mount,) = parse(line + b"\n")
@@ -106,7 +106,7 @@ def test_any_name_survives(root: bytes, point: bytes, source: bytes, shared: int
 
 
 @given(st.binary() | st.lists(st.sampled_from(LINE.split(b" "))).map(b" ".join))
-def test_anything_else_is_a_value_error(table: bytes) -> None:
+def test_other_bytes_raise_only_value_error(table: bytes) -> None:
     with contextlib.suppress(ValueError):
         for mount in parse(table):
             assert isinstance(mount.mount_point, str)
