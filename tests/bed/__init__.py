@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The test bed: disposable Debian systems, booted from a cached tree, with the package under test.
 
-Nothing here knows what polytmp does; the end-to-end tests do.
+Not here: what polytmp does, which the end-to-end tests know.
 """
 
-from .machine import CommandError, Machine, Result, Session, eventually
+from .command import CommandError, CommandTimeout, Result
+from .machine import Machine
 from .package import build
+from .session import Session
 from .tree import RELEASES, BedError
+from .waiting import eventually
 
 __all__ = [
     "RELEASES",
     "BedError",
     "CommandError",
+    "CommandTimeout",
     "Machine",
     "Result",
     "Session",

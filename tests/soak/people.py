@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bed import CommandError, Machine, Session
-from tests.bed.machine import CommandTimeout
+from tests.bed import CommandError, CommandTimeout, Machine, Session
 
 from . import proc
 from .record import Record, Violation

@@ -8,8 +8,7 @@ import random
 import threading
 import time
 
-from tests.bed import CommandError, Machine
-from tests.bed.machine import CommandTimeout
+from tests.bed import CommandError, CommandTimeout, Machine
 
 from .record import Record
 
