@@ -11,7 +11,6 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
 from tests import observe
 from tests.bed import RELEASES, Machine, Session, build, eventually
@@ -179,11 +178,7 @@ class Demo:
             "over with a "
             "subdir of /tmp, so that things stay on the same file system.",
         )
-        found = {
-            entry["directory"]: entry["path"]
-            for entry in observe.status(self._machine, "alice")["directories"]
-        }
-        for directory, path in found.items():
+        for directory, path in observe.directories(self._machine, "alice").items():
             same = f"stat -fc '%T %i' {directory}"
             tell.check(
                 f"alice's {directory} is {path}: in {directory}, on the same file system",
@@ -197,7 +192,7 @@ class Demo:
         self._host("polytmpctl list")
         page = self._host("polytmpctl status alice")
         tell.check("the instance has a page, a path and a process list", "/tmp/polytmp-" in page)
-        path = observe.status(self._machine, "alice")["directories"][0]["path"]
+        path = observe.directories(self._machine, "alice")["/tmp"]
         tell.check("root reads her file at that path", self._host(f"cat {path}/plan").strip() == "secret")
         tell.check(
             "sudo in her session finds it as /tmp/plan",
@@ -217,19 +212,20 @@ class Demo:
         )
         with machine.session("bob") as bob:
             self._as(
-                bob, "sudo -u alice sh -c 'echo still here > /tmp/note; exec sleep 4321' >/dev/null 2>&1 &"
+                bob,
+                "sudo -u alice sh -c 'echo still here > /tmp/note; exec sleep infinity' >/dev/null 2>&1 &",
             )
             tell.check_soon(
                 "alice has logged out; a process that bob runs as alice, in bob's session, is left",
                 lambda: (
-                    machine.sh("pgrep -f -x 'sleep 4321'", check=False).stdout
+                    machine.sh("pgrep -f -x 'sleep infinity'", check=False).stdout
                     and observe.state(machine, "alice") == "draining"
                 ),
             )
             self._host("polytmpctl list; polytmpctl status alice")
-            path = observe.status(machine, "alice")["directories"][0]["path"]
+            path = observe.directories(machine, "alice")["/tmp"]
             tell.check("her files are still there", self._host(f"cat {path}/note").strip() == "still here")
-            self._host("pkill -f -x 'sleep 4321'")
+            self._host("pkill -f -x 'sleep infinity'")
             tell.check_soon(
                 "it ends, and the instance with it", lambda: observe.state(machine, "alice") is None
             )
@@ -245,12 +241,6 @@ class Demo:
         self._host("journalctl -b -u polytmpd --no-pager -o cat | tail -n 6")
 
 
-def prepare(root: Path) -> None:
-    drop_in = root / "etc/systemd/logind.conf.d/quick.conf"
-    drop_in.parent.mkdir(parents=True, exist_ok=True)
-    drop_in.write_text(observe.QUICK_LOGOUT)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Five objections, one after the other, on a booted Debian.")
     parser.add_argument("--release", choices=RELEASES, default="trixie")
@@ -261,7 +251,7 @@ def main() -> int:
         f"minutes."
     )
     sys.stdout.flush()
-    with Machine(release, build(release), prepare=prepare) as machine:
+    with Machine(release, build(release), prepare=observe.quick_logouts) as machine:
         Demo(machine, tell).run()
     print(f"\n{tell.seen} observations, {tell.wrong} not as they should be.")  # noqa: T201
     return 1 if tell.wrong else 0

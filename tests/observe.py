@@ -1,21 +1,36 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an administrator can see of polytmp on a booted system: for tests, demo and soak.
+"""What an administrator can see of polytmp on a booted system, for tests, demo and soak; and how to get back
+to a quiet system.
 
-Not its business: what should be seen.
+Not here: what should be seen.
 """
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 from tests.bed import Machine, eventually
 
 NAMESPACE = "readlink /proc/self/ns/mnt"
 QUICK_LOGOUT = "[Login]\nUserStopDelaySec=0\n"
-"""logind keeps a user's manager for 10 s after his last session; tests need not wait for that."""
+"""logind keeps a user's manager for 10 s after their last session; tests need not wait for that."""
+
+
+def quick_logouts(root: Path) -> None:
+    """For Machine(prepare=…): configure logind for QUICK_LOGOUT."""
+    write(root, "etc/systemd/logind.conf.d/quick.conf", QUICK_LOGOUT)
+
+
+def write(root: Path, name: str, text: str) -> None:
+    """Write a file into a machine that is not booted yet; missing directories are made."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def instances(machine: Machine) -> dict[str, str]:
-    """User → state, as polytmpctl lists them."""
+    """Return user → state, as polytmpctl lists them."""
     rows: list[dict[str, Any]] = json.loads(
         machine.run("polytmpctl", "--json=short", "list", timeout=20).stdout
     )
@@ -31,20 +46,25 @@ def status(machine: Machine, user: str) -> dict[str, Any]:
     return found
 
 
+def directories(machine: Machine, user: str) -> dict[str, str]:
+    """Return directory, as the user sees it → its path on the host."""
+    return {entry["directory"]: entry["path"] for entry in status(machine, user)["directories"]}
+
+
 def on_disk(machine: Machine) -> list[str]:
-    """Everything of ours in the host's /tmp and /var/tmp but what persists."""
+    """Return everything of polytmp in the host's /tmp and /var/tmp except what persists."""
     script = "find /tmp /var/tmp -maxdepth 1 -name 'polytmp-*' ! -regex '/var/tmp/polytmp-[0-9]+' | sort"
     return machine.sh(script).stdout.splitlines()
 
 
 def held(machine: Machine) -> list[str]:
-    """The mount namespaces that the daemon holds open."""
+    """Return the mount namespaces that the daemon holds open."""
     script = "find /proc/$(systemctl show -P MainPID polytmpd)/fd -lname 'mnt:*' -printf '%l\\n' | sort"
     return machine.sh(script).stdout.split()
 
 
 def instances_made(machine: Machine) -> int:
-    """How often the journal has a new instance."""
+    """Count the new instances that the journal reports."""
     return machine.journal("-u", "polytmpd", "--output=cat").count("New instance of user")
 
 
@@ -53,24 +73,38 @@ def daemon_fds(machine: Machine) -> int:
     return int(machine.sh(script).stdout)
 
 
+def daemon_memory(machine: Machine, field: str = "VmRSS") -> int:
+    """Return a field of the daemon's /proc/PID/status in KiB: VmRSS, or VmHWM for the peak."""
+    text = machine.sh("cat /proc/$(systemctl show -P MainPID polytmpd)/status").stdout
+    return int(re.search(rf"{field}:\s*(\d+)", text)[1])  # type: ignore[index]  # the line is always there
+
+
+def restarts(machine: Machine) -> int:
+    """Count how often systemd has restarted the daemon because it failed."""
+    return int(machine.run("systemctl", "show", "-P", "NRestarts", "polytmpd").stdout)
+
+
 def stored(machine: Machine) -> int:
-    """Descriptors in the FD store."""
+    """Count the descriptors in the FD store."""
     return int(machine.run("systemctl", "show", "-P", "NFileDescriptorStore", "polytmpd").stdout)
 
 
 def mounts(machine: Machine) -> list[str]:
-    """The host's mount points, without those that logind makes and unmakes in its own time."""
+    """Return the host's mount points, except those that logind mounts and unmounts in its own time."""
     found = machine.sh("cut -d' ' -f5 /proc/1/mountinfo").stdout.splitlines()
     return sorted(path for path in found if not path.startswith("/run/user/"))
 
 
 def namespaces(machine: Machine) -> set[str]:
-    """The mount namespaces that any process lives in."""
+    """Return the mount namespaces that processes live in."""
     return set(machine.sh("readlink /proc/*/ns/mnt 2>/dev/null | sort -u || true").stdout.split())
 
 
 def gone(machine: Machine, user: str) -> bool:
-    """Nothing is left of the user's instance: on the bus, on disk, in the daemon, in the FD store."""
+    """Whether nothing is left of the user's instance on the bus, on disk, or as a state file.
+
+    The daemon must not hold any namespace either, so this is for when nobody else is logged in.
+    """
     uid = machine.run("id", "-u", user).stdout.strip()
     return (
         user not in instances(machine)
@@ -80,12 +114,16 @@ def gone(machine: Machine, user: str) -> bool:
     )
 
 
+def processes(machine: Machine, command: str) -> list[str]:
+    """Return the PIDs of the processes whose command line contains that."""
+    return machine.run("pgrep", "-f", "--", command, check=False).stdout.split()
+
+
 def log_everybody_out(machine: Machine) -> None:
-    """Back to a quiet system: no sessions, no instances, no linger."""
+    """Return to a quiet system: no sessions, no instances, no lingering."""
     machine.sh(
-        "for user in alice bob; do loginctl disable-linger $user; loginctl terminate-user $user; pkill "
-        "-KILL -u $user; "
-        "done; true",
+        "for user in alice bob; do loginctl disable-linger $user; loginctl terminate-user $user; "
+        "pkill -KILL -u $user; done; true",
         check=False,
     )
     eventually(lambda: not instances(machine) and not on_disk(machine), 30, "all instances are gone")

@@ -33,9 +33,7 @@ _numbers = itertools.count(1)
 
 def prepare(root: Path) -> None:
     """The tools into a machine that is not booted yet, and logouts without delay."""
-    drop_in = root / "etc/systemd/logind.conf.d/quick.conf"
-    drop_in.parent.mkdir(parents=True, exist_ok=True)
-    drop_in.write_text(observe.QUICK_LOGOUT)
+    observe.quick_logouts(root)
     target = root / HERE[1:]
     target.mkdir(parents=True)
     for program in Path(__file__).parent.glob("*"):
@@ -99,3 +97,14 @@ def untouched(machine: Machine) -> Iterator[None]:
     assert before.count("\n") > 8, before
     yield
     assert machine.sh(_FACTS).stdout == before
+
+
+def wait_until_gone(machine: Machine, user: str = "alice", timeout: float = 30) -> None:
+    """Return when the user's instance and its files are gone; others may stay. timeout is in seconds."""
+    eventually(lambda: observe.state(machine, user) is None, timeout, f"{user}'s instance is gone")
+    uid = machine.run("id", "-u", user).stdout.strip()
+    eventually(
+        lambda: not [path for path in observe.on_disk(machine) if f"-{uid}-" in path or "removing" in path],
+        timeout,
+        "and its files",
+    )

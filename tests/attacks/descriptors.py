@@ -6,8 +6,8 @@ takes.
 
 import os
 import resource
+import signal
 import sys
-import time
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
             break
     else:
         print("there", flush=True)
-    time.sleep(300)
+    signal.pause()
 
 
 if __name__ == "__main__":

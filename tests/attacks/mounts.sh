@@ -4,4 +4,4 @@
 exec unshare -Urm --propagation private bash -c '
 mount -t tmpfs a /mnt; mkdir /mnt/d; cd /mnt/d
 for i in $(seq 1 14); do mkdir /mnt/$i; mount --rbind /mnt /mnt/$i 2>/dev/null || break; done
-wc -l < /proc/self/mountinfo; exec sleep 300'
+wc -l < /proc/self/mountinfo; exec sleep infinity'

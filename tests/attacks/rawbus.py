@@ -19,6 +19,7 @@ rawbus.py owner                         the unique name of polytmpd
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import struct
 import sys
@@ -203,7 +204,7 @@ def pile(connections: int) -> None:
                 data = call(next(bus.serials), PEER, "Ping", "h" * 16, SIXTEEN, fds=16)
                 bus.socket.sendmsg([data], ancillary)
     print("sent", flush=True)
-    time.sleep(60)
+    signal.pause()
 
 
 def descriptors(count: int) -> None:

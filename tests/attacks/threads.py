@@ -3,17 +3,17 @@
 """Threads without end: threads.py COUNT. Says its pid when they are there."""
 
 import os
+import signal
 import sys
 import threading
-import time
 
 
 def main() -> None:
     threading.stack_size(64 * 1024)
     for _ in range(int(sys.argv[1])):
-        threading.Thread(target=time.sleep, args=(300,), daemon=True).start()
+        threading.Thread(target=signal.pause, daemon=True).start()
     print(f"pid {os.getpid()}", flush=True)
-    time.sleep(300)
+    signal.pause()
 
 
 if __name__ == "__main__":

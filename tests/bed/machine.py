@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A booted Debian: commands in it, logins to it, and nothing left of it afterwards.
 
-Not here: making the trees (tree.py) and the package (package.py), booting (container.py), and what is tested.
+Not here: making the trees (tree.py) and the package (package.py), booting (container.py), what is tested.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ class Machine:
         self.boot_seconds = time.monotonic() - begin
 
     def _make_loop_devices(self) -> None:
-        """Make the nodes of /dev/loop-control's devices: /dev inside is a plain tmpfs, where nothing does."""
+        """Make the loop devices' nodes: /dev inside is a plain tmpfs, where nothing else does."""
         if Path("/dev/loop-control").exists():
             self.sh(f"for n in $(seq 0 {LOOP_DEVICES - 1}); do mknod -m 0660 /dev/loop$n b 7 $n; done")
 

@@ -18,11 +18,11 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .tree import BedError
+from .waiting import eventually
 
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -132,19 +132,20 @@ def _hierarchies() -> list[Path]:
 
 
 def _remove_cgroup(directory: Path) -> None:
-    deadline = time.monotonic() + 60
-    while directory.exists():
+    def is_removed() -> bool:
         for parent, _, _ in os.walk(directory, topdown=False):
-            # a v1 or a threaded one has no cgroup.kill: one signal for each
+            # v1 and threaded cgroups have no cgroup.kill: one signal for each process
             for pid in Path(parent, "cgroup.procs").read_text().split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             with contextlib.suppress(OSError):
                 os.rmdir(parent)  # noqa: PTH106
-        if time.monotonic() > deadline:
-            raise BedError(f"{directory} cannot be removed")
-        if directory.exists():
-            time.sleep(0.02)
+        return not directory.exists()
+
+    try:
+        eventually(is_removed, 60, f"{directory} is removed")
+    except AssertionError as error:
+        raise BedError(str(error)) from error
 
 
 def require_tools() -> None:

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Fixtures of the end-to-end tests: a booted Debian with the package, for each release.
 
-Not the business of this file: what is tested, and how a system is booted (tests/bed).
+Not here: what is tested, and how a system is booted (tests/bed).
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.bed import RELEASES, BedError, CommandError, Machine, build
+from tests import observe
+from tests.bed import RELEASES, BedError, CommandError, Machine, build, eventually
 from tests.bed.nspawn import require_tools
+from tests.faults.bed import Host
 
 EVIDENCE = {
     "journal": "journalctl --no-pager --boot --output=short-monotonic --lines=200",
     "findmnt": "findmnt --output TARGET,SOURCE,FSTYPE,PROPAGATION",
     "/tmp and /var/tmp": "ls -la /tmp /var/tmp",
 }
+ELSEWHERE = "/sys/fs/cgroup/elsewhere"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,25 +29,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): what pytest-xdist keeps on one worker")
     config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout")
+    config.addinivalue_line(
+        "markers", "prepared(by): a function that prepares the root of a module's machine"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "release" in metafunc.fixturenames:
-        # the option is not there when pytest was started above tests/e2e and read this file late
+        # the option is missing if pytest was started above tests/e2e and read this file late
         releases = metafunc.config.getoption("release", None) or RELEASES
         metafunc.parametrize("release", releases, scope="session")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With -n 2 --dist loadgroup, tests that share a machine go to one worker."""
+    """Send tests that share a machine to one worker (-n 2 --dist loadgroup)."""
     here = Path(__file__).parent
     for item in items:
         if not item.path.is_relative_to(here):
             continue
         item.add_marker(pytest.mark.e2e)
         if item.get_closest_marker("timeout") is None:
-            # the first one of a module builds the package and boots
+            # the first test of a module builds the package and boots
             item.add_marker(pytest.mark.timeout(600))
         callspec = getattr(item, "callspec", None)
         if callspec is not None and "release" in callspec.params:
@@ -65,7 +71,7 @@ def pytest_runtest_makereport(
 
 
 def evidence(machine: Machine) -> list[tuple[str, str]]:
-    """What a failed test's report shows of its machine."""
+    """Return what a failed test's report shows of its machine."""
     if not machine.leader:
         return [(f"{machine.name}: console", machine.console[-8000:])]
     sections = []
@@ -80,7 +86,7 @@ def evidence(machine: Machine) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def bed() -> None:
-    """The bed can be used here. An end-to-end test that cannot run has failed: it is not skipped."""
+    """Fail if the bed cannot be used here: an end-to-end test that cannot run is not skipped."""
     try:
         require_tools()
     except BedError as error:
@@ -94,10 +100,64 @@ def deb(bed: None, release: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    """A booted system with the package installed; all tests of a module share it."""
-    with Machine(release, deb) as booted:
+def machine(request: pytest.FixtureRequest, release: str, deb: Path) -> Iterator[Machine]:
+    """A booted system with the package installed; all tests of a module share it.
+
+    pytest.mark.prepared(by=…) on the module names what Machine(prepare=…) gets.
+    """
+    marker = request.node.get_closest_marker("prepared")
+    with Machine(release, deb, prepare=marker and marker.kwargs["by"]) as booted:
         yield booted
+
+
+@pytest.fixture(scope="module")
+def package(machine: Machine, deb: Path) -> str:
+    """The package as a file in the machine: its path there."""
+    path = "/root/polytmp.deb"
+    machine.write(path, deb.read_bytes())
+    return path
+
+
+@pytest.fixture
+def quiet(machine: Machine) -> None:
+    """No user is logged in when the test begins."""
+    observe.log_everybody_out(machine)
+
+
+@pytest.fixture
+def host(machine: Machine, quiet: None) -> Host:
+    """A quiet machine, with cheap looks at what is left of an instance."""
+    return Host(machine)
+
+
+@pytest.fixture
+def unharmed(machine: Machine, quiet: None) -> Iterator[None]:
+    """The daemon survives the test's attacks, which end with it."""
+    before = observe.restarts(machine)
+    yield
+    machine.sh(
+        "systemctl stop 'attack-*'; systemctl reset-failed 'attack-*'; pkill -u svc; true", check=False
+    )
+    assert machine.run("systemctl", "is-active", "polytmpd").stdout.strip() == "active"
+    assert observe.restarts(machine) <= before
+
+
+@pytest.fixture
+def elsewhere(machine: Machine) -> Iterator[Callable[[list[str]], None]]:
+    """A function that moves processes, given as PIDs, to a cgroup outside of all slices.
+
+    They must have ended when the test ends.
+    """
+
+    def move(pids: list[str]) -> None:
+        assert pids, "nothing to move"
+        machine.sh(
+            f"mkdir -p {ELSEWHERE}; for p in {' '.join(pids)}; do echo $p >{ELSEWHERE}/cgroup.procs; done"
+        )
+
+    yield move
+    empty = f"test ! -e {ELSEWHERE} || rmdir {ELSEWHERE}"
+    eventually(lambda: not machine.sh(empty, check=False).returncode, 10, "the other cgroup is empty")
 
 
 @pytest.fixture(scope="module")

@@ -4,23 +4,15 @@
 Not here: the defaults (test_attacks).
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from tests import observe
-from tests.attacks import prepare
 from tests.bed import Machine, eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.prepared(by=observe.quick_logouts)]
 
 CONFIG = "/etc/polytmpd.conf.d/50-local.conf"
 LINES = "/run/tmpfiles.d/polytmpd.conf"
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
 
 
 def test_the_age_cleaner_leaves_configured_directories(machine: Machine) -> None:
@@ -39,7 +31,7 @@ def test_the_age_cleaner_leaves_configured_directories(machine: Machine) -> None
     with machine.session("alice") as alice:
         for name in ("/tmp", "/var/tmp", "/scratch"):
             alice.run(f"touch {name}/old")
-        places = [entry["path"] for entry in observe.status(machine, "alice")["directories"]]
+        places = list(observe.directories(machine, "alice").values())
         assert [place.rpartition("/polytmp-")[0] for place in places] == ["/tmp", "/var/tmp", "/scratch"]
         trusted = "stat -c '%n %i %u %g %a' /tmp/.ours /tmp/.X11-unix " + " ".join(
             f"{place} {place}/.." for place in places

@@ -2,53 +2,23 @@
 """Attacks on files and mounts, each run for real: names exchanged, squatted and held, mounts where root
 deletes, views that should be closed. docs/SECURITY.md says which threat each test stands for.
 
-Not here: attacks on the bus and with users' names (test_attacks_bus), faults (test_faults*).
+Not here: attacks on namespaces (test_attacks_namespaces), on the bus and with users' names
+(test_attacks_bus), on what the daemon reads (test_attacks_tables); faults (test_faults*).
 """
 
 import contextlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests import observe
-from tests.attacks import SENTINEL, attack, prepare, program, untouched
+from tests.attacks import SENTINEL, attack, prepare, program, untouched, wait_until_gone
 from tests.bed import Machine, eventually
 
-pytestmark = pytest.mark.e2e
-
-SLOW = bool(os.environ.get("POLYTMP_SLOW"))
-HOST = "readlink /proc/1/ns/mnt"
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
-
-
-@pytest.fixture(autouse=True)
-def quiet(machine: Machine) -> Iterator[None]:
-    observe.log_everybody_out(machine)
-    yield
-    machine.sh("systemctl stop 'attack-*'; systemctl reset-failed; true", check=False)
-    assert machine.run("systemctl", "is-active", "polytmpd").stdout.strip() == "active"
-    assert machine.run("systemctl", "show", "-P", "NRestarts", "polytmpd").stdout.strip() == "0"
-
-
-def directories(machine: Machine, user: str) -> dict[str, str]:
-    return {entry["directory"]: entry["path"] for entry in observe.status(machine, user)["directories"]}
-
-
-def wait_until_gone(machine: Machine, user: str = "alice", timeout: float = 30) -> None:
-    eventually(lambda: observe.state(machine, user) is None, timeout, f"{user}'s instance is gone")
-    uid = machine.run("id", "-u", user).stdout.strip()
-    eventually(
-        lambda: not [path for path in observe.on_disk(machine) if f"-{uid}-" in path or "removing" in path],
-        timeout,
-        "and its files",
-    )
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.prepared(by=prepare),
+    pytest.mark.usefixtures("unharmed"),
+]
 
 
 # CVE-2025-6020: names that are exchanged while root works on them
@@ -167,7 +137,7 @@ def test_a_squatter_of_another_type_in_var_tmp(machine: Machine) -> None:
 def test_a_socket_of_another_user_cannot_be_replaced(machine: Machine) -> None:
     path = "/tmp/.X11-unix/X7"
     serve = (
-        "import socket, time; s = socket.socket(socket.AF_UNIX); s.bind('{0}'); s.listen(); time.sleep(99)"
+        "import signal, socket; s = socket.socket(socket.AF_UNIX); s.bind('{0}'); s.listen(); signal.pause()"
     )
     with machine.session("alice") as alice, machine.session("bob") as bob, machine.session("svc") as svc:
         pid = alice.run(f'python3 -c "{serve.format(path)}" >/dev/null 2>&1 & echo $!').strip()
@@ -251,7 +221,7 @@ def test_root_has_mounted_something_in_an_instance(machine: Machine, kind: str) 
     with untouched(machine):
         with machine.session("alice") as alice:
             alice.run("mkdir -p /tmp/a/m /tmp/b; touch /tmp/a/x /tmp/b/y")
-            place = directories(machine, "alice")["/tmp"]
+            place = observe.directories(machine, "alice")["/tmp"]
             how = "-t tmpfs probe" if kind == "tmpfs" else f"--bind {SENTINEL}"
             machine.sh(f"mount {how} {place}/a/m")
         eventually(lambda: observe.state(machine, "alice") in {"failed", None}, what="it was tried")
@@ -305,7 +275,7 @@ def test_the_age_cleaner_leaves_what_root_trusts(machine: Machine) -> None:
     try:
         with machine.session("alice") as alice:
             alice.run("mkdir -p /tmp/old/d /var/tmp/old; touch /tmp/old/f /var/tmp/old/f /tmp/new")
-            places = directories(machine, "alice")
+            places = observe.directories(machine, "alice")
             machine.sh("touch /tmp/host-old /var/tmp/host-old")
             machine.sh("find /tmp /var/tmp ! -name new -exec touch -h -d 2001-01-01 {} +")
             before = "".join(machine.sh(trusted.format(place)).stdout for place in places.values())
@@ -339,212 +309,3 @@ def test_the_age_cleaner_leaves_what_root_trusts(machine: Machine) -> None:
             "rm -rf /etc/tmpfiles.d/tmp.conf /var/tmp/polytmp-1001/tmp/*; systemd-tmpfiles --create",
             check=False,
         )
-
-
-# CVE-2022-31214: which namespace is joined
-
-
-def test_only_a_namespace_of_the_daemons_is_joined(machine: Machine) -> None:
-    """The caller names a user and nothing else; where he lives himself decides whether he may."""
-    call = "busctl call org.polytmp1 /org/polytmp1 org.polytmp1.Manager AcquireNamespace u 1001"
-    for cage in (
-        "unshare -m",
-        "unshare -m --propagation private sh -c 'mount -t tmpfs x /tmp; exec \"$@\"' -",
-        "unshare -rm",
-    ):
-        result = machine.sh(f"{cage} {call}", check=False)
-        assert result.returncode != 0, cage
-        assert "mount namespace of its own" in result.stderr or "denied" in result.stderr.lower(), result
-    refused = machine.run("unshare", "-m", "su", "-", "alice", "-c", "echo in", check=False)
-    assert refused.returncode != 0
-    assert "in" not in refused.stdout.split()
-    eventually(lambda: observe.instances(machine) == {}, 30, "what logind's signal began has ended")
-    assert machine.sh(call).returncode == 0
-    wait_until_gone(machine)
-
-
-def test_a_session_in_a_chroot_is_left_alone(machine: Machine) -> None:
-    machine.sh(
-        "mkdir /srv/root && cd /srv/root && cp -d /bin /sbin /lib* . && "
-        "for d in usr etc var run home proc dev; do mkdir $d && mount --bind /$d $d; done"
-    )
-    try:
-        seen = machine.sh(
-            "chroot /srv/root sh -c 'cd /home && su alice -c \"readlink /proc/self/ns/mnt; pwd\"'"
-        )
-        assert seen.stdout.split() == [machine.sh(HOST).stdout.strip(), "/home"]
-        assert "user alice is in a chroot, keeping the chroot's /tmp" in machine.journal("-n", "50")
-    finally:
-        machine.sh("umount /srv/root/*; rm -r --one-file-system /srv/root", check=False)
-
-
-# The host's /tmp from inside
-
-
-def test_what_lies_beneath_stays_out_of_sight(machine: Machine) -> None:
-    machine.sh("echo bare >/tmp/host-secret; chmod 0644 /tmp/host-secret; echo bare >/var/tmp/host-secret")
-    reach = [
-        "unshare -Urm sh -c 'umount {0}; cat {0}/host-secret'",
-        "unshare -Urm sh -c 'umount -l {0}; umount -l {0}; cat {0}/host-secret'",
-        "unshare -Urm sh -c 'mount --bind / ~/m && cat ~/m{0}/host-secret'",
-        "unshare -Urm sh -c 'mount --rbind / ~/m; umount -l ~/m{0}; cat ~/m{0}/host-secret'",
-        "unshare -Urm sh -c 'mount --make-rprivate /; mount --move {0} /mnt; cat {0}/host-secret'",
-        "unshare -Urm sh -c 'mount --bind {0}/.. ~/m; cat ~/m/host-secret ~/m{0}/host-secret'",
-        "bwrap --bind / / --tmpfs /mnt cat {0}/host-secret",
-        "cat {0}/../../..{0}/host-secret",
-        "cat {0}/.X11-unix/../host-secret",
-        "cd {0}/.X11-unix && cat ../host-secret",
-        "for p in /proc/[0-9]*; do cat $p/root{0}/host-secret; done 2>/dev/null | grep .",
-        "for p in /proc/[0-9]*; do cat $p/cwd{0}/host-secret; done 2>/dev/null | grep .",
-        "nsenter -t 1 -m cat {0}/host-secret",
-        "unshare -Ur nsenter -t 1 -m cat {0}/host-secret",
-        "systemd-run --user --quiet --wait --pipe cat {0}/host-secret",
-        "systemd-run --user --quiet --wait --pipe -p RootDirectory=/ cat {0}/host-secret",
-    ]
-    with machine.session("alice") as alice:
-        alice.run("mkdir ~/m")
-        for directory in ("/tmp", "/var/tmp"):
-            for line in reach:
-                result = alice.result(line.format(directory), check=False, timeout=20)
-                assert result.returncode != 0, line
-                assert "bare" not in result.stdout, line
-        alice.run("rmdir ~/m")
-    machine.sh("cat /tmp/host-secret /var/tmp/host-secret && rm /tmp/host-secret /var/tmp/host-secret")
-
-
-def test_a_file_handle_does_not_reach_another_instance(machine: Machine) -> None:
-    with machine.session("alice") as alice, machine.session("bob") as bob:
-        for directory in ("/tmp", "/var/tmp"):
-            bob.run(f"umask 0; echo bare >{directory}/open")
-            place = directories(machine, "bob")[directory]
-            handle = machine.sh(program("hold.py", "handle", f"{place}/open")).stdout.strip()
-            ways = f"/ /tmp /var/tmp /tmp/.X11-unix /tmp/.ICE-unix /home {directory}"
-            line = program("hold.py", "open", handle, ways)
-            assert "bare" in machine.sh(line).stdout, "root can: the handle is right"
-            for how in ("", "unshare -Ur ", "unshare -Urm "):
-                shown = alice.run(how + line)
-                assert shown.count("\n") == 7
-                assert "bare" not in shown
-            bob.run(f"rm {directory}/open")
-
-
-def test_no_process_of_a_user_lives_on_the_host(machine: Machine) -> None:
-    """One that did would show him the host's /tmp, by /proc/PID/root."""
-    with machine.session("alice") as alice:
-        alice.run("systemd-run --user --quiet sleep 77; tmux new-session -d; (sleep 78 &)")
-        own = machine.sh(
-            "for p in $(pgrep -u alice); do readlink /proc/$p/ns/mnt; done | sort | uniq -c"
-        ).stdout
-        assert own.split()[1:] == [alice.run(observe.NAMESPACE).strip()], own
-        assert int(own.split()[0]) > 4
-        alice.run("tmux kill-server; pkill sleep; true", check=False)
-
-
-# Away from the tracking
-
-
-def escape(machine: Machine, command: str, process: str) -> None:
-    """Started in a session that then ends; the instance stays while the process lives, and ends with it."""
-    with machine.session("alice") as alice:
-        alice.run("echo mark >/tmp/mark")
-        alice.run(command)
-        eventually(lambda: machine.run("pgrep", "-f", "-x", process).stdout.split(), 70, "it has started")
-        place = directories(machine, "alice")["/tmp"]
-    eventually(lambda: not machine.sh("pgrep -u alice sshd || true").stdout, what="no login is left")
-    eventually(lambda: observe.state(machine, "alice") == "draining", what="the logout was noticed")
-    assert machine.run("cat", f"{place}/mark").stdout == "mark\n"
-    machine.run("pkill", "-KILL", "-f", "-x", process)
-    wait_until_gone(machine)
-
-
-OTHER_CGROUP = (
-    'sudo sh -c \'mkdir -p /sys/fs/cgroup/elsewhere; until pgrep -f -x "sleep {0}"; do sleep 0.02; done; '
-    'for p in $(pgrep -f "sleep {0}"); do echo $p >/sys/fs/cgroup/elsewhere/cgroup.procs; done\''
-)
-
-
-@pytest.mark.parametrize(
-    ("command", "process"),
-    [
-        (
-            "setsid -f bwrap --bind / / --dev /dev sleep 2001 >/dev/null 2>&1; " + OTHER_CGROUP.format(2001),
-            "sleep 2001",
-        ),
-        (
-            "setsid -f bwrap --bind /usr /usr --symlink usr/lib /lib --symlink usr/lib64 /lib64 "
-            "--bind /tmp /tmp sleep 2002 >/dev/null 2>&1; " + OTHER_CGROUP.format(2002),
-            "sleep 2002",
-        ),
-        (
-            "sh -c '(setsid sh -c \"sleep 2003 &\" &)' >/dev/null 2>&1",
-            "sleep 2003",
-        ),
-        ("echo 'exec sleep 2004' | at now 2>/dev/null", "sleep 2004"),
-        ("sudo systemd-run --quiet --uid=alice -p PAMName=login sleep 2005", "(/usr/bin/)?sleep 2005"),
-        ("setsid -f unshare -Urmpf sleep 2006 >/dev/null 2>&1; " + OTHER_CGROUP.format(2006), "sleep 2006"),
-    ],
-    ids=["bwrap", "bwrap-bind", "double-fork", "at", "system-unit", "unshare"],
-)
-def test_escapes(machine: Machine, command: str, process: str) -> None:
-    escape(machine, command, process)
-
-
-def test_a_namespace_in_flight(machine: Machine) -> None:
-    """The only reference is a descriptor in a socket's queue, which no /proc shows."""
-    with machine.session("alice") as alice:
-        alice.run("echo mark >/tmp/mark")
-        before = alice.run(observe.NAMESPACE)
-        place = directories(machine, "alice")["/tmp"]
-        holder = attack(machine, "root", program("hold.py", "flight", f"/proc/{alice.pid}/ns/mnt"), "ready")
-        holder.__enter__()
-    eventually(lambda: not observe.held(machine), 60, "the namespace is let go")
-    assert observe.state(machine, "alice") == "draining"
-    assert machine.run("cat", f"{place}/mark").stdout == "mark\n"
-    with machine.session("alice") as alice:  # a second namespace over the same files
-        assert alice.run("cat /tmp/mark") == "mark\n"
-        assert alice.run(observe.NAMESPACE) != before
-    eventually(lambda: not observe.held(machine), 60, "the second one is let go")
-    assert observe.state(machine, "alice") == "draining"
-    assert machine.run("cat", f"{place}/mark").stdout == "mark\n"
-    holder.__exit__(None, None, None)
-    wait_until_gone(machine)
-
-
-def test_a_mount_that_only_looks_like_another_users_instance(machine: Machine) -> None:
-    """svc sees the name of bob's barrier on the host, and mounts something of his own by that name."""
-    with machine.session("bob") as bob:
-        bob.run("echo secret >/tmp/secret")
-        barrier = directories(machine, "bob")["/tmp"].split("/")[2]
-        fake = (
-            "unshare -Urm sh -c 'mount -t tmpfs x /mnt; "
-            f"for at in /mnt /var/lib/svc; do mkdir -p $at/{barrier}/tmp; "
-            f"mount --bind $at/{barrier}/tmp $at/{barrier}/tmp; done; echo mounted; exec sleep 600'"
-        )
-        spoofer = attack(machine, "svc", fake, "mounted")
-        spoofer.__enter__()
-    wait_until_gone(machine, "bob")
-    spoofer.__exit__(None, None, None)
-    machine.sh("rm -rf /var/lib/svc/polytmp-*")
-
-
-# Login against removal
-
-
-def test_logins_against_removals(machine: Machine) -> None:
-    """Two at once, and the next two as soon as these end: one namespace for both, and nothing is left."""
-    rounds = 1000 if SLOW else 200  # of two logins each
-    script = f"""
-for round in $(seq {rounds}); do
-    for who in 1 2; do
-        su alice -c 'readlink /proc/self/ns/mnt; echo $$ >/tmp/$$; test -s /tmp/$$ || echo lost' &
-    done
-    wait
-    sleep 0.0$((RANDOM % 5))
-done
-"""
-    seen = machine.sh(script, timeout=240).stdout.split()
-    assert len(seen) == 2 * rounds, "every login succeeded"
-    assert all(line.startswith("mnt:[") for line in seen)
-    wait_until_gone(machine)
-    assert observe.held(machine) == []
-    assert observe.stored(machine) == 1

@@ -6,8 +6,7 @@ Not here: attacks on files and mounts (test_attacks), the bus by itself (tests/b
 
 import re
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -15,32 +14,13 @@ from tests import observe
 from tests.attacks import attack, prepare, program
 from tests.bed import Machine, eventually
 
-pytestmark = pytest.mark.e2e
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.prepared(by=prepare),
+    pytest.mark.usefixtures("unharmed"),
+]
 
 CALL = "busctl call org.polytmp1 /org/polytmp1 org.polytmp1.Manager"
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
-
-
-@pytest.fixture(autouse=True)
-def quiet(machine: Machine) -> Iterator[None]:
-    observe.log_everybody_out(machine)
-    yield
-    machine.sh("systemctl stop 'attack-*'; systemctl reset-failed 'attack-*'; true", check=False)
-
-
-def memory(machine: Machine) -> int:
-    """KiB that the daemon has in memory."""
-    text = machine.sh("cat /proc/$(systemctl show -P MainPID polytmpd)/status").stdout
-    return int(re.search(r"VmRSS:\s*(\d+)", text)[1])  # type: ignore[index]  # the line is always there
-
-
-def restarts(machine: Machine) -> int:
-    return int(machine.run("systemctl", "show", "-P", "NRestarts", "polytmpd").stdout)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -76,10 +56,10 @@ def test_descriptors_and_signatures_leave_nothing(machine: Machine) -> None:
     """16 descriptors in every message; variants of thousands of signatures."""
     as_user(machine, "svc", program("rawbus.py", "fds", "20"))
     as_user(machine, "svc", program("rawbus.py", "signatures", "200"))
-    before = (observe.daemon_fds(machine), memory(machine), restarts(machine))
+    before = (observe.daemon_fds(machine), observe.daemon_memory(machine), observe.restarts(machine))
     as_user(machine, "svc", program("rawbus.py", "fds", "200"))
     as_user(machine, "svc", program("rawbus.py", "signatures", "5000"))
-    after = (observe.daemon_fds(machine), memory(machine), restarts(machine))
+    after = (observe.daemon_fds(machine), observe.daemon_memory(machine), observe.restarts(machine))
     assert (after[0], after[2]) == (before[0], before[2])
     assert after[1] < before[1] + 64 * 1024, "1000 signatures are remembered, 45 KiB each"
     assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
@@ -112,21 +92,21 @@ def test_a_flood_while_a_user_logs_in(machine: Machine) -> None:
     """
     machine.run("su", "alice", "-c", "true")  # what the first of all leaves open
     observe.log_everybody_out(machine)
-    before = (observe.daemon_fds(machine), restarts(machine))
+    before = (observe.daemon_fds(machine), observe.restarts(machine))
     with attack(machine, "svc", program("rawbus.py", "flood", "2", "4")) as flood:
         assert machine.run("su", "alice", "-c", "echo in", timeout=30).stdout == "in\n"
         eventually(lambda: int(flood.output or 0) > 2000, 30, "there was a flood")
     assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
     observe.log_everybody_out(machine)
-    assert (observe.daemon_fds(machine), restarts(machine)) == before
+    assert (observe.daemon_fds(machine), observe.restarts(machine)) == before
 
 
 def test_huge_messages(machine: Machine) -> None:
     """30 MB of empty arrays: parsed, they would be hundreds of MB and hold the daemon up for seconds."""
-    before = (memory(machine), restarts(machine))
+    before = (observe.daemon_memory(machine), observe.restarts(machine))
     as_user(machine, "svc", program("rawbus.py", "big", "3", "30000000"))
-    assert restarts(machine) == before[1]
-    assert memory(machine) < before[0] + 150 * 1024
+    assert observe.restarts(machine) == before[1]
+    assert observe.daemon_memory(machine) < before[0] + 150 * 1024
     assert machine.run("su", "alice", "-c", "echo in", timeout=20).stdout == "in\n"
 
 
@@ -165,7 +145,7 @@ def test_questions_about_a_process_that_cannot_be_read(machine: Machine) -> None
 
 def test_many_questions_whose_a_process_of_many_threads_is(machine: Machine) -> None:
     """8000 threads, asked about by users who have nothing to do with it. Everybody else is answered."""
-    before = restarts(machine)
+    before = observe.restarts(machine)
     with (
         machine.session("alice") as alice,
         machine.session("bob") as bob,
@@ -185,7 +165,7 @@ def test_many_questions_whose_a_process_of_many_threads_is(machine: Machine) -> 
         machine.run("loginctl", "terminate-user", "alice", "bob")
         alice.kill()
         bob.kill()
-    assert restarts(machine) == before
+    assert observe.restarts(machine) == before
 
 
 def test_questions_about_many_descriptors_whose_caller_leaves(machine: Machine) -> None:
@@ -194,7 +174,7 @@ def test_questions_about_many_descriptors_whose_caller_leaves(machine: Machine) 
         machine.session("alice") as alice,
         attack(machine, "svc", program("descriptors.py", "1200000"), "there"),
     ):
-        alice.run("setsid sleep 300 >/dev/null 2>&1 &")
+        alice.run("setsid sleep infinity >/dev/null 2>&1 &")
         for _ in range(5):
             alice.run(program("rawbus.py", "leave", "2", "1001", "ListHolders"))
         assert "sleep" in machine.run("polytmpctl", "ps", "alice", timeout=20).stdout
@@ -210,7 +190,7 @@ def test_a_client_without_pam(machine: Machine) -> None:
     """Nobody but root gets a namespace, whoever he says he is; what others may ask is little."""
     with machine.session("alice") as alice, machine.session("bob") as bob:
         bob.run("touch /tmp/x")
-        place = observe.status(machine, "bob")["directories"][0]["path"]
+        place = observe.directories(machine, "bob")["/tmp"]
         for line in (
             f"{CALL} AcquireNamespace u 1001",
             f"{CALL} AcquireNamespace u 1002",

@@ -5,38 +5,17 @@ descriptors. A user decides how long they are, and what they say.
 Not here: attacks on files (test_attacks), on the bus (test_attacks_bus).
 """
 
-import re
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from tests import observe
-from tests.attacks import attack, prepare, program
+from tests.attacks import attack, prepare, program, wait_until_gone
 from tests.bed import Machine, Session, eventually
 
-pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
-
-
-@pytest.fixture(autouse=True)
-def quiet(machine: Machine) -> Iterator[None]:
-    observe.log_everybody_out(machine)
-    yield
-    machine.sh("systemctl stop 'attack-*'; pkill -u svc; systemctl reset-failed; true", check=False)
-    assert machine.run("systemctl", "is-active", "polytmpd").stdout.strip() == "active"
-    assert machine.run("systemctl", "show", "-P", "NRestarts", "polytmpd").stdout.strip() == "0"
-
-
-def peak(machine: Machine) -> int:
-    """The most memory that the daemon had, in KiB."""
-    text = machine.sh("cat /proc/$(systemctl show -P MainPID polytmpd)/status").stdout
-    return int(re.search(r"VmHWM:\s*(\d+)", text)[1])  # type: ignore[index]  # the line is always there
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.prepared(by=prepare),
+    pytest.mark.usefixtures("unharmed"),
+]
 
 
 def leave_behind(machine: Machine, alice: Session, command: str) -> int:
@@ -46,8 +25,8 @@ def leave_behind(machine: Machine, alice: Session, command: str) -> int:
     """
     lines = (
         "stat -Lc %i /proc/self/ns/mnt; echo mark >/tmp/mark",
-        f"setsid unshare -Urm {command} </dev/null >/tmp/out 2>&1 &",
-        "until test -e /tmp/started; do sleep 0.05; done",
+        f"mkfifo /tmp/started; setsid unshare -Urm {command} </dev/null >/tmp/out 2>&1 &",
+        "read </tmp/started",
     )
     machine.write("/srv/left-behind", "\n".join(lines))
     number = int(alice.run("sudo -u bob bash /srv/left-behind"))
@@ -61,8 +40,7 @@ def stays_bobs(machine: Machine) -> None:
     """His logins find the files, and when all is over nothing is left."""
     assert machine.run("su", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
     machine.sh("pkill -u bob; true")
-    eventually(lambda: observe.state(machine, "bob") is None, what="bob's instance is gone")
-    eventually(lambda: not [path for path in observe.on_disk(machine) if "-1002-" in path], what="all of it")
+    wait_until_gone(machine, "bob", 60)
 
 
 def test_mounts_with_endless_paths(machine: Machine) -> None:
@@ -75,7 +53,7 @@ def test_mounts_with_endless_paths(machine: Machine) -> None:
             machine.run("systemctl", "restart", "polytmpd")
         with machine.session("alice"):
             machine.run("polytmpctl", "ps", "alice")
-            assert peak(machine) < 200 * 1024
+            assert observe.daemon_memory(machine, "VmHWM") < 200 * 1024
 
 
 def test_a_trap_where_a_barrier_might_lie(machine: Machine) -> None:
@@ -84,7 +62,7 @@ def test_a_trap_where_a_barrier_might_lie(machine: Machine) -> None:
     machine.sh(
         "install -d -o svc /srv/trap /srv/trap/polytmp-4242 /srv/trap/polytmp-4242/tmp /srv/elsewhere"
     )
-    bait = "mount --bind /srv/trap/polytmp-4242/tmp /srv/elsewhere && echo ready && exec sleep 300"
+    bait = "mount --bind /srv/trap/polytmp-4242/tmp /srv/elsewhere && echo ready && exec sleep infinity"
     with (
         attack(machine, "svc", f"unshare -Urm sh -c '{bait}'", "ready"),
         attack(machine, "svc", program("fuse.py", "trap", "/srv/trap"), "mounted"),
@@ -100,7 +78,7 @@ def test_a_trap_where_a_barrier_might_lie(machine: Machine) -> None:
 def test_descriptors_without_end(machine: Machine) -> None:
     """20 million of them: it is not waited until all were looked at, for one that may be bob's namespace."""
     with machine.session("alice") as alice:
-        leave_behind(machine, alice, "sh -c 'touch /tmp/started; exec sleep 3001'")
+        leave_behind(machine, alice, "sh -c 'echo >/tmp/started; exec sleep infinity'")
         with attack(machine, "svc", program("tables.py", "descriptors", "40"), "ready"):
             assert machine.run("su", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
         stays_bobs(machine)

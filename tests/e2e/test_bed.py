@@ -104,7 +104,7 @@ def test_x_server_starts(plain_machine: Machine) -> None:
 
 def test_session_keeps_its_shell(plain_machine: Machine) -> None:
     with plain_machine.session("bob") as session:
-        session.run("cd /usr; X=1; sleep 1000 & disown")
+        session.run("cd /usr; X=1; sleep infinity & disown")
         assert session.run("pwd; echo $X; echo $$; cat") == f"/usr\n1\n{session.pid}\n"
         result = session.result("printf out; printf err >&2; (exit 3)", check=False)
         assert (result.returncode, result.stdout, result.stderr) == (3, "out", "err")
@@ -126,7 +126,7 @@ def test_failed_commands_say_all(plain_machine: Machine) -> None:
     shown = "exit status 4\n--- stdout\none\n--- stderr\ntwo"
     assert str(caught.value) == f"echo one; echo two >&2; exit 4: {shown}"
     with pytest.raises(CommandError, match="no end within"):
-        plain_machine.run("sleep", "60", timeout=0.2)
+        plain_machine.run("sleep", "infinity", timeout=0.2)
     assert plain_machine.ssh("alice", "exit 5", check=False).returncode == 5
 
 
@@ -163,7 +163,7 @@ def test_second_boot_and_nothing_left(bed: None, release: str) -> None:
         leader, boot_id = machine.leader, machine.read("/proc/sys/kernel/random/boot_id")
         machine.sh("test -e /etc/prepared && touch /var/tmp/kept /etc/fixed && chattr +i /etc/fixed")
         with machine.session("alice") as session:
-            session.run("nohup sleep 1000 >/dev/null 2>&1 &")
+            session.run("nohup sleep infinity >/dev/null 2>&1 &")
             machine.reboot()
             session.kill()
         assert machine.leader != leader

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A device goes away that is mounted below a private directory, where the host's systemd does not see it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,18 +9,7 @@ import pytest
 from tests import observe
 from tests.bed import Machine, Session, eventually
 
-pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    with Machine(release, deb) as booted:
-        yield booted
-
-
-@pytest.fixture(autouse=True)
-def quiet(machine: Machine) -> None:
-    observe.log_everybody_out(machine)
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quiet")]
 
 
 def mount_stick(session: Session, name: str) -> str:
@@ -59,20 +48,18 @@ def test_what_is_mounted_from_it_is_unmounted(machine: Machine) -> None:
             session.run(f"sudo umount /tmp/{name}")
 
 
-def test_while_the_instance_drains(machine: Machine) -> None:
+def test_while_the_instance_drains(machine: Machine, elsewhere: Callable[[list[str]], None]) -> None:
     """Nobody is logged in, and the daemon does not hold the namespace."""
     with machine.session("alice") as alice:
         stick = mount_stick(alice, "stick")
-        alice.run("nohup sleep 1234 >/dev/null 2>&1 & echo $! >pid")
-        machine.sh(
-            "mkdir -p /sys/fs/cgroup/elsewhere; cat /home/alice/pid > /sys/fs/cgroup/elsewhere/cgroup.procs"
-        )
+        pid = alice.run("nohup sleep infinity >/dev/null 2>&1 & echo $!").strip()
+        elsewhere([pid])
     eventually(lambda: not observe.held(machine), 30, "the namespace is let go")
-    table = f"/proc/{machine.read('/home/alice/pid').decode().strip()}/mountinfo"
+    table = f"/proc/{pid}/mountinfo"
     assert b" /tmp/stick " in machine.read(table)
     pull_out(stick)
     eventually(lambda: b" /tmp/stick " not in machine.read(table), what="the mount is gone")
-    machine.run("pkill", "-f", "sleep 1234")
+    machine.run("kill", pid)
     eventually(lambda: observe.gone(machine, "alice"), 30, "alice's instance is gone")
 
 

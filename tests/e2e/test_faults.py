@@ -4,33 +4,20 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from tests import observe
-from tests.bed import Machine, Result, eventually
+from tests.bed import Result, eventually
 from tests.faults.bed import Host, Resident, prepare, resident
 from tests.faults.launcher import Plan
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800), pytest.mark.prepared(by=prepare)]
 
 ALICE = 1001
 END_OF_REJOIN = ["Executor.let_go", "sdnotify.remove"]
 LOGIN = f"{observe.NAMESPACE}; touch /tmp/first; ls /tmp"
 RETRY = f"{observe.NAMESPACE}; ls -A /tmp; touch /tmp/again; rm /tmp/again"
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
-
-
-@pytest.fixture
-def host(machine: Machine) -> Host:
-    observe.log_everybody_out(machine)
-    return Host(machine)
 
 
 def refused_or_private(host: Host, result: Result) -> str:
@@ -124,21 +111,19 @@ def test_killed_at_each_step_of_a_join(host: Host) -> None:
 
 
 @pytest.fixture
-def straggler(host: Host) -> Iterator[str]:
+def straggler(host: Host, elsewhere: Callable[[list[str]], None]) -> Iterator[str]:
     """alice's namespace, in which only a process lives that her slice does not know of."""
     machine = host.machine
     with machine.session("alice") as alice:
         alice.run("touch /tmp/first")
         namespace = alice.run(observe.NAMESPACE).strip()
-        alice.run("setsid -f sleep 4321 >/dev/null 2>&1")
-        move = "mkdir -p /sys/fs/cgroup/elsewhere; pgrep -x sleep > /sys/fs/cgroup/elsewhere/cgroup.procs"
-        machine.sh(move)
+        alice.run("setsid -f sleep infinity >/dev/null 2>&1")
+        elsewhere(eventually(lambda: observe.processes(machine, "sleep infinity"), what="sleep runs"))
     drains = lambda: host.state(ALICE) == "draining" and host.traces().held == 0  # noqa: E731
     eventually(drains, 60, "alice's instance drains, and is let go")
     yield namespace
     machine.sh("pkill -x sleep; true")
     host.wait_gone()
-    machine.run("rmdir", "/sys/fs/cgroup/elsewhere")
 
 
 def test_killed_at_each_step_of_a_rejoin(host: Host, straggler: str) -> None:

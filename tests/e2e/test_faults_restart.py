@@ -5,35 +5,22 @@ what is done to an instance behind the daemon's back.
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import observe
-from tests.bed import Machine, eventually
-from tests.faults.bed import Host, prepare_quick, resident
+from tests.bed import eventually
+from tests.faults.bed import Host, resident
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.prepared(by=observe.quick_logouts),
+]
 
 ALICE, BOB = 1001, 1002
-PACKAGE = "/root/polytmp.deb"
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    def prepare(root: Path) -> None:
-        prepare_quick(root)
-        (root / PACKAGE.removeprefix("/")).write_bytes(deb.read_bytes())
-
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
-
-
-@pytest.fixture
-def host(machine: Machine) -> Host:
-    observe.log_everybody_out(machine)
-    return Host(machine)
 
 
 @contextlib.contextmanager
@@ -187,20 +174,20 @@ def test_the_barrier_is_replaced_by_root(host: Host) -> None:
     host.wait_gone()
 
 
-def test_a_bind_mount_in_a_namespace_of_the_users_own(host: Host) -> None:
+def test_a_bind_mount_in_a_namespace_of_the_users_own(
+    host: Host, elsewhere: Callable[[list[str]], None]
+) -> None:
     """It has no sentinel in it, and the slice does not know of it; the instance stays until it ends."""
     machine = host.machine
     with machine.session("alice") as alice:
         alice.run("echo kept > /tmp/kept")
         alice.run(
             "setsid -f bwrap --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib "
-            "--symlink usr/lib64 /lib64 --bind /tmp /tmp sleep 4321 >/tmp/log 2>&1"
+            "--symlink usr/lib64 /lib64 --bind /tmp /tmp sleep infinity >/tmp/log 2>&1"
         )
         pid = eventually(lambda: machine.run("pgrep", "-x", "sleep").stdout.split(), what="bwrap runs")[0]
-        machine.sh(
-            f"mkdir -p /sys/fs/cgroup/elsewhere; echo {pid} > /sys/fs/cgroup/elsewhere/cgroup.procs; "
-            "pkill -KILL -x bwrap"
-        )
+        elsewhere([pid])
+        machine.run("pkill", "-KILL", "-x", "bwrap")
     eventually(lambda: host.journal_of(f"Process {pid} has the instance of UID {ALICE} mounted"), 20)
     [path] = host.on_disk()
 
@@ -218,20 +205,19 @@ def test_a_bind_mount_in_a_namespace_of_the_users_own(host: Host) -> None:
     stays()
     machine.run("kill", pid)
     host.wait_gone()
-    machine.run("rmdir", "/sys/fs/cgroup/elsewhere")
 
 
 # The package, and the next boot
 
 
-def test_an_upgrade(host: Host) -> None:
+def test_an_upgrade(host: Host, package: str) -> None:
     with nobody_notices(host):
         before = host.pid()
-        host.machine.run("dpkg", "--install", PACKAGE)
+        host.machine.run("dpkg", "--install", package)
         assert host.pid() != before
 
 
-def test_removal_and_purge(host: Host) -> None:
+def test_removal_and_purge(host: Host, package: str) -> None:
     """Who is logged in goes on; new logins get the host's /tmp. What remains in the end is what bob had in
     /tmp, which the next boot or the package's return deletes, and what is kept in /var/tmp.
     """
@@ -251,8 +237,8 @@ def test_removal_and_purge(host: Host) -> None:
     assert host.on_disk() == (path,)
     assert machine.run("cat", "/var/tmp/polytmp-1002/tmp/mine").stdout == "mine\n"
     found = machine.sh("find / -xdev -name '*polytmp*' ! -path '/tmp/*' ! -path '/var/tmp/*' | sort").stdout
-    assert [line for line in found.split() if line != PACKAGE and "/var/lib/systemd" not in line] == []
-    machine.run("dpkg", "--install", PACKAGE)
+    assert [line for line in found.split() if line != package and "/var/lib/systemd" not in line] == []
+    machine.run("dpkg", "--install", package)
     host.wait_gone()
     assert host.login("bob", f"cat /var/tmp/mine; ls /tmp; {observe.NAMESPACE}").stdout.split()[0] == "mine"
 

@@ -4,32 +4,19 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from tests import observe
-from tests.bed import Machine, eventually
+from tests.bed import eventually
 from tests.faults.bed import Host, Resident, prepare, resident
 from tests.faults.launcher import Plan
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.prepared(by=prepare)]
 
 ALICE, BOB = 1001, 1002
 STATES = "/run/polytmpd/instances"
 STATE = f"{STATES}/{BOB}"
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
-
-
-@pytest.fixture
-def host(machine: Machine) -> Host:
-    observe.log_everybody_out(machine)
-    return Host(machine)
 
 
 def restart(host: Host) -> None:

@@ -1,31 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Objection 4: an instance is removed when the last process is gone, wherever it lives, and not before."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from tests import observe
 from tests.bed import Machine, eventually
 
-pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    def prepare(root: Path) -> None:
-        drop_in = root / "etc/systemd/logind.conf.d/quick.conf"
-        drop_in.parent.mkdir(parents=True, exist_ok=True)
-        drop_in.write_text(observe.QUICK_LOGOUT)
-
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
-
-
-@pytest.fixture(autouse=True)
-def quiet(machine: Machine) -> None:
-    observe.log_everybody_out(machine)
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.prepared(by=observe.quick_logouts),
+    pytest.mark.usefixtures("quiet"),
+]
 
 
 def wait_for(machine: Machine, user: str, state: str) -> None:
@@ -44,7 +31,7 @@ def stays(machine: Machine, user: str = "alice") -> None:
         "no login is left",
     )
     wait_for(machine, user, "draining")
-    host = observe.status(machine, user)["directories"][0]["path"]
+    host = observe.directories(machine, user)["/tmp"]
     assert machine.run("cat", f"{host}/mark").stdout == "mark\n"
 
 
@@ -72,25 +59,41 @@ def test_a_broken_connection_removes_it(machine: Machine) -> None:
     wait_until_gone(machine)
 
 
-# What stays behind: (name, how it is started in the session, how root ends it, the state while it lives)
-def start_in_session(command: str) -> Callable[[Machine], None]:
-    def start(machine: Machine) -> None:
-        with machine.session("alice") as alice:
-            alice.run("echo mark > /tmp/mark")
-            alice.run(command)
+# Processes left behind
 
-    return start
+NOHUP = "nohup sleep infinity >/dev/null 2>&1 &"
 
 
-def test_nohup(machine: Machine) -> None:
-    start_in_session("nohup sleep 1234 >/dev/null 2>&1 &")(machine)
-    stays(machine)
-    machine.run("pkill", "-f", "sleep 1234")
+def leave(machine: Machine, command: str, move: Callable[[list[str]], None] | None = None) -> None:
+    """Start a command in a session of alice, move its processes if asked to, and end the session."""
+    with machine.session("alice") as alice:
+        alice.run("echo mark > /tmp/mark")
+        alice.run(command)
+        if move is not None:
+            started = ("pgrep", "-f", "-x", "sleep infinity")
+            eventually(lambda: machine.run(*started).stdout, what="the command has started")
+            move(observe.processes(machine, "sleep infinity"))
+
+
+def end(machine: Machine) -> None:
+    """End what is left, and the instance ends too."""
+    machine.run("pkill", "-f", "sleep infinity")
     wait_until_gone(machine)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [NOHUP, "setsid -f sleep infinity >/dev/null 2>&1", "tmux new-session -d 'sleep infinity'"],
+    ids=["nohup", "setsid", "tmux"],
+)
+def test_a_process_left_behind(machine: Machine, command: str) -> None:
+    leave(machine, command)
+    stays(machine)
+    end(machine)
+
+
 def test_who_is_logged_in_again_finds_the_same_files_and_drains_nothing(machine: Machine) -> None:
-    start_in_session("nohup sleep 1234 >/dev/null 2>&1 &")(machine)
+    leave(machine, NOHUP)
     stays(machine)
     before = observe.status(machine, "alice")["namespace"]
     with machine.session("alice") as alice:
@@ -104,29 +107,14 @@ def test_who_is_logged_in_again_finds_the_same_files_and_drains_nothing(machine:
     wait_for(machine, "alice", "draining")
     machine.run("systemctl", "daemon-reexec")
     stays(machine)
-    machine.run("pkill", "-f", "sleep 1234")
-    wait_until_gone(machine)
-
-
-def test_setsid(machine: Machine) -> None:
-    start_in_session("setsid -f sleep 1234 >/dev/null 2>&1")(machine)
-    stays(machine)
-    machine.run("pkill", "-f", "sleep 1234")
-    wait_until_gone(machine)
-
-
-def test_tmux(machine: Machine) -> None:
-    start_in_session("tmux new-session -d 'sleep 1234'")(machine)
-    stays(machine)
-    machine.run("pkill", "-f", "sleep 1234")
-    wait_until_gone(machine)
+    end(machine)
 
 
 def test_a_user_service_under_linger(machine: Machine) -> None:
     with machine.session("alice") as alice:
         alice.run("echo mark > /tmp/mark")
         machine.run("loginctl", "enable-linger", "alice")
-        alice.run("systemd-run --user --quiet --unit=probe sleep 1234")
+        alice.run("systemd-run --user --quiet --unit=probe sleep infinity")
     stays(machine)
     machine.run("loginctl", "disable-linger", "alice")
     wait_until_gone(machine)
@@ -150,12 +138,12 @@ def test_linger_alone_makes_an_instance_without_a_login(machine: Machine) -> Non
 
 def test_a_cron_job(machine: Machine) -> None:
     """cron has no session at logind and no process in the user's slice: only the namespace knows of it."""
-    job = "#!/bin/sh\necho mark > /tmp/mark\nreadlink /proc/self/ns/mnt > /home/alice/ns\nsleep 1234\n"
+    job = "#!/bin/sh\necho mark > /tmp/mark\nreadlink /proc/self/ns/mnt > /home/alice/ns\nsleep infinity\n"
     machine.write("/usr/local/bin/job", job, mode=0o755)
     machine.write("/etc/cron.d/probe", "* * * * * alice /usr/local/bin/job\n")
     try:
         eventually(
-            lambda: machine.sh("pgrep -f 'sleep 1234'", check=False).stdout, 90, "cron starts the job"
+            lambda: machine.sh("pgrep -f 'sleep infinity'", check=False).stdout, 90, "cron starts the job"
         )
         machine.run("rm", "/etc/cron.d/probe")
         stays(machine)
@@ -163,47 +151,39 @@ def test_a_cron_job(machine: Machine) -> None:
         assert machine.run("cat", "/home/alice/ns").stdout.strip() == f"mnt:[{inode}]"
         assert observe.held(machine) == []
     finally:
-        machine.sh("rm -f /etc/cron.d/probe; pkill -f 'sleep 1234'", check=False)
+        machine.sh("rm -f /etc/cron.d/probe; pkill -f 'sleep infinity'", check=False)
     wait_until_gone(machine)
 
 
 def test_sudo_by_another_user(machine: Machine) -> None:
     """The process sits in bob's session and slice, and lives in alice's namespace."""
     with machine.session("bob") as bob:
-        bob.run("sudo -u alice sh -c 'echo mark > /tmp/mark; exec sleep 1234' >/dev/null 2>&1 &")
-        eventually(
-            lambda: machine.sh("pgrep -f -x 'sleep 1234'", check=False).stdout, what="sudo has started it"
-        )
+        bob.run("sudo -u alice sh -c 'echo mark > /tmp/mark; exec sleep infinity' >/dev/null 2>&1 &")
+        started = ("pgrep", "-f", "-x", "sleep infinity")
+        eventually(lambda: machine.run(*started).stdout, what="sudo has started it")
         stays(machine)
-        machine.run("pkill", "-f", "-x", "sleep 1234")
+        machine.run("pkill", "-f", "-x", "sleep infinity")
         eventually(lambda: observe.state(machine, "alice") is None, 20, "alice's instance is gone")
         assert observe.state(machine, "bob") == "active"
 
 
-MOVED = (
-    "sh -c 'echo $$ > /tmp/pid; exec sleep 1234' >/dev/null 2>&1 & "
-    "until test -s /tmp/pid; do sleep 0.02; done; "
-    "sudo sh -c 'mkdir -p /sys/fs/cgroup/elsewhere; cat /tmp/pid > /sys/fs/cgroup/elsewhere/cgroup.procs'"
-)
-
-
-def test_a_process_moved_to_another_cgroup(machine: Machine) -> None:
-    start_in_session(MOVED)(machine)
+def test_a_process_moved_to_another_cgroup(machine: Machine, elsewhere: Callable[[list[str]], None]) -> None:
+    leave(machine, NOHUP, elsewhere)
     stays(machine)
-    machine.run("pkill", "-f", "sleep 1234")
-    wait_until_gone(machine)
-    machine.run("rmdir", "/sys/fs/cgroup/elsewhere")
+    end(machine)
 
 
-def test_a_login_while_draining_finds_the_same_files(machine: Machine) -> None:
-    start_in_session(MOVED)(machine)
+def test_a_login_while_draining_finds_the_same_files(
+    machine: Machine, elsewhere: Callable[[list[str]], None]
+) -> None:
+    leave(machine, NOHUP, elsewhere)
     wait_for(machine, "alice", "draining")
     before = observe.status(machine, "alice")["namespace"]
     with machine.session("alice") as alice:
         assert alice.run("cat /tmp/mark").strip() == "mark"
         assert alice.run(observe.NAMESPACE).strip() == f"mnt:[{before}]"
         assert observe.state(machine, "alice") == "active"
-        machine.run("pkill", "-f", "sleep 1234")
+        machine.run("pkill", "-f", "sleep infinity")
         assert alice.run("cat /tmp/mark").strip() == "mark"
     wait_until_gone(machine)
 
@@ -221,17 +201,12 @@ def test_a_namespace_held_by_a_descriptor_alone(machine: Machine) -> None:
     wait_until_gone(machine)
 
 
-def test_a_private_namespace_made_by_the_user_counts_too(machine: Machine) -> None:
-    start_in_session(
-        "unshare -Urm sh -c 'echo $PPID > /dev/null; exec sleep 1234' >/dev/null 2>&1 & "
-        "until pgrep -f -x 'sleep 1234' >/dev/null; do sleep 0.02; done; "
-        'sudo sh -c \'mkdir -p /sys/fs/cgroup/elsewhere; pgrep -f -x "sleep 1234" > '
-        "/sys/fs/cgroup/elsewhere/cgroup.procs'"
-    )(machine)
+def test_a_private_namespace_made_by_the_user_counts_too(
+    machine: Machine, elsewhere: Callable[[list[str]], None]
+) -> None:
+    leave(machine, "unshare -Urm sleep infinity >/dev/null 2>&1 &", elsewhere)
     stays(machine)
-    machine.run("pkill", "-f", "sleep 1234")
-    wait_until_gone(machine)
-    machine.run("rmdir", "/sys/fs/cgroup/elsewhere")
+    end(machine)
 
 
 def test_fifty_logins_leave_nothing(machine: Machine) -> None:

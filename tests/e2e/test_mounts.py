@@ -74,13 +74,7 @@ def test_mounts_under_the_own_directories_stay_private(machine: Machine, directo
         )
         assert observe.mounts(machine) == before
         assert bob.result(f"ls {directory}/m", check=False).returncode != 0
-        path = machine.run("polytmpctl", "--json=short", "status", "alice").stdout
-        assert path
-        host = next(
-            entry["path"]
-            for entry in observe.status(machine, "alice")["directories"]
-            if entry["directory"] == directory
-        )
+        host = observe.directories(machine, "alice")[directory]
         assert machine.run("ls", f"{host}/m").stdout == ""
         alice.run(f"sudo umount {directory}/m && rmdir {directory}/m")
 

@@ -5,7 +5,6 @@ Removal and upgrade with users logged in are in test_faults_restart.py.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,6 @@ from tests.bed import Machine, Result
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-PACKAGE = "/root/polytmp.deb"
 COMMON = ("/etc/pam.d/common-session", "/etc/pam.d/common-session-noninteractive")
 BY_HAND = "/etc/pam.d/slurm"
 LINE = "session required pam_polytmp.so\n"
@@ -22,23 +20,14 @@ BLOCK = '# and here are more per-package modules (the "Additional" block)'
 LOCAL = "session optional pam_umask.so umask=027"
 
 
-@pytest.fixture(scope="module")
-def installed(release: str, deb: Path) -> Iterator[Machine]:
-    def prepare(root: Path) -> None:
-        (root / PACKAGE.removeprefix("/")).write_bytes(deb.read_bytes())
-
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
-
-
-@pytest.fixture
-def machine(installed: Machine) -> Iterator[Machine]:
-    """Each test finds the package as it comes, and PAM as Debian has it."""
-    yield installed
-    installed.run("rm", "-f", BY_HAND, f"{BY_HAND}.dpkg-old")
-    installed.run("dpkg", "--install", PACKAGE)
-    installed.run("pam-auth-update", "--force", "--disable", "polytmp-lenient", "--enable", "polytmp")
-    assert is_private(installed)
+@pytest.fixture(autouse=True)
+def restored(machine: Machine, package: str) -> Iterator[None]:
+    """Each test finds the package as it is delivered, and PAM as Debian has it."""
+    yield
+    machine.run("rm", "-f", BY_HAND, f"{BY_HAND}.dpkg-old")
+    machine.run("dpkg", "--install", package)
+    machine.run("pam-auth-update", "--force", "--disable", "polytmp-lenient", "--enable", "polytmp")
+    assert is_private(machine)
 
 
 def is_private(machine: Machine) -> bool:
@@ -125,13 +114,13 @@ def profile_lines(machine: Machine) -> list[str]:
     ]
 
 
-def test_the_lenient_profile_stays(machine: Machine) -> None:
+def test_the_lenient_profile_stays(machine: Machine, package: str) -> None:
     """At an upgrade, and when a removal was refused."""
     lenient = ["session optional pam_polytmp.so"] * 2
     machine.run("pam-auth-update", "--disable", "polytmp", "--enable", "polytmp-lenient")
     assert profile_lines(machine) == lenient
     assert is_private(machine)
-    machine.run("dpkg", "--install", PACKAGE)
+    machine.run("dpkg", "--install", package)
     assert profile_lines(machine) == lenient
     machine.write(BY_HAND, LINE)
     assert remove(machine).returncode != 0
@@ -144,14 +133,14 @@ def test_the_lenient_profile_stays(machine: Machine) -> None:
     assert "pam_polytmp" not in machine.run("cat", *COMMON).stdout
 
 
-def test_an_upgrade_with_lines_by_hand(machine: Machine) -> None:
+def test_an_upgrade_with_lines_by_hand(machine: Machine, package: str) -> None:
     """The module is there afterwards: nothing to refuse."""
     machine.write(BY_HAND, LINE)
-    machine.run("dpkg", "--install", PACKAGE)
+    machine.run("dpkg", "--install", package)
     assert_all_there(machine)
 
 
-def test_the_links_of_what_is_installed_lead_somewhere(installed: Machine) -> None:
+def test_the_links_of_what_is_installed_lead_somewhere(machine: Machine) -> None:
     """Below /usr/share/doc there is no docs/ unless the package makes one, and debhelper compresses."""
     script = """
         cd /usr/share/doc/polytmp
@@ -161,6 +150,6 @@ def test_the_links_of_what_is_installed_lead_somewhere(installed: Machine) -> No
             done
         done
     """
-    found = installed.sh(script).stdout.splitlines()
+    found = machine.sh(script).stdout.splitlines()
     assert len(found) > 10
     assert set(found) == {"good"}

@@ -6,7 +6,6 @@ import select
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,16 +19,10 @@ BOB = "/org/polytmp1/instance/_1002"
 SECRET = "correct horse"
 
 
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    with Machine(release, deb) as booted:
-        # alice may become an administrator by her password; bob is nobody's administrator
-        booted.sh(f"echo 'alice:{SECRET}' | chpasswd; usermod -aG sudo alice")
-        yield booted
-
-
 @pytest.fixture(scope="module", autouse=True)
-def bob(machine: Machine) -> Iterator[None]:
+def users(machine: Machine) -> Iterator[None]:
+    """alice may act as an administrator with her password; bob, who is logged in, may not."""
+    machine.sh(f"echo 'alice:{SECRET}' | chpasswd; usermod -aG sudo alice")
     with machine.session("bob"):
         yield
 
@@ -93,9 +86,9 @@ def test_a_rule_of_the_administrator_decides(machine: Machine) -> None:
 
 
 def typed(machine: Machine, user: str, command: str, prompt: str, answer: str, seconds: float = 90) -> str:
-    """What the terminal shows when a person answers the prompt."""
+    """Return what the terminal shows if a person answers the prompt."""
     process = subprocess.Popen(
-        [*machine.ssh_command(user, "-tt"), command],
+        [*machine.ssh_command(user, "-tt"), f"tty; {command}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -112,7 +105,10 @@ def typed(machine: Machine, user: str, command: str, prompt: str, answer: str, s
                 break
             seen += data
             if not answered and prompt.encode() in seen:
-                time.sleep(2)  # what comes before it has turned the echo off is thrown away
+                terminal = seen.split()[0].decode()
+                echo = ("stty", "--all", "--file", terminal)
+                # turning the echo off throws away what was typed before
+                eventually(lambda: " -echo " in machine.run(*echo).stdout, 20, "the echo is off")  # noqa: B023
                 process.stdin.write(answer.encode() + b"\n")
                 process.stdin.flush()
                 answered = True

@@ -7,7 +7,6 @@ The expected output may take a moment: a command is repeated until its output is
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import unified_diff
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 from tests import observe
 from tests.bed import Machine, eventually
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.prepared(by=observe.quick_logouts)]
 
 README = Path(__file__).parents[2] / "README.md"
 ANYTHING = "…"
@@ -78,17 +77,6 @@ def test_the_tour_is_there() -> None:
     assert {line.split()[0] for line in commands} >= {"busctl", "journalctl"}
     for step in tour():
         assert re.sub(r"[\s…]", "", "".join(step.answer)) or not step.answer, f"{step.command}: all is …"
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    def prepare(root: Path) -> None:
-        drop_in = root / "etc/systemd/logind.conf.d/quick.conf"
-        drop_in.parent.mkdir(parents=True, exist_ok=True)
-        drop_in.write_text(observe.QUICK_LOGOUT)
-
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
 
 
 def test_the_tour(machine: Machine) -> None:

@@ -2,23 +2,17 @@
 """A UID that somebody else has now, and a user with another name: what was kept, and what still runs."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests import observe
-from tests.attacks import prepare
 from tests.bed import Machine, eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.prepared(by=observe.quick_logouts)]
 
 UID = 1300
 KEPT = f"/var/tmp/polytmp-{UID}"
 MESSAGE_ID = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e06"
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
 
 
 def add(machine: Machine, user: str) -> None:
@@ -100,7 +94,7 @@ def test_a_former_users_processes(machine: Machine) -> None:
     with machine.session("carol") as carol:
         carol.run("echo mine >/tmp/secret")
         pid = carol.pid
-        machine.sh(f"nsenter --target {pid} --mount setsid -f sleep 4321 >/dev/null 2>&1")
+        machine.sh(f"nsenter --target {pid} --mount setsid -f sleep infinity >/dev/null 2>&1")
     machine.sh("loginctl terminate-user carol; true", check=False)
     eventually(lambda: observe.state(machine, "carol") == "draining", 30, "only root's process is left")
     eventually(lambda: machine.run("pgrep", "-U", str(UID), check=False).returncode == 1, 30, "hers ended")

@@ -224,6 +224,7 @@ def test_what_is_no_lock_is_shown_to_nobody(machine: Machine) -> None:
 
 def test_what_somebody_has_in_the_place_of_a_lock_stays(machine: Machine) -> None:
     with machine.session("alice") as alice, machine.session("bob") as bob:
+        # the sleep: change times are as coarse as a tick of the kernel, and a later change must show
         bob.run("echo mine >/tmp/.X7-lock; mkdir /tmp/.X8-lock; ln -s /etc/passwd /tmp/.X9-lock; sleep 0.1")
         before = bob.run("stat -c '%n %i %U %Z' /tmp/.X*-lock")
         pids = [start(alice, display) for display in (7, 8, 9)]

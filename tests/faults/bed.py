@@ -31,21 +31,11 @@ LOGIN_AT_MOST = 60.0
 
 def prepare(root: Path) -> None:
     """For Machine(prepare=…): the launcher in place of the daemon, and logouts without delay."""
-    prepare_quick(root)
+    observe.quick_logouts(root)
     target = root / LAUNCHER.removeprefix("/")
     target.parent.mkdir(parents=True)
     shutil.copyfile(launcher.__file__, target)
-    _write(root / "etc/systemd/system/polytmpd.service.d/faults.conf", DROP_IN)
-
-
-def prepare_quick(root: Path) -> None:
-    """For Machine(prepare=…): the daemon as it is shipped, and logouts without delay."""
-    _write(root / "etc/systemd/logind.conf.d/quick.conf", observe.QUICK_LOGOUT)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    observe.write(root, "etc/systemd/system/polytmpd.service.d/faults.conf", DROP_IN)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 from polytmpd.kernel import syscalls
+from tests.bed import eventually
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -103,9 +104,7 @@ def attackers(uid: int, *works: Callable[[int], object], seconds: float = 20) ->
     try:
         for index, work in enumerate(works):
             attack._pids.append(start(partial(_strike, uid, index, work, counts, seconds)))
-        deadline = time.monotonic() + 10
-        while 0 in attack.rounds and time.monotonic() < deadline:
-            time.sleep(0.001)
+        eventually(lambda: 0 not in attack.rounds, 10, "all of them are at it")
         yield attack
     finally:
         for pid in attack._pids:

@@ -22,6 +22,7 @@ import pytest
 
 from polytmpd.blocking import deletion, storage, usage
 from polytmpd.kernel import syscalls
+from tests.bed import eventually
 from tests.kernel.children import alone, attackers, become, in_child, in_namespace, start
 from tests.kernel.places import opened
 
@@ -552,7 +553,7 @@ def test_attackers_at_work(base: Path, sentinel: Path, seed: int) -> None:
             syscalls.renameat2(there, f"dir{name}", there, "link", RENAME_EXCHANGE)
 
     with attackers(ATTACKER, disturb, exchange, disturb) as attack:
-        time.sleep(0.1)
+        eventually(lambda: sum(attack.rounds) > 100, 10, "the attackers are at it")
         assert remove(base).complete
         assert sum(attack.rounds) > 1000
     assert sorted(path.name for path in base.iterdir()) == ["outside", "sentinel"]
@@ -573,8 +574,8 @@ def test_attackers_who_only_create(base: Path) -> None:
     def create(number: int) -> None:
         os.mkdir(f"{os.getpid()}-{number % 20_000}", dir_fd=fd)
 
-    with attackers(ATTACKER, create, create):
-        time.sleep(0.05)
+    with attackers(ATTACKER, create, create) as attack:
+        eventually(lambda: sum(attack.rounds) > 100, 10, "the attackers are at it")
         assert remove(base).complete
     os.close(fd)
 

@@ -687,7 +687,7 @@ def trickle(listening: socket.socket) -> None:
         try:
             for _ in range(200):
                 client.sendall(b"R")
-                time.sleep(0.05)
+                time.sleep(0.05)  # the pace of the attack: slow, but never silent
         except ConnectionError:
             pass
 

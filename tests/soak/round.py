@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import observe
 from tests.bed import CommandError, Machine, eventually
 
 from . import sabotage
@@ -83,9 +84,9 @@ def soak(
         delay = random.Random(record.seed).choice((0, 0, 2))
 
         def prepare(root: Path) -> None:
-            drop_in = root / "etc/systemd/logind.conf.d/soak.conf"
-            drop_in.parent.mkdir(parents=True, exist_ok=True)
-            drop_in.write_text(f"[Login]\nUserStopDelaySec={delay}\n")
+            observe.write(
+                root, "etc/systemd/logind.conf.d/soak.conf", f"[Login]\nUserStopDelaySec={delay}\n"
+            )
             if fault is not None:
                 sabotage.put(root, fault)
 
@@ -190,7 +191,7 @@ def _empty(machine: Machine, users: dict[str, int], record: Record, checker: Che
                 machine.run("systemctl", "restart", "systemd-logind")
         except (CommandError, OSError) as error:
             left = [str(error)]
-        time.sleep(1)
+        time.sleep(1)  # between two attempts, which are expensive; the loop has a bound
     record.count("seconds until nothing was left", round(time.monotonic() - begin))
     if left:
         raise Violation(f"everybody has gone, and there is left: {left}")

@@ -12,7 +12,7 @@ from tests.bed import CommandError, CommandTimeout, Machine
 
 from .record import Record
 
-# (weight, name, script, seconds until everything has settled)
+# (weight, name, script, seconds until everything has settled); {0}: how long the daemon is away, in seconds
 SERVICES: list[tuple[int, str, str, float]] = [
     (5, "SIGKILL polytmpd", "systemctl kill --signal=KILL polytmpd", 4),
     (4, "restart polytmpd", "systemctl restart polytmpd", 4),

@@ -29,7 +29,7 @@ async def eventually(condition: Callable[[], object], seconds: float = 30.0) -> 
     end = loop.time() + seconds
     while not condition():
         assert loop.time() < end, "did not come about in time"
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.002)  # between two looks at the condition
 
 
 @pytest.fixture(autouse=True)
@@ -54,5 +54,5 @@ async def no_task_leaks() -> AsyncIterator[None]:
         left = [task for task in asyncio.all_tasks() if task is not own]
         if not left:
             return
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.005)  # between two looks; the loop has a bound
     pytest.fail(f"tasks are left: {left}")

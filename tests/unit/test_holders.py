@@ -38,7 +38,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The paths read in /proc; there is one process, with many threads and descriptors."""
     looked: list[str] = []
     fds = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) for _ in range(MANY)]
-    process = subprocess.Popen(["sleep", "60"], pass_fds=fds)
+    process = subprocess.Popen(["sleep", "infinity"], pass_fds=fds)
     for fd in fds:
         os.close(fd)
 
