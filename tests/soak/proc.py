@@ -29,6 +29,7 @@ UID_MIN, UID_MAX = 1000, 60000
 # what the directory of an instance is called, in a mount's root and on the disk
 BARRIER = re.compile(r"polytmp-(?:(removing)|[0-9a-f]{32}-(\d+)|(\d+))(?=[-/]|$)")
 SENTINEL = "polytmp-sentinel"
+_MOVING = re.compile(r"^/(run/user/\d+(/.*)?|mnt/soak-[^/]*|run/credentials/.*|run/host/.*|run/systemd/.*)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,3 +192,56 @@ def namespace_holders(namespaces: set[int], machine: str) -> dict[int, str]:
                 if target.startswith("mnt:[") and int(target[5:-1]) in namespaces:
                     found[int(target[5:-1])] = f"process {pid}, descriptor {name}"
     return found
+
+
+def standing(table: list[Mount]) -> set[tuple[str, str, str, bool]]:
+    """Return the mounts that do not come and go with users."""
+    return {
+        (mount.point, mount.device, mount.kind, bool(mount.shared))
+        for mount in table
+        if not _MOVING.match(mount.point)
+    }
+
+
+def outside(table: list[Mount]) -> set[tuple[str, str, str]]:
+    """Return the mounts outside of /tmp and /var/tmp."""
+    return {
+        (mount.point, mount.device, mount.root)
+        for mount in table
+        if not re.match(r"/(var/)?tmp(/|$)", mount.point)
+    }
+
+
+def top(table: list[Mount], point: str) -> int | None:
+    """Return whose instance lies at a path: that of the mount there which no other mount covers."""
+    found = [mount for mount in table if mount.point == point]
+    covered = {mount.parent for mount in found}
+    return next((mount.owner for mount in found if mount.number not in covered), None)
+
+
+def namespaces_of(pid: int) -> list[int]:
+    """Return the mount namespaces that a process has open."""
+    found = []
+    for entry in scan(Path(f"/proc/{pid}/fd")):
+        with contextlib.suppress(OSError):
+            target = os.readlink(entry.path)  # noqa: PTH115
+            if target.startswith("mnt:["):
+                found.append(int(target[5:-1]))
+    return found
+
+
+def names(directory: str, prefix: str) -> set[str] | None:
+    """Return the names in a directory that begin with prefix; None if it cannot be read."""
+    try:
+        return {name for name in os.listdir(directory) if name.startswith(prefix)}  # noqa: PTH208
+    except OSError:
+        return None
+
+
+def scan(directory: Path) -> list["os.DirEntry[str]"]:
+    """Return the entries of a directory; none if it cannot be read."""
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except OSError:
+        return []

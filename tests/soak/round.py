@@ -14,7 +14,8 @@ from tests import observe
 from tests.bed import CommandError, Machine, eventually
 
 from . import sabotage
-from .checker import GRACE, Checker
+from .checker import Checker
+from .leftovers import GRACE
 from .people import Person
 from .record import Record, Violation
 from .trouble import Trouble
@@ -183,19 +184,19 @@ def _empty(machine: Machine, users: dict[str, int], record: Record, checker: Che
         try:
             if time.monotonic() - begin < EMPTY_TIMEOUT:
                 machine.sh(leave, check=False, timeout=30)  # what the bus's restart held up comes late
-            left = checker.nothing_is_left()
-            stale = checker.sessions() if time.monotonic() - begin > STALE_SESSIONS else set()
+            left = checker.leftovers.everything()
+            stale = checker.leftovers.sessions() if time.monotonic() - begin > STALE_SESSIONS else set()
             if left and stale:
                 record.act("end", f"logind keeps sessions of {stale}, of which nothing lives: restarting it")
                 record.count("users with a session that logind never ended", len(stale))
                 machine.run("systemctl", "restart", "systemd-logind")
-        except (CommandError, OSError) as error:
+        except (CommandError, OSError, ValueError) as error:
             left = [str(error)]
         time.sleep(1)  # between two attempts, which are expensive; the loop has a bound
     record.count("seconds until nothing was left", round(time.monotonic() - begin))
     if left:
         raise Violation(f"everybody has gone, and there is left: {left}")
-    if lines := checker.journal():
+    if lines := checker.polytmpd.trouble():
         raise Violation(f"{len(lines)} lines in the journal, such as: {lines[0]}")
     eventually(lambda: machine.run("systemctl", "is-active", "polytmpd").stdout, 10, "the daemon is up")
 
