@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The bed by hand: python -m tests.bed trees | deb RELEASE DIRECTORY | shell RELEASE [--deb FILE]."""
+"""The bed by hand: python -m tests.bed trees | deb RELEASE DIRECTORY | shell RELEASE [--deb FILE].
+
+Not here: what a tree, a package and a machine are (tree.py, package.py, machine.py).
+"""
 
 import argparse
 import functools
@@ -24,7 +27,7 @@ def main() -> int:
     deb.add_argument("directory", type=Path)
     shell = commands.add_parser("shell", help="boot a machine and open a root shell in it")
     shell.add_argument("release", choices=RELEASES)
-    shell.add_argument("--deb", type=Path, help="install this package; without it there is none")
+    shell.add_argument("--deb", type=Path, help="install this package (default: none)")
     arguments = parser.parse_args()
     try:
         nspawn.require_tools()
@@ -41,7 +44,7 @@ def main() -> int:
 
 
 def make_trees() -> None:
-    """Side by side: each of them waits for the mirror as long as it works."""
+    """Make all trees at the same time: each spends about half of its time waiting for the mirror."""
     begin = time.monotonic()
     with ThreadPoolExecutor() as pool:
         made = [

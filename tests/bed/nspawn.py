@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """systemd-nspawn's command line and the cgroup it runs in.
 
-Not its business: what runs inside, and for how long.
+Not here: what runs inside, and for how long.
 
 systemd-nspawn hard facts (252 and 257):
-- It mounts a tmpfs on /tmp unless SYSTEMD_NSPAWN_TMPFS_TMP=0, so /tmp would be a mount in every release.
+- It mounts a tmpfs on /tmp unless SYSTEMD_NSPAWN_TMPFS_TMP=0; /tmp would be a mount in every release.
 - With --keep-unit it makes payload/ and supervisor/ below its own cgroup, and two of them in one cgroup
-  collide: each needs a cgroup of its own. It leaves both directories behind.
-- Without SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 it hands a legacy or hybrid outer hierarchy on; systemd 257
-  inside does not boot from that.
+  collide: each needs its own cgroup. It leaves both directories behind.
+- Without SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 it passes on a legacy or hybrid outer hierarchy, from which
+  systemd 257 does not boot.
 - --register=no leaves /run/systemd/nspawn/propagate/NAME behind on the outer system.
 - /proc/sys and /sys are read-only inside, unless SYSTEMD_NSPAWN_API_VFS_WRITABLE=1.
 """
@@ -41,7 +41,7 @@ NSPAWN_ENVIRONMENT = ENVIRONMENT | {
 
 
 def command(name: str, root: Path, options: Sequence[str]) -> list[str]:
-    """What to run, inside a cgroup(); its end is tied to that of the thread that starts it."""
+    """Return the command to run inside a cgroup(). It is killed when the thread that starts it ends."""
     return [
         "setpriv",
         "--pdeathsig=KILL",
@@ -61,7 +61,10 @@ def command(name: str, root: Path, options: Sequence[str]) -> list[str]:
 
 
 def run(name: str, root: Path, options: Sequence[str], argv: Sequence[str], timeout: float) -> None:
-    """Run a command in a tree that is not booted. The output is shown if it fails."""
+    """Run a command in a tree that is not booted. timeout is in seconds.
+
+    Raises BedError with the output if the command fails.
+    """
     with cgroup(name) as group:
         done = subprocess.run(
             group.enter([*command(name, root, ["--as-pid2", "--console=pipe", *options]), *argv]),
@@ -78,13 +81,13 @@ def run(name: str, root: Path, options: Sequence[str], argv: Sequence[str], time
 
 
 class Cgroup:
-    """The cgroups of one nspawn: the v2 one, and the systemd one of a hybrid hierarchy beside it."""
+    """The cgroups of one systemd-nspawn: the v2 one and, in a hybrid hierarchy, systemd's own."""
 
     def __init__(self, directories: list[Path]) -> None:
         self.directories = directories
 
     def enter(self, argv: Sequence[str]) -> list[str]:
-        """The command that runs argv in here."""
+        """Return the command that runs argv in these cgroups."""
         return enter_cgroups(self.directories, argv)
 
 
@@ -95,7 +98,7 @@ def enter_cgroups(directories: Sequence[Path], argv: Sequence[str]) -> list[str]
 
 @contextlib.contextmanager
 def cgroup(name: str) -> Iterator[Cgroup]:
-    """Cgroups of that name, and nothing alive in them afterwards."""
+    """Make cgroups of that name. At the end, kill what lives in them and remove them."""
     group = Cgroup([mount / f"polytmp-bed-{name}" for mount in _hierarchies()])
     for directory in group.directories:
         directory.mkdir()
@@ -110,7 +113,7 @@ def cgroup(name: str) -> Iterator[Cgroup]:
 
 
 def remove_leftovers(name: str) -> None:
-    """Of a run that was killed."""
+    """Remove the cgroups of a run that was killed."""
     for mount in _hierarchies():
         _remove_cgroup(mount / f"polytmp-bed-{name}")
 
@@ -149,10 +152,10 @@ def _remove_cgroup(directory: Path) -> None:
 
 
 def require_tools() -> None:
-    """BedError where this machine cannot run the bed."""
+    """Raise BedError if this host cannot run the bed."""
     if os.geteuid() != 0:
-        raise BedError("the test bed boots systems, which takes root: run `make setup`, and this, as root")
+        raise BedError("the test bed boots systems, which takes root. Try, as root: make setup")
     tools = ("mmdebstrap", "systemd-nspawn", "nsenter", "setpriv", "ssh", "ssh-keygen", "mke2fs", "git")
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        raise BedError(f"the test bed needs {', '.join(missing)}: run `make setup`")
+        raise BedError(f"the test bed needs {', '.join(missing)}. Try, as root: make setup")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Builds the Debian package of a source directory for a release, as Debian's builders do: clean, offline.
+"""Builds the Debian package of a source directory for a release, as Debian's builders do: clean and offline.
 
-Not its business: the unit tests (DEB_BUILD_OPTIONS=nocheck). So tests/ is left out of the copy, and a
-changed test does not build the package again.
+Not here: the unit tests (DEB_BUILD_OPTIONS=nocheck). tests/ is left out of the copy, and a changed test does
+not build the package again.
 """
 
 import hashlib
@@ -21,7 +21,10 @@ BUILD_TIMEOUT = 900
 
 
 def build(release: str, source: Path = PROJECT) -> Path:
-    """The .deb of what is in the working tree now, committed or not; from the cache if it is there."""
+    """Return the .deb of the working tree as it is now, committed or not; built if it is not in the cache.
+
+    Raises BedError.
+    """
     nspawn.require_tools()
     builder = tree("builder", release)
     files = _files(source)
@@ -43,12 +46,12 @@ def build(release: str, source: Path = PROJECT) -> Path:
                 built.rename(target)
     debs = list(target.glob("*.deb"))
     if len(debs) != 1:
-        raise BedError(f"{target}: one package was expected, not {[deb.name for deb in debs]}")
+        raise BedError(f"{target}: expected one package, found {[deb.name for deb in debs]}")
     return debs[0]
 
 
 def _files(source: Path) -> list[str]:
-    """What git has or would take."""
+    """Return the files that git tracks or would add."""
     argv = ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -79,11 +82,11 @@ def _build(builder: Path, source: Path, files: list[str], directory: Path) -> No
         if not path.is_symlink():
             to.chmod(0o755 if os.access(path, os.X_OK) else 0o644)
     options = [
-        "--volatile=overlay",  # the cached tree is not written to
+        "--volatile=overlay",  # keeps the cached tree unchanged
         f"--bind={directory}:/build",
         "--chdir=/build/source",
         "--setenv=DEB_BUILD_OPTIONS=nocheck parallel=2",
         "--setenv=LC_ALL=C.UTF-8",
     ]
-    name = f"build-{os.getpid()}-{secrets.token_hex(3)}"  # not the directory's own: it may end in "_"
+    name = f"build-{os.getpid()}-{secrets.token_hex(3)}"  # the directory's name may end in "_"
     nspawn.run(name, builder, options, ["dpkg-buildpackage", "-b", "-us", "-uc"], BUILD_TIMEOUT)

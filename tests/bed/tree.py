@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Cached Debian trees: a "host" to boot, an ext4 image; a "builder" to build the package in, a directory.
 
-A tree is made once for a release, a package list and a recipe, and is never written to afterwards.
-Copying an image is one sequential copy (0.3 s); of a directory it is 13,000 files (2 s, and 10 s when the
-disk is busy), and a machine's root is a file system of its own, as a real one's is.
-Not its business: booting, building, and which tests want what.
+A tree is made once for each release, package list and recipe, and never changes afterwards.
+Copying an image is one sequential copy (0.3 s); a directory is 13,000 files (2 s, or 10 s if the disk is
+busy). An image also gives the machine a root file system of its own, as a real system has.
+
+Not here: booting, building, and which tests want what.
 """
 
 import contextlib
@@ -64,8 +65,8 @@ HOST_PACKAGES = [
     "xvfb",
 ]
 
-# Mesa's drivers and LLVM are half of the tree, and Xvfb starts without them; manual pages stay,
-# because the package's are looked at.
+# Mesa's drivers and LLVM are half of the tree, and Xvfb starts without them. Manual pages stay, because the
+# tests read the package's.
 PATH_EXCLUDES = (
     "/usr/share/doc/*",
     "/usr/share/info/*",
@@ -109,23 +110,23 @@ chroot "$root" ssh-keygen -A >/dev/null
 {
     echo 'UseDNS no'
     echo 'MaxStartups 500'
-    # OpenSSH 9.8: a client that broke off would be shut out for a while
+    # OpenSSH 9.8 locks out a client for a while after its connection broke off.
     if [ "$release" != bookworm ]; then echo 'PerSourcePenalties no'; fi
 } >"$root/etc/ssh/sshd_config.d/bed.conf"
 
-# The journal is all there is to read after a failure.
+# After a failure, the journal is all there is to read.
 install -d "$root/etc/systemd/journald.conf.d"
 printf '[Journal]\nRateLimitBurst=0\n' >"$root/etc/systemd/journald.conf.d/bed.conf"
 
-# Tests log users in and out more often than five times in ten seconds. And where a manager fails for that,
-# systemd 252 makes no session for the next login while the user's slice goes.
+# Tests log users in and out more often than five times in ten seconds. If a user manager fails because of
+# that, systemd 252 creates no session for the next login while the user's slice is being removed.
 for unit in user-runtime-dir@ user@; do
     install -d "$root/etc/systemd/system/$unit.service.d"
     printf '[Unit]\nStartLimitIntervalSec=0\n' >"$root/etc/systemd/system/$unit.service.d/bed.conf"
 done
 
-# Left out: the network, what runs in the night, consoles, and what would write to the outer kernel
-# (/proc/sys and /sys are writable inside).
+# Left out: the network, nightly jobs, consoles, and whatever would write to the outer kernel (/proc/sys and
+# /sys are writable inside).
 for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
     e2scrub_reap.service fstrim.timer man-db.timer systemd-networkd.service \
     systemd-networkd-wait-online.service systemd-timesyncd.service systemd-resolved.service \
@@ -142,7 +143,7 @@ install -d "$root/var/log/journal"
 
 
 class BedError(Exception):
-    """The bed itself failed."""
+    """The bed itself failed, not the program under test."""
 
 
 def cache_directory() -> Path:
@@ -153,7 +154,7 @@ def cache_directory() -> Path:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """One process at a time; the lock goes with the process."""
+    """Let one process in at a time. The kernel releases the lock if the process dies."""
     directory = cache_directory() / "locks"
     directory.mkdir(exist_ok=True)
     with (directory / name).open("w") as file:
@@ -162,7 +163,7 @@ def locked(name: str) -> Iterator[None]:
 
 
 def ssh_key() -> Path:
-    """The private key of every user of every machine."""
+    """Return the private key of all users of all machines; it is made if there is none."""
     path = cache_directory() / "id_ed25519"
     with locked("key"):
         if not path.exists():
@@ -176,7 +177,10 @@ def ssh_key() -> Path:
 
 
 def tree(kind: Kind, release: str) -> Path:
-    """The image or directory; made now if it is not there, which takes a minute. Do not write to it."""
+    """Return the image or directory; it is made, which takes a minute, if there is none. Do not write to it.
+
+    Raises BedError.
+    """
     if release not in RELEASES:
         raise BedError(f"{release}: not one of {', '.join(RELEASES)}")
     packages = HOST_PACKAGES if kind == "host" else builder_packages()
@@ -192,10 +196,10 @@ def tree(kind: Kind, release: str) -> Path:
         return path
     with locked(path.name):
         if not path.exists():
-            for abandoned in trees.glob(f"new-{path.name}-*"):  # by a run that was killed
+            for abandoned in trees.glob(f"new-{path.name}-*"):  # left by a run that was killed
                 shutil.rmtree(abandoned)
             with tempfile.TemporaryDirectory(dir=trees, prefix=f"new-{path.name}-") as directory:
-                # mmdebstrap wants its own target, and the temporary directory is 0700
+                # mmdebstrap wants to make its target itself, and the temporary directory is 0700
                 new = Path(directory, "root")
                 _make(new, release, packages, recipe, public_key)
                 if kind == "host":
@@ -209,7 +213,7 @@ def builder_packages() -> list[str]:
 
 
 def build_depends(control: Path) -> list[str]:
-    """The names in Build-Depends; none if there is no such file. The first of alternatives is taken."""
+    """Return the names in Build-Depends, the first one of alternatives; none if there is no such file."""
     if not control.exists():
         return []
     text = re.sub(r"(?m)^#.*\n", "", control.read_text())
@@ -228,7 +232,7 @@ def _make(target: Path, release: str, packages: list[str], recipe: str, public_k
         hook = Path(scratch, "hook")
         hook.write_text(recipe)
         argv = [
-            # a killed mmdebstrap leaves /proc and /sys mounted in the tree: never in our namespace
+            # A killed mmdebstrap leaves /proc and /sys mounted in the tree, so it gets its own namespace.
             *("setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"),
             "mmdebstrap",
             "--mode=root",
@@ -244,12 +248,12 @@ def _make(target: Path, release: str, packages: list[str], recipe: str, public_k
         argv += [release, str(target), f"deb [signed-by={KEYRING}] {_mirror()} {release} main"]
         done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
-        # mmdebstrap leaves the half-made tree, which TemporaryDirectory then removes
+        # mmdebstrap leaves a half-made tree behind, which TemporaryDirectory removes
         raise BedError(f"mmdebstrap {release}: exit status {done.returncode}\n{done.stderr[-4000:]}")
 
 
 def _image(root: Path, image: Path) -> Path:
-    # never mounted twice: it needs no journal
+    # no copy is mounted twice, so it needs no journal
     argv = [
         "mke2fs",
         "-q",
@@ -270,7 +274,7 @@ def _image(root: Path, image: Path) -> Path:
 
 @functools.cache
 def _mirror() -> str:
-    """Where the machine itself has its Debian from."""
+    """Return the URI of the Debian archive that this host uses. Raises BedError."""
     if mirror := os.environ.get("MIRROR"):
         return mirror
     fields = "$(IDENTIFIER) $(ORIGIN) $(LABEL) $(REPO_URI)"
@@ -281,11 +285,11 @@ def _mirror() -> str:
             return match[1]
     if mirror := _mirror_of_sources():
         return mirror
-    raise BedError("apt knows no Debian archive: set MIRROR to the URI of one")
+    raise BedError("apt knows no Debian archive. Set MIRROR to the URI of one")
 
 
 def _mirror_of_sources() -> str | None:
-    """For a machine whose package lists were never fetched, so that apt does not know their origin."""
+    """Read the URI from apt's sources: before the first apt-get update, apt does not know the origins."""
     configured = Path("/etc/apt")
     for path in [*sorted(configured.glob("sources.list.d/*.sources"))]:
         for stanza in re.split(r"\n\s*\n", path.read_text()):
@@ -308,8 +312,8 @@ def _is_debian(suites: str, components: str) -> bool:
 
 
 def _apt_configuration() -> list[Path]:
-    """The machine's own apt options that fetching may depend on (proxies, certificates, dates)."""
-    # docker-clean and its like would have apt delete what mmdebstrap is about to unpack
+    """Return this host's apt options that downloads may depend on (proxies, certificates, dates)."""
+    # docker-clean and similar options make apt delete what mmdebstrap is about to unpack
     wanted = re.compile(r"^\s*Acquire::(?!Languages|GzipIndexes|CompressionTypes)", re.MULTILINE)
     unwanted = re.compile(r"^\s*(DPkg|APT|Dir)\b", re.MULTILINE | re.IGNORECASE)
     paths = sorted(path for path in APT_CONFIGURATION.glob("*") if path.is_file())
