@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What attackers run in a machine under test, and what must not change while they do.
+"""The tools of attackers in a machine under test, and a sentinel that must stay unchanged.
 
-Not here: what polytmp should do about it.
+Not here: what polytmp should do about an attack.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _numbers = itertools.count(1)
 
 
 def prepare(root: Path) -> None:
-    """The tools into a machine that is not booted yet, and logouts without delay."""
+    """For Machine(prepare=…): install the tools, and make logouts quick."""
     observe.quick_logouts(root)
     target = root / HERE[1:]
     target.mkdir(parents=True)
@@ -42,13 +42,13 @@ def prepare(root: Path) -> None:
 
 
 def program(name: str, *arguments: str) -> str:
-    """The line of shell that runs one of the tools."""
+    """Return the line of shell that runs one of the tools."""
     shell = "bash" if name.endswith(".sh") else "python3"
     return " ".join((shell, f"{HERE}/{name}", *arguments))
 
 
 class Attack:
-    """A process beside the daemon, in the host's namespace: a transient unit."""
+    """A transient unit: a process that runs in the host's namespace, as the daemon does."""
 
     def __init__(self, machine: Machine, unit: str) -> None:
         self._machine = machine
@@ -59,14 +59,14 @@ class Attack:
         return self._machine.read(f"/run/{self.unit}.out").decode(errors="replace")
 
     def stop(self) -> str:
-        """End it, as SIGTERM does; what it wrote."""
+        """End it with SIGTERM and return what it wrote."""
         self._machine.run("systemctl", "stop", self.unit, check=False)
         return self.output
 
 
 @contextlib.contextmanager
 def attack(machine: Machine, user: str, command: str, until: str = "") -> Iterator[Attack]:
-    """Runs while the context lasts; until: what it writes when it is at work."""
+    """Run a command while the context lasts, and enter the context when the output contains `until`."""
     running = Attack(machine, f"attack-{next(_numbers)}")
     output = f"/run/{running.unit}.out"
     machine.run(
@@ -83,7 +83,7 @@ def attack(machine: Machine, user: str, command: str, until: str = "") -> Iterat
         f"exec {command}",
     )
     try:
-        eventually(lambda: until in running.output, 20, f"{command} is at work")
+        eventually(lambda: until in running.output, 20, f"{command} works")
         yield running
     finally:
         machine.run("systemctl", "stop", running.unit, check=False)
@@ -91,7 +91,7 @@ def attack(machine: Machine, user: str, command: str, until: str = "") -> Iterat
 
 @contextlib.contextmanager
 def untouched(machine: Machine) -> Iterator[None]:
-    """The sentinel is the same afterwards: names, contents, owners, modes, times, attributes."""
+    """Check that the sentinel is unchanged afterwards: names, contents, owners, modes, times, attributes."""
     machine.sh(f"rm -rf {SENTINEL}\n{_MAKE_SENTINEL}")
     before = machine.sh(_FACTS).stdout
     assert before.count("\n") > 8, before

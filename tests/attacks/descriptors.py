@@ -1,7 +1,8 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Descriptors without end: descriptors.py COUNT. Says "there" when they are open, in as many processes as it
-takes.
+"""Opens any number of descriptors: descriptors.py COUNT.
+
+Prints "there" when they are open, in as many processes as that needs, and stays until it is killed.
 """
 
 import os

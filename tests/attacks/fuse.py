@@ -1,14 +1,14 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An attacker's FUSE file systems, by the bare protocol (fuse(4)) and fusermount3.
+"""Hostile FUSE file systems, with the bare protocol (fuse(4)) and fusermount3.
 
-Runs in a machine under test, with its Python alone, until it is killed.
+Runs in a machine under test until it is killed, with Python's standard library only.
 
-fuse.py hung DIRECTORY     one that never answers anything
-fuse.py trap DIRECTORY     the same, and others may enter it (user_allow_other in /etc/fuse.conf)
-fuse.py files DIRECTORY    one with a file `file` and a directory `sub`; reading the file never ends
-fuse.py stuck DIRECTORY    as `files`; this process itself then hangs in mmap(2) with its memory map locked,
-                           so that reading its /proc/PID/cmdline never ends
+fuse.py hung DIRECTORY     never answers anything
+fuse.py trap DIRECTORY     the same, and other users may enter it (user_allow_other in /etc/fuse.conf)
+fuse.py files DIRECTORY    has a file `file` and a directory `sub`; reading the file never ends
+fuse.py stuck DIRECTORY    as `files`; a process of it then hangs in mmap(2) with its memory map locked, so
+                           that reading its /proc/PID/cmdline never ends; prints that process's PID
 """
 
 import ctypes
@@ -29,7 +29,7 @@ ENOENT, ENOSYS = 2, 38
 
 
 def mount(directory: str, options: str = "fsname=attack") -> int:
-    """The descriptor of /dev/fuse behind a new mount."""
+    """Mount a FUSE and return its descriptor of /dev/fuse, which the caller owns."""
     ours, theirs = socket.socketpair()
     environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
     argv = ["fusermount3", "-o", options, "--", directory]
@@ -93,8 +93,10 @@ class Server:
 
 
 def stuck(directory: str) -> None:
-    """One reader waits for the answer, with the page locked; mmap(2) of a direct_io descriptor waits for the
-    page, with the map locked.
+    """Hang with the memory map locked.
+
+    One reader waits for an answer with the page locked; mmap(2) of a direct_io descriptor waits for the page
+    with the map locked.
     """
     first = os.open(f"{directory}/file", os.O_RDONLY)
     threading.Thread(target=os.read, args=(first, 4096), daemon=True).start()
@@ -112,7 +114,7 @@ def main() -> None:
         server = Server(device)
         if kind == "stuck":
             pid = os.fork()
-            if pid == 0:  # the one that hangs; its server is the parent, which must not
+            if pid == 0:  # this process hangs; its server, the parent, must not
                 os.close(device)
                 stuck(directory)
             print(pid, flush=True)

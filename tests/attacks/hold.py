@@ -1,14 +1,17 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An attacker who keeps hold of things, and hands them about.
+"""An attacker that keeps descriptors open and passes them on.
 
-Runs in a machine under test, with its Python alone; says "ready" and stays until he is killed.
+Runs in a machine under test, with Python's standard library only. The first three print "ready" and stay
+until they are killed.
 
-hold.py flight PATH             the descriptor of PATH, in flight in a socket pair and nowhere else
-hold.py give NAME PATH          PATH's descriptor to whoever connects to the abstract socket NAME
-hold.py create NAME             takes a directory from there, and creates entries in it without end
+hold.py flight PATH             keeps a descriptor of PATH in flight in a socket pair, and nowhere else
+hold.py give NAME PATH          sends a descriptor of PATH to the process that connects to the abstract
+                                socket NAME
+hold.py create NAME             receives a directory from there, and creates entries in it without end
 hold.py handle PATH             prints the file handle of PATH, name_to_handle_at(2)
-hold.py open HANDLE PATH...     open_by_handle_at(2) by a descriptor of each PATH; prints what the file says
+hold.py open HANDLE PATH...     opens it with open_by_handle_at(2) and a descriptor of each PATH; prints the
+                                content of the file
 """
 
 import contextlib

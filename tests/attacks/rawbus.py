@@ -1,19 +1,19 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An attacker on the system bus: speaks D-Bus on the bare socket, so that nothing keeps it from nonsense.
+"""An attacker on the system bus: speaks D-Bus on the bare socket, so that no library prevents nonsense.
 
-Runs in a machine under test, with its Python alone.
+Runs in a machine under test, with Python's standard library only.
 
-rawbus.py flood SECONDS [CONNECTIONS]   calls that want no answer, as fast as they go; says how many
-rawbus.py big COUNT BYTES               calls whose body is an array of empty arrays
-rawbus.py fds COUNT                     calls, answers and signals with 16 descriptors each
-rawbus.py pile CONNECTIONS              as many calls with 16 descriptors each as the bus takes
-rawbus.py signatures COUNT              calls with a variant of a signature never seen before
-rawbus.py forge UID                     logind's signals, broadcast and to polytmpd alone
-rawbus.py ask CONNECTIONS UID MEMBER    64 calls of an instance's method on each, then waits for answers
-rawbus.py leave CONNECTIONS UID MEMBER  the same, and leaves without waiting
-rawbus.py pids CONNECTIONS PID          64 calls that ask for the process's instance on each, then waits
-rawbus.py owner                         the unique name of polytmpd
+rawbus.py flood SECONDS [CONNECTIONS]   sends calls without reply as fast as it can; prints how many
+rawbus.py big COUNT BYTES               sends calls whose body is an array of empty arrays
+rawbus.py fds COUNT                     sends calls and signals with 16 descriptors each
+rawbus.py pile CONNECTIONS              sends as many calls with 16 descriptors each as the bus accepts
+rawbus.py signatures COUNT              sends calls with a variant whose signature is new each time
+rawbus.py forge UID                     sends logind's signals, as broadcasts and to polytmpd alone
+rawbus.py ask CONNECTIONS UID MEMBER    calls an instance's method 64 times on each, then waits
+rawbus.py leave CONNECTIONS UID MEMBER  the same, but disconnects without waiting
+rawbus.py pids CONNECTIONS PID          asks 64 times on each for the process's instance, then waits
+rawbus.py owner                         prints the unique name of polytmpd
 """
 
 import contextlib
@@ -123,7 +123,7 @@ class Bus:
         while lines.count(b"\r\n") < 2:
             lines += self._receive()
         if b"AGREE_UNIX_FD" not in lines:
-            raise SystemExit(f"the bus says {lines!r}")
+            raise SystemExit(f"the bus answers {lines!r}")
         self.ask("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "Hello")
 
     def _receive(self) -> bytes:
@@ -135,7 +135,7 @@ class Bus:
     def ask(
         self, to: str, path: str, interface: str, member: str, of: str = "", body: bytes = b""
     ) -> tuple[int, bytes]:
-        """(message type, the rest of the message behind its fixed part) of the answer."""
+        """Call a method and return (message type, the message after its fixed part) of the reply."""
         serial = next(self.serials)
         self.socket.sendall(call(serial, interface, member, of, body, flags=0, to=to, path=path))
         data = b""
@@ -147,12 +147,12 @@ class Bus:
             while len(data) < size:
                 data += self._receive()
             found, data = data[:size], data[size:]
-            # REPLY_SERIAL, the one field of type u that answers have
+            # REPLY_SERIAL, the only field of type u that replies have
             if kind in {RETURN, 3} and b"\x05\x01u\0" + struct.pack("<I", serial) in found:
                 return kind, found[16:]
 
     def sync(self) -> None:
-        """Returns when polytmpd has read all that was sent before."""
+        """Return when polytmpd has read everything that was sent before."""
         self.ask(NAME, PATH, PEER, "Ping")
 
     def owner(self) -> str:
@@ -198,7 +198,7 @@ def sixteen() -> list[tuple[int, int, bytes]]:
 def pile(connections: int) -> None:
     buses, ancillary = [Bus() for _ in range(connections)], sixteen()
     for bus in buses:
-        bus.socket.settimeout(1)  # the bus reads from nobody who has 64 descriptors on the way
+        bus.socket.settimeout(1)  # the bus stops reading from a connection with 64 descriptors on their way
         with contextlib.suppress(OSError):
             for _ in range(100):
                 data = call(next(bus.serials), PEER, "Ping", "h" * 16, SIXTEEN, fds=16)
@@ -219,7 +219,7 @@ def descriptors(count: int) -> None:
             emit(next(bus.serials), LOGIN, "UserNew", "h" * 16, body, to=owner, fds=16),
         ):
             bus.socket.sendmsg([data], ancillary)
-        bus.sync()  # the kernel allows so many in flight, unix(7) ETOOMANYREFS
+        bus.sync()  # the kernel limits how many are in flight, see ETOOMANYREFS in unix(7)
 
 
 def signatures(count: int) -> None:

@@ -1,12 +1,12 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An attacker who exchanges names as fast as he can, renameat2(2) with RENAME_EXCHANGE, until he is killed.
+"""An attacker that exchanges names as fast as it can, renameat2(2) with RENAME_EXCHANGE, until SIGTERM.
 
-Runs in a machine under test, with its Python alone.
+Runs in a machine under test, with Python's standard library only.
 
-swap.py pair ONE OTHER [TRIES]   the two; at the end, or at SIGTERM: how often it worked
-swap.py squat BASE TARGET        every name of polytmp's in BASE with a symbolic link to TARGET; how often he
-                                 tried, and how often it worked
+swap.py pair ONE OTHER [TRIES]   exchanges the two; prints how often that worked
+swap.py squat BASE TARGET        exchanges every name of polytmp in BASE with a symbolic link to TARGET;
+                                 prints how often it tried, and how often that worked
 """
 
 import contextlib

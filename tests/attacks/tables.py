@@ -1,12 +1,13 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An attacker who fills, or forges, what is read of him in /proc.
+"""An attacker that makes its own entries in /proc as long as it can.
 
-Runs in a machine under test, with its Python alone; says "ready" and stays until he is killed.
+Runs in a machine under test, with Python's standard library only. Prints "ready" and stays until it is
+killed.
 
-tables.py mounts DEPTH COUNT      COUNT mounts in a namespace of his own, in a directory DEPTH names deep;
-                                  the names are spaces, of which the kernel makes four characters each
-tables.py descriptors PROCESSES   as many processes with as many open files as the limit allows
+tables.py mounts DEPTH COUNT      makes COUNT mounts in its own namespace, in a directory DEPTH names deep;
+                                  the names are spaces, which the kernel escapes with four characters each
+tables.py descriptors PROCESSES   starts that many processes with as many open files as the limit allows
 """
 
 import contextlib

@@ -1,6 +1,9 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Threads without end: threads.py COUNT. Says its pid when they are there."""
+"""Starts any number of threads: threads.py COUNT.
+
+Prints its PID when they run, and stays until it is killed.
+"""
 
 import os
 import signal

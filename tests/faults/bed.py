@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A machine whose polytmpd runs under the launcher, and quick looks at what is left of an instance.
+"""A machine whose polytmpd runs under the launcher, and cheap looks at what is left of an instance.
 
-Most looks go through /proc/LEADER/root, which costs no process in the machine: hundreds of faults are
-awaited. Not here: what should be seen (tests/e2e/test_faults*.py).
+The tests wait for hundreds of faults, so most looks go through /proc/LEADER/root, which starts no process in
+the machine.
+
+Not here: what should be seen (tests/e2e/test_faults*.py).
 """
 
 import contextlib
@@ -30,7 +32,7 @@ LOGIN_AT_MOST = 60.0
 
 
 def prepare(root: Path) -> None:
-    """For Machine(prepare=…): the launcher in place of the daemon, and logouts without delay."""
+    """For Machine(prepare=…): run the launcher instead of the daemon, and make logouts quick."""
     observe.quick_logouts(root)
     target = root / LAUNCHER.removeprefix("/")
     target.parent.mkdir(parents=True)
@@ -40,7 +42,7 @@ def prepare(root: Path) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Traces:
-    """All that there is of polytmp in a machine, but what persists."""
+    """Everything that a machine has of polytmp, except what persists."""
 
     instances: dict[int, str]
     on_disk: tuple[str, ...]
@@ -51,11 +53,11 @@ class Traces:
 
 
 NOTHING = Traces({}, (), (), 0, 0, 1)
-"""Of nobody: the inotify instance alone is in the FD store."""
+"""The traces when nobody has an instance: the FD store contains the inotify instance only."""
 
 
 class Host:
-    """Looks at a machine, and logs in."""
+    """A machine, with looks at it, faults and logins."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -78,12 +80,12 @@ class Host:
         return int(self.service()["MainPID"])
 
     def running(self) -> int:
-        """The PID of a daemon that is ready; 0 while there is none."""
+        """Return the PID of the daemon if it is ready, 0 otherwise."""
         service = self.service()
         return int(service["MainPID"]) if service["ActiveState"] == "active" else 0
 
     def instances(self) -> dict[int, str]:
-        """UID → state, of all instances."""
+        """Return UID → state of all instances."""
         call = ("org.freedesktop.DBus.ObjectManager", "GetManagedObjects")
         argv = ["busctl", "--json=short", "--timeout=20", "call", "org.polytmp1", "/org/polytmp1", *call]
         reply: dict[str, Any] = json.loads(self.machine.run(*argv).stdout)
@@ -117,11 +119,11 @@ class Host:
         process = self.root / "proc" / service["MainPID"]
         held = watches = 0
         for fd in (process / "fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
                 target = str(fd.readlink())
                 held += target.startswith("mnt:[")
                 if target == "anon_inode:inotify":
-                    # IN_DELETE_SELF: only the sentinels are watched so
+                    # IN_DELETE_SELF: only the watches of sentinels have this mask
                     watches += (process / "fdinfo" / fd.name).read_text().count("mask:400 ")
         stored = int(service["NFileDescriptorStore"])
         return Traces(self.instances(), self.on_disk(), self.states(), held, watches, stored)
@@ -130,7 +132,7 @@ class Host:
         return str(Path(f"/proc/{self.machine.leader}/ns/mnt").readlink())
 
     def journal_of(self, *words: str) -> bool:
-        """Whether a line of polytmpd's journal has all the words; of those since this object was made."""
+        """Whether polytmpd has logged a line with all the words since this object was made."""
         since = f"--since={self._begin}"
         lines = self.machine.journal("-u", "polytmpd", "--output=cat", since).splitlines()
         return any(all(word in line for word in words) for line in lines)
@@ -177,7 +179,7 @@ class Host:
 
     @contextlib.contextmanager
     def watchdog(self) -> Iterator[None]:
-        """With a watchdog that bites soon."""
+        """Give polytmpd a watchdog timeout of four seconds."""
         drop_in = "/run/systemd/system/polytmpd.service.d/watchdog.conf"
         self.machine.write(drop_in, "[Service]\nWatchdogSec=4s\n")
         self.machine.sh("systemctl daemon-reload && systemctl restart polytmpd")
@@ -188,7 +190,7 @@ class Host:
 
     @contextlib.contextmanager
     def fault(self, plan: Plan) -> Iterator[None]:
-        """One that lasts."""
+        """Plan a fault, and withdraw it at the end."""
         self.plan(plan)
         try:
             yield
@@ -202,7 +204,7 @@ class Host:
 
 
 class Resident:
-    """A user who is logged in all the time, and must not notice anything."""
+    """A user who stays logged in, and must not notice anything."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs polytmpd with faults: at the k-th step of what it does it dies, stops, or the step fails.
+"""Runs polytmpd with faults: at its k-th step the daemon dies or stops, or the step fails.
 
-The daemon's own code has no place for this. Installed into a test machine this file takes the place of
-/usr/libexec/polytmpd and is told what to do by files in DIRECTORY:
-  plan   one fault, see Plan; removed when it strikes, unless it lasts
-  fired  the name of the step that was struck
+The daemon itself has no hooks for this. In a test machine, this file runs instead of /usr/libexec/polytmpd.
+Files in DIRECTORY control it:
+  plan   one fault, see Plan; removed when it strikes, unless it is lasting
+  fired  the name of the step that the fault struck
   trace  the names of the steps since the plan was written
-  store  [[name, path], …]: put these into the FD store at the next start, and die
+  store  [[name, path], …]: at the next start, put these into the FD store and die
+
 Not here: what must hold afterwards (tests/e2e/test_faults*.py, tests/kernel/test_create_faults.py).
 """
 
@@ -42,7 +43,7 @@ CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (StateDirectory, "", ("save", "forget")),
     (executor.Executor, "", ("_watch_sentinel", "hand_over", "let_go")),
 )
-"""What changes the world: (where, the module in it that is used, functions)."""
+"""The steps that change something: (where, the module that it uses, functions)."""
 
 READS: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (descriptor, "os", ("open", "dup")),
@@ -57,13 +58,16 @@ READS: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (instances, "os", ("fstat",)),
     (processes, "os", ("fstat",)),
 )
-"""What only looks, and can fail all the same."""
+"""The steps that only read, and can fail too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """at: the step, from 1; of those with that name only, if there is a name. how: kill (after the step),
-    kill-before, stop (after), or an error's name, ENOSPC say. lasting: that step and all that follow.
+    """A fault.
+
+    at: the number of the step, from 1; if name is set, only the steps of that name count.
+    how: kill (after the step), kill-before, stop (after the step), or the name of an error such as ENOSPC.
+    lasting: the fault strikes at that step and at all that follow.
     """
 
     at: int = 0
@@ -73,7 +77,7 @@ class Plan:
 
 
 class Faults:
-    """Counts steps, and strikes at the one that the plan names."""
+    """Counts the steps, and strikes at the step that the plan names."""
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
@@ -125,7 +129,7 @@ class Faults:
 
 
 class FileFaults(Faults):
-    """Told by the files in DIRECTORY."""
+    """Faults that the files in DIRECTORY control."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,12 +159,12 @@ class FileFaults(Faults):
 
 
 def _write(name: str, text: str) -> None:
-    with (DIRECTORY / name).open("w") as file:  # write_text() is a step
+    with (DIRECTORY / name).open("w") as file:  # not write_text(), which is a step
         file.write(text)
 
 
 def install(faults: Faults, *, reads: bool = False) -> None:
-    """From now on all steps go through faults.step()."""
+    """Make all steps go through faults.step()."""
     for where, inner, names in CHANGES + (READS if reads else ()):
         label = where.__name__.rpartition(".")[2] if isinstance(where, types.ModuleType | type) else ""
         target = _own_copy(where, inner) if inner else where
@@ -171,7 +175,7 @@ def install(faults: Faults, *, reads: bool = False) -> None:
 
 
 def _own_copy(where: object, name: str) -> object:
-    """A module of that module's own, in place of the one that all share."""
+    """Give a module its own copy of a module that others import too."""
     module = getattr(where, name)
     copy = types.ModuleType(module.__name__)
     copy.__dict__.update(module.__dict__)
@@ -217,7 +221,7 @@ def main() -> int:
         DIRECTORY.mkdir()
     _put_into_store()
     install(FileFaults())
-    from polytmpd.__main__ import main as polytmpd  # after the steps are wrapped
+    from polytmpd.__main__ import main as polytmpd  # only now: the steps must be wrapped before
 
     return polytmpd()
 

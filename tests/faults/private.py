@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes instances with the real executor, with each step failing once, in a world of its own: as PID 1 of a
-private pid and mount namespace. Prints what came of it, one JSON object a line.
-
-For tests/kernel/test_create_faults.py, which says what should come of it:
+"""Makes instances with the real executor while each step fails once, as PID 1 of a private PID and mount
+namespace. Prints the outcomes, one JSON object per line:
   unshare --mount --pid --fork python -m tests.faults.private OPERATION
+
+Not here: what the outcome should be (tests/kernel/test_create_faults.py).
 """
 
 import asyncio
@@ -32,14 +32,14 @@ from tests.faults.launcher import CHANGES, Faults, Plan, install
 UID: Final = 1001
 PLACE: Final = Path("/mnt")
 DIRECTORIES: Final = (
-    Directory(f"{PLACE}/tmp", Lifetime.INSTANCE, (".X11-unix", ".ICE-unix")),  # a mount of its own
-    Directory(f"{PLACE}/var-tmp", Lifetime.PERSISTENT),  # lies in another mount
+    Directory(f"{PLACE}/tmp", Lifetime.INSTANCE, (".X11-unix", ".ICE-unix")),  # a mount point
+    Directory(f"{PLACE}/var-tmp", Lifetime.PERSISTENT),  # a directory of another mount
 )
 NEVER_FAILS: Final = ("sdnotify.store", "sdnotify.remove")
-"""They log what fails, see polytmpd/sdnotify.py."""
+"""They log failures and go on, see polytmpd/sdnotify.py."""
 PATIENCE: Final = 30.0
 USER_LIMITS: Final = Path("/proc/sys/user")
-"""Of the user namespace; what is above it is limited by the same names, or by fs.inotify."""
+"""The limits of the user namespace; its parents have the same limits, or those in fs.inotify."""
 MOUNT_MAX: Final = Path("/proc/sys/fs/mount-max")
 FILL: Final = PLACE / "fill"
 MS_BIND: Final = 0x1000
@@ -62,7 +62,7 @@ def set_up() -> None:
 
 
 class World:
-    """One executor, and looks at what it has made."""
+    """One executor, with looks at what it has made."""
 
     def __init__(self) -> None:
         self.faults = Faults()
@@ -72,7 +72,7 @@ class World:
         self.executor.start()
 
     def look(self) -> dict[str, object]:
-        """All that may be left."""
+        """Return everything that may be left."""
         return {
             "fds": _descriptors(),
             "watches": len(living_watches(self.executor._sentinels.fd)),
@@ -86,7 +86,7 @@ class World:
         return await self.executor.prepare(UID, "alice", DIRECTORIES)
 
     async def end(self) -> None:
-        """The namespace of the instance ends; its files stay."""
+        """End the namespace of the instance; its files stay."""
         self.ended.clear()
         self.executor.let_go(UID)
         await asyncio.wait_for(self.ended.wait(), 60)
@@ -99,7 +99,7 @@ class World:
 def _descriptors() -> list[str]:
     links = []
     for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
+        with contextlib.suppress(FileNotFoundError):  # the one that lists the directory
             links.append(str(entry.readlink()))
     return sorted(link for link in links if link != f"/proc/{os.getpid()}/fd")
 
@@ -107,7 +107,7 @@ def _descriptors() -> list[str]:
 def _namespaces() -> set[Path]:
     found = set()
     for path in Path("/proc/self/task").glob("*/ns/mnt"):
-        with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
+        with contextlib.suppress(FileNotFoundError):  # the thread ended meanwhile
             found.add(path.readlink())
     return found
 
@@ -125,8 +125,9 @@ def tell(step: str, number: int, result: dict[str, object]) -> None:
 
 
 async def outcome(world: World, work: Work, undo: Undo, plan: Plan | None = None) -> dict[str, object]:
-    """Does it, and says what is left of it: nothing, if all is well. What was made in spite of the fault is
-    undone.
+    """Do the work under the fault, and return its error and what is left of it, which should be nothing.
+
+    If the work succeeds in spite of the fault, it is undone.
     """
     before = world.look()
     world.faults.set(plan)
@@ -142,7 +143,7 @@ async def outcome(world: World, work: Work, undo: Undo, plan: Plan | None = None
         await undo(made)
     left: dict[str, object] = {"": None}
     deadline = time.monotonic() + PATIENCE
-    while left and time.monotonic() < deadline:  # a thread that was joined may take a moment to end
+    while left and time.monotonic() < deadline:  # a joined thread may take a moment to end
         after = world.look()
         left = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
     return {"error": error and str(error), "errno": error and error.errno, "fired": fired, "left": left}
@@ -151,7 +152,7 @@ async def outcome(world: World, work: Work, undo: Undo, plan: Plan | None = None
 async def each_step(world: World, work: Work, undo: Undo) -> None:
     install(world.faults, reads=True)
     world.faults.set(Plan())
-    await undo(await work())  # what only the first one makes
+    await undo(await work())  # the first one makes things that stay
     world.faults.set(Plan())
     made = await work()
     names = list(world.faults.names)
@@ -179,7 +180,7 @@ async def create(world: World) -> None:
 
 
 async def rebuild(world: World) -> None:
-    """A login that finds nobody in the namespace, but the files."""
+    """A login that finds the files, but nobody in the namespace."""
     made = await world.create()
     await world.end()
 
@@ -190,7 +191,7 @@ async def rebuild(world: World) -> None:
 
 
 async def no_descriptors(world: World) -> None:
-    """Real ones: the limit is the n-th descriptor from now."""
+    """A real limit, at the n-th descriptor from now."""
     undo = _undo(world)
     await undo(await world.create())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -211,12 +212,12 @@ async def no_descriptors(world: World) -> None:
 
 
 async def no_namespaces(world: World) -> None:
-    """Real, too: the limit is this user namespace's own."""
+    """A real limit, of this user namespace."""
     await _limited(world, USER_LIMITS / "max_mnt_namespaces")
 
 
 async def no_watches(world: World) -> None:
-    """Likewise: what fs.inotify.max_user_watches is to the whole system."""
+    """A real limit of this user namespace; fs.inotify.max_user_watches limits the whole system."""
     await _limited(world, USER_LIMITS / "max_inotify_watches")
 
 
@@ -229,7 +230,7 @@ async def no_inotify(world: World) -> None:
 
 
 def _set(limit: Path, value: str) -> str:
-    """The former value."""
+    """Set a limit and return its former value."""
     before = limit.read_text()
     limit.write_text(value)
     return before
@@ -245,7 +246,7 @@ async def _limited(world: World, limit: Path) -> None:
 
 
 def _fill_up() -> None:
-    """As many mounts as there may be in this namespace, by copies of trees that double."""
+    """Make as many mounts as this namespace may have, with copies of trees that double in size."""
     mount("fill", str(FILL), "tmpfs", 0)
     mount("none", str(FILL), None, MS_PRIVATE)
     trees = [f"{FILL}/0"]
@@ -280,7 +281,7 @@ def _fill_up() -> None:
 
 
 async def no_mounts(world: World) -> None:
-    """Real, of this namespace; the limit itself is the whole system's, and is left alone."""
+    """A real limit: this namespace is full. fs.mount-max is for the whole system and stays as it is."""
     undo = _undo(world)
     FILL.mkdir()
     await undo(await world.create())

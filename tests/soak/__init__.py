@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The soak: users log in, work, leave things behind and are killed while the system's services are restarted,
-and a checker watches all the time.
+"""The soak: users log in, work, leave things behind and are killed while services are restarted, and a
+checker watches all the time.
 
 people, trouble             what happens, with the machine's own tools only (ssh, sudo, systemctl, kill)
 proc, daemon                what is seen, from outside; nothing of polytmpd is imported

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""python -m tests.soak: rounds on fresh machines, the releases in turn; the first violation ends it."""
+"""python -m tests.soak: runs rounds on fresh machines, the releases in turn, until the first violation.
+
+Not here: what a round is (round.py).
+"""
 
 import argparse
 import secrets
@@ -13,15 +16,17 @@ from .round import soak
 from .sabotage import FAULTS
 
 ROUND = 300.0
-"""Seconds; longer ones are divided, so that both releases get their share."""
+"""Seconds. A longer soak is divided into rounds, so that each release gets its share."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description="Soak polytmp.")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--release", choices=(*RELEASES, "both"), default="both")
-    parser.add_argument("--seed", default="", help="the same seed makes the same sequences for each user")
-    parser.add_argument("--sabotage", choices=(*FAULTS, "open-door"), help="put a fault into the daemon")
+    parser.add_argument(
+        "--seed", default="", help="the same seed gives each user the same sequence of actions"
+    )
+    parser.add_argument("--sabotage", choices=(*FAULTS, "open-door"), help="put this fault into the daemon")
     arguments = parser.parse_args()
     releases = RELEASES if arguments.release == "both" else (arguments.release,)
     seed = arguments.seed or secrets.token_hex(4)
@@ -32,7 +37,7 @@ def main() -> int:
         debs = {release: build(release) for release in releases}
         for number in range(rounds):
             release = releases[number % len(releases)]
-            # the first round of a seed is that of the seed itself
+            # the first round uses the seed itself, so that a single round can be repeated
             own = seed if number < len(releases) else f"{seed}.{number // len(releases)}"
             _tell(f"Round {number + 1} of {rounds}: {release}, SEED={own}")
             report = soak(
@@ -44,7 +49,7 @@ def main() -> int:
             if report.violations:
                 _tell(report.evidence)
                 _tell(
-                    f"again: make soak RELEASE={release} SEED={own} SECONDS={arguments.seconds / rounds:.0f}"
+                    f"Again: make soak RELEASE={release} SEED={own} SECONDS={arguments.seconds / rounds:.0f}"
                 )
                 return 1
     except BedError as error:

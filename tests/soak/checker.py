@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What must be, compared with what is, all the time, from outside of the machine.
+"""Compares what is with what must be, all the time, from outside of the machine.
 
-Nothing of polytmpd is imported and nothing that it says is believed: processes, mounts and directories are
-read from the outer /proc, the bus and the service manager are asked with their own tools.
+Nothing of polytmpd is imported or believed: processes, mounts and directories are read from the outer /proc,
+and the bus and the service manager are asked with their own tools.
 
-No look is of one instant. What may only seem wrong is looked at again; what settles by itself within a
-bounded time (GRACE) is wrong after that, counted from the last disturbance.
+A look takes time, so what it shows may never have been true at one instant. Anything that looks wrong is
+checked again. Whatever settles by itself is wrong only if it has not settled within a bounded time (GRACE)
+after the last disturbance.
+
+Not here: the end of an instance (leftovers.py).
 """
 
 import contextlib
@@ -26,18 +29,18 @@ from .proc import BARRIER, SENTINEL, UID_MAX, UID_MIN, Ident, Look, Mount, Proce
 from .record import Record, Violation
 
 REFUSED_SSHD = 40.0
-"""sshd gives a session that PAM refused to the user, waits for what he asks for, and only then says no."""
+"""Seconds. After PAM has refused a session, sshd becomes the user, waits for a request and then refuses."""
 TICK = 0.4
 SLOW = 2.0
 DIFFERS_AT_MOST = 8
-"""Looks in a row at which a user's mounts may differ from the host's in the same way."""
+"""For how many looks in a row a user's mounts may differ from the host's in the same way."""
 FDS_AT_MOST, RSS_AT_MOST, THREADS_AT_MOST = 120, 160 << 10, 40
 
 _DELETED = re.compile(r"polytmp-[^/]+/tmp//deleted$")
 
 
 class Checker(threading.Thread):
-    """Checks until the record says stop. What it finds goes to record.violate()."""
+    """Checks until record.stop is set, and reports to record.violate()."""
 
     def __init__(self, machine: Machine, users: dict[str, int], record: Record) -> None:
         super().__init__(name="checker")
@@ -103,7 +106,7 @@ class Checker(threading.Thread):
     # The private directories
 
     def _landings(self, seen: Look) -> None:
-        """No process that is a regular user's has the host's directories."""
+        """No process of a regular user has the host's directories."""
         now = time.monotonic()
         for identity, process in seen.processes.items():
             if process.user is None:
@@ -113,13 +116,13 @@ class Checker(threading.Thread):
                 continue
             since = self._first_seen.setdefault(identity, now)
             if process.name.startswith("sshd") and now - since < REFUSED_SSHD:
-                continue  # refused: it has got no session, and runs nothing of the user's
+                continue  # refused: it gets no session and runs nothing for the user
             if self._still(process):
-                raise Violation(f"a silent landing in the shared /tmp: {process}")
+                raise Violation(f"silently in the shared /tmp: {process}")
         self._first_seen = {key: when for key, when in self._first_seen.items() if key in seen.processes}
 
     def _one_place_each(self, seen: Look) -> None:
-        """Two users never see the same /tmp; one user sees one, in one namespace; nobody's changes."""
+        """No two users see the same /tmp; each user sees one, in one namespace; no process changes it."""
         by_place: dict[Ident, Process] = {}
         by_user: dict[int, Process] = {}
         spaces: dict[int, Process] = {}
@@ -135,7 +138,7 @@ class Checker(threading.Thread):
                     raise Violation(f"two users see the same directory {place}: {process} and {other}")
             owner = proc.top(table, "/tmp")
             if owner is None:
-                continue  # one that he made himself: bwrap --tmpfs /tmp
+                continue  # made by the user: bwrap --tmpfs /tmp
             if owner != user and self._still(process):
                 raise Violation(f"{process} lives in the instance of UID {owner}")
             other = by_user.setdefault(user, process)
@@ -151,7 +154,7 @@ class Checker(threading.Thread):
         self._private = private
 
     def _is_primary(self, table: list[Mount]) -> bool:
-        """In the host's peer group: not what users and sandboxes make for themselves."""
+        """Whether / is in the host's peer group, which it is not in namespaces of users and sandboxes."""
         return any(mount.point == "/" and mount.shared == self._group for mount in table)
 
     def _mounted_is_there(self, seen: Look) -> None:
@@ -160,14 +163,14 @@ class Checker(threading.Thread):
                 found = BARRIER.search(mount.root)
                 if found and (found[1] or _DELETED.search(mount.root)):
                     raise Violation(
-                        f"an instance was removed that a process has mounted: {mount.root} on "
+                        f"an instance was removed while a process has it mounted: {mount.root} on "
                         f"{mount.point}, {process}"
                     )
 
     def _files_are_there(self, seen: Look) -> None:
-        """What was seen in a /tmp is seen again as long as one process lived all the time.
+        """A file that was in a /tmp is still there as long as one process has been living in it.
 
-        People write mark-*, and never remove one.
+        Persons write files mark-*, and never remove any.
         """
         places: dict[Ident, dict[Ident, Process]] = {}
         for identity, process in seen.processes.items():
@@ -205,14 +208,17 @@ class Checker(threading.Thread):
         table = proc.mounts(self._machine.leader)
         for mount in table:
             if mount.source == SENTINEL or BARRIER.search(mount.root):
-                raise Violation(f"a mount of an instance on the host: {mount}")
+                raise Violation(f"the host has a mount of an instance: {mount}")
             if mount.point == "/" and mount.shared != self._group:
-                raise Violation(f"the host's / is not in its peer group {self._group} any more: {mount}")
+                raise Violation(f"the host's / has left its peer group {self._group}: {mount}")
         changed = self.leftovers.changed_mounts(table)
         self._settled(f"the host's mounts changed: {changed}" if changed else "", "mounts", GRACE)
 
     def _settled(self, wrong: str, kind: str, after: float) -> None:
-        """Complain about what is the same wrong at three looks in a row, on a system left in peace."""
+        """Raise Violation if the same thing is wrong at three looks in a row on an undisturbed system.
+
+        wrong: what it is, or "". after: for how many seconds nothing may have disturbed the system.
+        """
         key = f"{kind}: {wrong}"
         for other in [other for other in self._wrong if other.startswith(f"{kind}: ") and other != key]:
             del self._wrong[other]
@@ -222,7 +228,7 @@ class Checker(threading.Thread):
                 raise Violation(wrong)
 
     def _propagation(self, seen: Look) -> None:
-        """Outside of the private directories a user's namespace has the host's mounts, no more, no less."""
+        """Outside of the private directories, a user's namespace has exactly the host's mounts."""
         differs: Counter[tuple[int, str]] = Counter()
         host = proc.outside(proc.mounts(self._machine.leader))
         for namespace, (process, table) in seen.tables.items():
@@ -234,7 +240,7 @@ class Checker(threading.Thread):
                 key = (namespace, str(entry))
                 differs[key] = self._differs[key] + 1
                 if differs[key] > DIFFERS_AT_MOST:
-                    raise Violation(f"host and mnt:[{namespace}] ({process}) differ for good: {entry}")
+                    raise Violation(f"host and mnt:[{namespace}] ({process}) keep differing: {entry}")
         self._differs = differs
 
     def _disk(self, _: Look) -> None:
@@ -245,16 +251,18 @@ class Checker(threading.Thread):
                 with contextlib.suppress(OSError):
                     found = entry.stat(follow_symlinks=False)
                     if UID_MIN <= found.st_uid <= UID_MAX:
-                        raise Violation(f"a regular user's file in the shared /{directory}: {entry.name}")
+                        raise Violation(
+                            f"the shared /{directory} has a file of a regular user: {entry.name}"
+                        )
                     match = BARRIER.match(entry.name)
                     if match and match[1]:
                         aside[entry.path] = self._aside.get(entry.path, now)
                     if match and (found.st_uid, stat.S_IMODE(found.st_mode)) != (0, 0o700):
-                        raise Violation(f"a barrier that is none: {entry.path}, {found}")
+                        raise Violation(f"a barrier with the wrong owner or mode: {entry.path}, {found}")
         self._aside = aside
         for path, since in aside.items():
             if min(now - since, self._record.steady()) > GRACE:
-                raise Violation(f"set aside, and not deleted for {now - since:.0f} s: {path}")
+                raise Violation(f"set aside {now - since:.0f} s ago and still not deleted: {path}")
 
     # The daemon
 
@@ -276,7 +284,7 @@ class Checker(threading.Thread):
         if others > FDS_AT_MOST or rss > RSS_AT_MOST or threads > THREADS_AT_MOST:
             raise Violation(f"the daemon grows: {self._figures}")
         repeated = [number for number, times in Counter(namespaces).items() if times > 1]
-        # one that is just handed over is there twice for a moment
+        # while a namespace is handed over, it is open twice for a moment
         self._settled(f"mnt:{repeated} open more than once" if repeated else "", "repeated", 5)
         excess = len(namespaces) > len(self._users)
         self._settled(f"the daemon holds {len(namespaces)} namespaces" if excess else "", "excess", 5)
@@ -290,7 +298,7 @@ class Checker(threading.Thread):
         )
 
     def _bus(self, seen: Look) -> None:
-        """What the bus says is what lives; the FD store holds what the daemon holds."""
+        """The bus lists the instances that live; the FD store holds the namespaces that the daemon holds."""
         if self._record.steady() < 3:
             self._wrong.clear()
             return
@@ -309,7 +317,7 @@ class Checker(threading.Thread):
         kept = set(proc.namespaces_of(self._machine.leader))  # PID 1's
         differ = held == before and (kept != set(held) or stored != len(kept) + 1)
         self._settled(
-            f"{stored} descriptors stored, {sorted(kept)}; the daemon holds {sorted(held)}"
+            f"the FD store has {stored} descriptors, {sorted(kept)}; the daemon holds {sorted(held)}"
             if differ
             else "",
             "stored",
@@ -324,9 +332,9 @@ class Checker(threading.Thread):
             if proc.top(table[1], "/tmp") != process.user or not self._still(process):
                 continue
             if entry is None or entry["State"] not in ("active", "draining", "preparing"):
-                wrong = f"it lives, and the bus says {entry}: {process}"
+                wrong = f"a process lives, but the bus has {entry}: {process}"
             elif entry["State"] != "preparing" and entry["NamespaceID"] != process.namespace:
-                wrong = f"the bus says mnt:[{entry['NamespaceID']}], {entry['State']}: {process}"
+                wrong = f"the bus has mnt:[{entry['NamespaceID']}], {entry['State']}, for {process}"
         self._settled(wrong, "living", 3)
 
     def _summarize(self, seen: Look) -> None:

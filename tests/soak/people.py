@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Users: they log in over ssh, work, become each other, mount, leave processes behind, log out.
+"""Users: they log in over ssh, work, become each other, mount, leave processes behind and log out.
 
-Each is a thread with a random sequence of its own, which the seed and the name alone decide; how the threads
-meet is up to the machine. What a user can see of his own is checked here, the rest by the checker.
-Sessions that others kill are nothing to complain about: they are counted.
+Each user is a thread with its own random sequence, which depends on the seed and the name only; how the
+threads interleave is up to the machine. What a user can see themselves is checked here. Sessions that
+others kill are counted and are no violation.
+
+Not here: what shows from outside only (checker.py).
 """
 
 import random
@@ -20,7 +22,7 @@ from . import proc
 from .record import Record, Violation
 
 LOGIN_TIMEOUT = 150.0
-"""Longer than all timeouts on the way together: PAM's 20 s, the bus's 25 s, logind's 25 s, one each."""
+"""Seconds: more than all timeouts on the way in total (PAM 20 s, the bus 25 s, logind 25 s)."""
 RECOVERY = 30.0
 WHERE = "stat -c '%d:%i' /tmp /var/tmp; readlink /proc/self/ns/mnt"
 _POLYTMP = re.compile(
@@ -43,7 +45,7 @@ class Person(threading.Thread):
         self._host = {proc.ident(str(root / "tmp")), proc.ident(str(root / "var/tmp"))}
 
     def run(self) -> None:
-        # (weight, what, needs a session)
+        # (weight, action, whether it needs a session)
         table: list[tuple[int, Callable[[], None], bool]] = [
             (12, self._login, False),
             (6, self._short_login, False),
@@ -119,7 +121,7 @@ class Person(threading.Thread):
         self._check_place(result.stdout)
 
     def _check_place(self, where: str) -> set[proc.Ident]:
-        """where: the output of WHERE; the last three lines of it count."""
+        """Check the last three lines of WHERE's output; return the two directories. Raises Violation."""
         found = {
             (int(device), int(inode))
             for device, _, inode in (line.partition(":") for line in where.split()[-3:-1])
@@ -131,9 +133,9 @@ class Person(threading.Thread):
     def _refused(self, error: CommandError, begin: float) -> None:
         result = error.result
         said = _POLYTMP.search(result.stderr + result.stdout)
-        text = said[0] if said else " ".join((result.stderr + result.stdout).split()) or "no word"
+        text = said[0] if said else " ".join((result.stderr + result.stdout).split()) or "no message"
         if isinstance(error, CommandTimeout):
-            text = f"no end: {text}"
+            text = f"timed out: {text}"
         self._act(f"refused after {time.monotonic() - begin:.1f} s: {text[:200]}")
         self._excuse(begin, f"a login of {self.user}: {text}")
         self._record.refuse(re.sub(r"\d{2,}", "N", text)[:110])
@@ -174,7 +176,7 @@ class Person(threading.Thread):
     # In a session
 
     def _in(self, session: Session, command: str, timeout: float = 60) -> str | None:
-        """stdout; None when the session has ended, or the command has failed for a reason."""
+        """Return stdout, or None if the session has ended or the command has failed for a reason."""
         begin = time.monotonic()
         try:
             result = session.result(command, check=False, timeout=timeout)
@@ -219,7 +221,7 @@ class Person(threading.Thread):
         self._record.count("work")
 
     def _socket(self) -> None:
-        """An X server's socket is there for all."""
+        """Make a socket as an X server does: everybody sees it."""
         name = f"/tmp/.X11-unix/X{self._random.randrange(10_000, 60_000)}"
         code = f"import socket; socket.socket(socket.AF_UNIX).bind({name!r})"
         if self._any(f"rm -f {name}; python3 -c {shlex.quote(code)}") is None:
@@ -234,7 +236,7 @@ class Person(threading.Thread):
             self._any(command)
 
     def _mount(self) -> None:
-        """To the host's mount table, and from another session, or the host, out of it."""
+        """Mount something in the host's mount table, or unmount it from another session or from the host."""
         if self._mounted and self._random.random() < 0.6:
             point = self._mounted.pop(self._random.randrange(len(self._mounted)))
             if self._random.random() < 0.5:
@@ -274,10 +276,10 @@ class Person(threading.Thread):
             if where is None:
                 return
             lines = where.split()
-            his = self._check_place(" ".join(lines[-6:-3]))
+            theirs = self._check_place(" ".join(lines[-6:-3]))
             own = self._check_place(where)
-            if his & own or lines[-4] == lines[-1]:
-                raise Violation(f"{self.user} became {other} and is where he was: {lines}")
+            if theirs & own or lines[-4] == lines[-1]:
+                raise Violation(f"{self.user} became {other} and still has the same /tmp: {lines}")
         self._record.count("su and sudo")
 
     def _become_root(self) -> None:
@@ -339,7 +341,7 @@ class Person(threading.Thread):
         self._record.count("left behind")
 
     def _job(self) -> None:
-        """cron's: in no session and no slice."""
+        """Leave a cron job, which runs in no session and no slice."""
         token, seconds = self._token(), self._random.randrange(3, 20)  # the job runs that long
         self._act("cron")
         self._machine.write(

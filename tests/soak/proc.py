@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The machine's processes and mounts, as the outer system's /proc shows them.
 
-Looked at from outside, nothing of this shows inside, and nothing has to be started. No namespace is ever
-opened, only read: an open descriptor would keep it.
+Reading from outside leaves no traces inside and starts no process. Namespaces are read and never opened: an
+open descriptor would keep them alive.
 
 Hard facts:
-- An open /proc/PID/mountinfo holds its namespace (mounts_open_common() in fs/proc_namespace.c): what is read
-  is the table of a living namespace, and the directories that it has mounted must be there.
-- A process that was setuid() after its setns() can be seen in the new namespace with the old UID, never the
-  other way round, if its UIDs are read first. A pid may be another process's at each read: so the start time
-  is compared at the end.
-- The table is not in the order of mounting (since Linux 6.8 it is in that of the mounts' numbers): which one
-  is on top, their parents say.
+- An open /proc/PID/mountinfo holds its namespace (mounts_open_common() in fs/proc_namespace.c). The table
+  that is read belongs to a living namespace, and the directories that it has mounted must exist.
+- If a process calls setuid() after setns() and its UIDs are read first, it may be seen in the new namespace
+  with the old UID, but never the other way round. A PID may belong to another process at each read, so the
+  start time is compared at the end.
+- The table is not in the order of mounting (since Linux 6.8 it is in the order of the mounts' numbers). The
+  parents tell which mount is on top.
 - Deleted directories carry "//deleted" in mountinfo's root field (seq_dentry(), d_path(9)).
+
+Not here: what is right (checker.py).
 """
 
 import contextlib
@@ -26,7 +28,7 @@ Ident = tuple[int, int]
 
 UID_MIN, UID_MAX = 1000, 60000
 
-# what the directory of an instance is called, in a mount's root and on the disk
+# the directory of an instance, in a mount's root and on disk
 BARRIER = re.compile(r"polytmp-(?:(removing)|[0-9a-f]{32}-(\d+)|(\d+))(?=[-/]|$)")
 SENTINEL = "polytmp-sentinel"
 _MOVING = re.compile(r"^/(run/user/\d+(/.*)?|mnt/soak-[^/]*|run/credentials/.*|run/host/.*|run/systemd/.*)$")
@@ -45,7 +47,7 @@ class Mount:
 
     @property
     def owner(self) -> int | None:
-        """Whose instance directory this is."""
+        """The UID whose instance directory this mounts; None if it mounts none."""
         found = BARRIER.search(self.root)
         return int(found[2] or found[3]) if found and (found[2] or found[3]) else None
 
@@ -67,7 +69,7 @@ class Process:
 
     @property
     def user(self) -> int | None:
-        """The regular user it wholly is; None for sudo and its like on their way."""
+        """The regular user whose UID all its UIDs are; None for sudo while it changes them, for example."""
         uid = next(iter(self.uids))
         return uid if len(self.uids) == 1 and UID_MIN <= uid <= UID_MAX else None
 
@@ -81,20 +83,20 @@ class Process:
 
 @dataclass(slots=True)
 class Look:
-    """What was seen at one time, more or less. tables: namespace → one that lives in it, and its mounts."""
+    """What was seen at about the same time. tables: namespace → (a process that lives in it, its mounts)."""
 
     processes: dict[Ident, Process] = field(default_factory=dict)
     tables: dict[int, tuple[Process, list[Mount]]] = field(default_factory=dict)
 
 
 def _stat(pid: int) -> tuple[int, str]:
-    """(start time, state)."""
+    """Return (start time, state)."""
     fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     return int(fields[19]), fields[0].decode()
 
 
 def ident(path: str) -> Ident:
-    """(0, 0) where there is none: some make themselves a root directory without."""
+    """Return (device, inode); (0, 0) if there is no such file, as in a sandbox without /tmp."""
     try:
         found = os.stat(path)  # noqa: PTH116
     except FileNotFoundError:
@@ -103,7 +105,7 @@ def ident(path: str) -> Ident:
 
 
 def read_process(pid: int, machine: str) -> Process | None:
-    """None where there is none, or it is not of this machine. machine: part of its cgroup's name."""
+    """Read a process; None if it does not exist or is not of this machine (part of its cgroup's name)."""
     try:
         start, state = _stat(pid)
         groups = Path(f"/proc/{pid}/cgroup").read_text()
@@ -134,7 +136,7 @@ def pids() -> Iterator[int]:
 
 
 def mounts(pid: int) -> list[Mount]:
-    """Raises OSError (EINVAL for a zombie)."""
+    """Read the mount table of a process. Raises OSError (EINVAL for a zombie)."""
     found = []
     for line in Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
@@ -175,12 +177,12 @@ def look(machine: str) -> Look:
 
 
 def is_still(process: Process, machine: str) -> bool:
-    """Whether it lives, and is as it was."""
+    """Whether the process lives and is unchanged."""
     return read_process(process.pid, machine) == process
 
 
 def namespace_holders(namespaces: set[int], machine: str) -> dict[int, str]:
-    """Namespace → who has a descriptor of it open; the daemon and PID 1 (its FD store) do not count."""
+    """Return namespace → a process that has it open; the daemon and PID 1 (its FD store) do not count."""
     found: dict[int, str] = {}
     for pid in pids():
         with contextlib.suppress(OSError, ValueError):

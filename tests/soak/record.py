@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What was done and seen: the action log, the counts, the violations, and whether the system is disturbed.
+"""What was done and seen in a round: the action log, the counts, the violations, the disturbances.
 
-One for a round; used by many threads.
+Not here: who acts and who checks. All of their threads use the same record.
 """
 
 import contextlib
@@ -60,15 +60,14 @@ class Record:
             self.refused[reason] += 1
 
     def violate(self, what: str) -> None:
-        """The first one ends the round; others that were seen before it did are kept."""
+        """Report a violation. The first one ends the round; others that come until then are kept."""
         self.act("VIOLATION", what)
         with self._lock:
             if what not in self.violations:
                 self.violations.append(what)
         self.stop.set()
 
-    # Disturbances: while one is under way, and for its settling time, logins may be refused and nothing is
-    # said about how soon things must be gone.
+    # Disturbances: during a disturbance and its settling time, logins may be refused and traces may stay.
 
     @contextlib.contextmanager
     def disturbance(self, settle: float) -> Iterator[None]:
@@ -82,7 +81,7 @@ class Record:
                 self._steady_from = max(self._steady_from, time.monotonic() + settle)
 
     def steady(self) -> float:
-        """For how many seconds nothing has disturbed the system; negative while something does."""
+        """Return for how many seconds nothing has disturbed the system; negative during a disturbance."""
         with self._lock:
             return -1.0 if self._disturbing else time.monotonic() - self._steady_from
 
@@ -91,6 +90,6 @@ class Record:
             self._killed[user] = time.monotonic()
 
     def killed_since(self, user: str, when: float) -> bool:
-        """Whether the user, or everybody, was killed after that time (monotonic)."""
+        """Whether the user, or every user, was killed after that time (time.monotonic())."""
         with self._lock:
             return max(self._killed.get(user, 0), self._killed.get("*", 0)) > when

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One round: a machine is booted, soaked, emptied, and what is left is looked at."""
+"""One round: boots a machine, soaks it, logs everybody out and checks what is left.
+
+Not here: what happens meanwhile (people.py, trouble.py) and what is checked (checker.py, leftovers.py).
+"""
 
 import contextlib
 import os
@@ -24,7 +27,7 @@ EXTRA_USERS = 8
 PROGRESS = 10.0
 EMPTY_TIMEOUT = 60.0
 STALE_SESSIONS = 20.0
-"""Seconds; systemd 252's logind can keep a session for ever whose leader was killed while it was made."""
+"""Seconds. systemd 252's logind may keep a session forever if its leader is killed while it is created."""
 EVIDENCE = {
     "journal": (
         "journalctl --no-pager --boot --output=short-precise --lines=200 -u polytmpd -u systemd-logind "
@@ -113,11 +116,11 @@ def _run(
     report: Report,
 ) -> None:
     users = _make_users(machine)
-    # what the daemon has open for good, it opens at the first login
+    # the daemon opens its permanent descriptors at the first login
     machine.ssh("alice", "true")
     instances = Path("/proc", str(machine.leader), "root/run/polytmpd/instances")
     try:
-        eventually(lambda: not list(instances.iterdir()), 30, "the first user is gone again")
+        eventually(lambda: not list(instances.iterdir()), 30, "the first user's instance is gone")
     except AssertionError as error:
         raise Violation(str(error)) from error
     checker = Checker(machine, users, record)
@@ -142,7 +145,7 @@ def _run(
     for thread in (*threads, trouble, checker):
         thread.join(200)
         if thread.is_alive():
-            record.violate(f"{thread.name} does not end")
+            record.violate(f"{thread.name} does not stop")
     report.daemon = checker.summary
     if not ended_by_violation:
         _empty(machine, users, record, checker)
@@ -164,8 +167,8 @@ def _make_users(machine: Machine) -> dict[str, int]:
 
 
 def _empty(machine: Machine, users: dict[str, int], record: Record, checker: Checker) -> None:
-    """Everybody logs out; then nothing at all may be left."""
-    record.act("end", "everybody leaves")
+    """Log everybody out. Raises Violation if anything is left."""
+    record.act("end", "everybody logs out")
     machine.sh(
         "rm -f /etc/cron.d/soak-*; systemctl kill --signal=CONT polytmpd; systemctl start polytmpd "
         "systemd-logind; atq | while read -r job _; do atrm $job; done; cut -d' ' -f5 /proc/1/mountinfo | "
@@ -179,15 +182,17 @@ def _empty(machine: Machine, users: dict[str, int], record: Record, checker: Che
         "timeout 3 loginctl terminate-user $user; done; true"
     )
     begin = time.monotonic()
-    left: list[str] = ["not looked yet"]
+    left: list[str] = ["not checked yet"]
     while time.monotonic() - begin < EMPTY_TIMEOUT + 2 * GRACE and left:
         try:
             if time.monotonic() - begin < EMPTY_TIMEOUT:
-                machine.sh(leave, check=False, timeout=30)  # what the bus's restart held up comes late
+                machine.sh(
+                    leave, check=False, timeout=30
+                )  # a restart of the bus delays some logins until now
             left = checker.leftovers.everything()
             stale = checker.leftovers.sessions() if time.monotonic() - begin > STALE_SESSIONS else set()
             if left and stale:
-                record.act("end", f"logind keeps sessions of {stale}, of which nothing lives: restarting it")
+                record.act("end", f"logind keeps dead sessions of {stale}, restarting it")
                 record.count("users with a session that logind never ended", len(stale))
                 machine.run("systemctl", "restart", "systemd-logind")
         except (CommandError, OSError, ValueError) as error:
@@ -195,14 +200,14 @@ def _empty(machine: Machine, users: dict[str, int], record: Record, checker: Che
         time.sleep(1)  # between two attempts, which are expensive; the loop has a bound
     record.count("seconds until nothing was left", round(time.monotonic() - begin))
     if left:
-        raise Violation(f"everybody has gone, and there is left: {left}")
+        raise Violation(f"everybody has logged out, but this is left: {left}")
     if lines := checker.polytmpd.trouble():
         raise Violation(f"{len(lines)} lines in the journal, such as: {lines[0]}")
     eventually(lambda: machine.run("systemctl", "is-active", "polytmpd").stdout, 10, "the daemon is up")
 
 
 def _evidence(machine: Machine, record: Record) -> str:
-    parts = ["--- the last actions", *record.last()]
+    parts = ["--- last actions", *record.last()]
     for title, script in EVIDENCE.items():
         parts.append(f"--- {title}")
         with contextlib.suppress(CommandError, OSError):

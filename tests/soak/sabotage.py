@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Faults to put into the installed package, to see that the checker notices. Who checks the checker."""
+"""Faults to put into the installed package, to see that the checker notices them.
+
+Not here: the checks (checker.py, leftovers.py).
+"""
 
 from pathlib import Path
 from typing import Final
 
 _PACKAGE: Final = "usr/lib/python3/dist-packages/polytmpd"
 
-# name → (file, what is there, what is put there)
+# name → (file, what it contains, what replaces that)
 FAULTS: Final[dict[str, tuple[str, str, str]]] = {
     "never-remove": (
         "executor.py",
@@ -53,8 +56,11 @@ FAULTS: Final[dict[str, tuple[str, str, str]]] = {
 
 
 def put(root: Path, name: str) -> None:
-    """Into the installed package of a machine that is not booted yet."""
-    if name == "open-door":  # optional in PAM, and a daemon that takes longer to start than PAM waits
+    """Put a fault into the installed package of a machine that is not booted yet.
+
+    Raises ValueError if the package no longer contains what the fault replaces.
+    """
+    if name == "open-door":  # optional in PAM, and the daemon takes longer to start than PAM waits
         slow = root / "etc/systemd/system/polytmpd.service.d/slow.conf"
         slow.parent.mkdir(parents=True)
         slow.write_text("[Service]\nExecStartPre=/bin/sleep 3\n")
@@ -67,5 +73,5 @@ def put(root: Path, name: str) -> None:
     path = root / _PACKAGE / file
     text = path.read_text()
     if there not in text:
-        raise ValueError(f"{name}: {path} has no {there!r} any more")
+        raise ValueError(f"{name}: {path} no longer contains {there!r}")
     path.write_text(text.replace(there, instead))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The administrator on a bad day: kills users' processes all the time, and in its phases the services too.
+"""The administrator on a bad day: kills users' processes all the time and, in phases, disturbs services.
 
-Between two phases the services are left in peace, so that it shows what must end by itself.
+Between two phases the services run undisturbed, which shows what must end by itself.
+
+Not here: what users do (people.py).
 """
 
 import random
@@ -22,7 +24,7 @@ SERVICES: list[tuple[int, str, str, float]] = [
     (3, "reload polytmpd", "systemctl reload polytmpd", 3),
     (1, "lose the state", "rm -f /run/polytmpd/instances/*; systemctl restart polytmpd", 4),
     (2, "restart logind", "systemctl restart systemd-logind", 15),
-    # logind never comes back to a new bus by itself, and PID 1 takes its time
+    # logind never connects to a new bus by itself, and PID 1 takes a while
     (1, "restart dbus and logind", "systemctl restart dbus; systemctl restart systemd-logind", 60),
     (1, "daemon-reexec", "systemctl daemon-reexec", 6),
     (1, "daemon-reload", "systemctl daemon-reload", 4),
@@ -41,7 +43,7 @@ KILLS: list[tuple[int, str, str]] = [
 
 class Trouble(threading.Thread):
     def __init__(self, machine: Machine, users: list[str], record: Record, phase: float) -> None:
-        """phase: seconds of trouble, then as many in peace, at random half as long or half as long again."""
+        """phase: seconds of trouble and then of peace, each at random up to a half shorter or longer."""
         super().__init__(name="trouble")
         self._machine = machine
         self._users = users
@@ -91,6 +93,6 @@ class Trouble(threading.Thread):
         try:
             self._machine.sh(script, check=False, timeout=100)
         except CommandTimeout as error:
-            self._record.act("trouble", f"no end: {error}")
+            self._record.act("trouble", f"timed out: {error}")
         except CommandError as error:
             self._record.act("trouble", str(error))
