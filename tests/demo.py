@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`make demo`: boots a disposable Debian with polytmp installed, logs users in, shows what each of them sees
-and how it ends.
+"""`make demo`: boots a disposable Debian with polytmp installed, logs users in, and shows what each of them
+sees and how it ends.
 
-Every line of output is what a command printed there a moment ago. Each observation is compared with what it
-should be; where one is not, the demo says so, goes on, and exits with status 1.
+All output is what commands print there. Each observation is compared with what it should be; if one differs,
+the demo reports it, goes on, and exits with status 1.
+
+Not here: tests (tests/e2e).
 """
 
 import argparse
@@ -19,7 +21,7 @@ WIDTH = 100
 
 
 class Narrator:
-    """Prints the transcript, keeps the count."""
+    """Prints the transcript and counts the observations."""
 
     def __init__(self, colour: bool) -> None:
         self._colour = colour
@@ -47,11 +49,11 @@ class Narrator:
     def check(self, what: str, holds: bool) -> None:
         self.seen += 1
         self.wrong += not holds
-        mark = self._paint("1;32", "✓") if holds else self._paint("1;31", "✗ NOT SO:")
+        mark = self._paint("1;32", "✓") if holds else self._paint("1;31", "✗ FALSE:")
         print(f"  {mark} {what}")  # noqa: T201
 
     def check_soon(self, what: str, condition: Callable[[], object], timeout: float = 30) -> None:
-        """For what the kernel or logind does in its own time."""
+        """Check what the kernel or logind does in its own time. timeout is in seconds."""
         try:
             eventually(condition, timeout, what)
         except AssertionError as error:
@@ -91,7 +93,7 @@ class Demo:
 
     def private(self, alice: Session, bob: Session) -> None:
         tell = self._tell
-        tell.chapter("Each user has a /tmp and a /var/tmp of his own")
+        tell.chapter("Each user has their own /tmp and /var/tmp")
         self._host("touch /tmp/hosts-own")
         self._as(alice, "echo secret > /tmp/plan; touch /var/tmp/draft")
         seen = self._as(bob, "ls -A /tmp /var/tmp")
@@ -100,9 +102,9 @@ class Demo:
         )
         again = self._machine.session("alice")
         with again:
-            tell.check("a second session of alice's sees them", "plan" in self._as(again, "ls /tmp"))
+            tell.check("alice's second session sees them", "plan" in self._as(again, "ls /tmp"))
             tell.check(
-                "both sessions, and her systemd --user, live in one mount namespace",
+                "both sessions and her systemd --user live in one mount namespace",
                 len(
                     {
                         self._as(alice, observe.NAMESPACE),
@@ -133,20 +135,20 @@ class Demo:
             "ss --numeric --listening --tcp --unix | grep -E 'X11-unix|:6007'"
         ).splitlines()
         tell.check(
-            "and nowhere else: no TCP, no abstract socket (with an @), which no directory could hide",
+            "and nowhere else: no TCP and no abstract socket (with an @), which no directory can hide",
             len(listening) == 1 and " /tmp/.X11-unix/X7 " in listening[0],
         )
         line = "DISPLAY=:7 xdpyinfo | grep -E 'name of display|vendor string|dimensions'"
         tell.check("bob's client talks to it", "dimensions" in self._as(bob, line))
-        tell.check("so does one on the host", "dimensions" in self._host(line))
+        tell.check("so does a client on the host", "dimensions" in self._host(line))
         second = "Xvfb :7 -nolisten tcp -nolisten local 2>&1 | grep -A1 already"
         tell.check(
-            "its lock, /tmp/.X7-lock, holds in bob's /tmp too: a server of his is told that :7 is taken",
+            "its lock, /tmp/.X7-lock, holds in bob's /tmp too: bob's own server finds :7 taken",
             "Server is already active for display 7" in self._as(bob, second),
         )
         self._as(alice, "kill %1; wait 2>/dev/null")
         tell.check_soon(
-            "hers ends, and bob's /tmp has no lock any more",
+            "her server ends, and the lock disappears from bob's /tmp",
             lambda: bob.result("test -e /tmp/.X7-lock", check=False).returncode != 0,
         )
 
@@ -160,13 +162,14 @@ class Demo:
         )
         self._host("mkdir -p /mnt/usb")
         self._as(alice, "sudo mount -t tmpfs usb-stick /mnt/usb && touch /mnt/usb/photo")
-        tell.check("alice's mount is there on the host", "photo" in self._host("ls /mnt/usb"))
-        tell.check("and in bob's session", "photo" in self._as(bob, "ls /mnt/usb"))
+        tell.check("the host has alice's mount", "photo" in self._host("ls /mnt/usb"))
+        tell.check("and so has bob's session", "photo" in self._as(bob, "ls /mnt/usb"))
         self._host("umount /mnt/usb")
         tell.check("the host's umount reaches alice", "photo" not in self._as(alice, "ls /mnt/usb"))
         self._as(alice, "mkdir /tmp/mine; sudo mount -t tmpfs mine /tmp/mine; touch /tmp/mine/x")
         tell.check(
-            "what she mounts under her own /tmp stays hers", "/tmp/mine" not in observe.mounts(self._machine)
+            "what she mounts under her own /tmp stays private",
+            "/tmp/mine" not in observe.mounts(self._machine),
         )
         self._as(alice, "sudo umount /tmp/mine")
 
@@ -181,7 +184,7 @@ class Demo:
         for directory, path in observe.directories(self._machine, "alice").items():
             same = f"stat -fc '%T %i' {directory}"
             tell.check(
-                f"alice's {directory} is {path}: in {directory}, on the same file system",
+                f"alice's {directory} is {path}: below {directory}, on the same file system",
                 path.startswith(f"{directory}/polytmp-")
                 and self._as(alice, same) == self._host(f"stat -fc '%T %i' {directory}"),
             )
@@ -216,7 +219,7 @@ class Demo:
                 "sudo -u alice sh -c 'echo still here > /tmp/note; exec sleep infinity' >/dev/null 2>&1 &",
             )
             tell.check_soon(
-                "alice has logged out; a process that bob runs as alice, in bob's session, is left",
+                "alice has logged out; a process that bob runs as alice, in bob's session, is left behind",
                 lambda: (
                     machine.sh("pgrep -f -x 'sleep infinity'", check=False).stdout
                     and observe.state(machine, "alice") == "draining"
@@ -229,15 +232,15 @@ class Demo:
             tell.check_soon(
                 "it ends, and the instance with it", lambda: observe.state(machine, "alice") is None
             )
-        machine.run("loginctl", "terminate-user", "bob", check=False)  # logind may know of nobody any more
-        tell.check_soon("bob logs out, and his goes", lambda: not observe.instances(machine))
+        machine.run("loginctl", "terminate-user", "bob", check=False)  # logind may have removed bob already
+        tell.check_soon("bob logs out, and bob's instance ends", lambda: not observe.instances(machine))
         self._host("polytmpctl list; ls -A /tmp | grep polytmp; ls -d /var/tmp/polytmp-*")
         tell.check("nothing is left in /tmp", not observe.on_disk(machine))
         tell.say(
-            "/var/tmp is preserved between reboots by the FHS: so is each user's own, until he or tmpfiles "
-            "cleans it."
+            "The FHS preserves /var/tmp between reboots: each user's /var/tmp stays until they or "
+            "systemd-tmpfiles clean it."
         )
-        tell.check("the daemon holds no namespace any more", observe.held(machine) == [])
+        tell.check("the daemon no longer holds any namespace", observe.held(machine) == [])
         self._host("journalctl -b -u polytmpd --no-pager -o cat | tail -n 6")
 
 
@@ -247,13 +250,13 @@ def main() -> int:
     release = parser.parse_args().release
     tell = Narrator(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     tell.say(
-        f"Building the package and booting a disposable Debian ({release}) with it; the first time takes "
-        f"minutes."
+        f"Building the package and booting a disposable Debian ({release}) with it. The first time takes "
+        "minutes."
     )
     sys.stdout.flush()
     with Machine(release, build(release), prepare=observe.quick_logouts) as machine:
         Demo(machine, tell).run()
-    print(f"\n{tell.seen} observations, {tell.wrong} not as they should be.")  # noqa: T201
+    print(f"\n{tell.seen} observations, {tell.wrong} of them false.")  # noqa: T201
     return 1 if tell.wrong else 0
 
 

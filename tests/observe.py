@@ -103,7 +103,7 @@ def namespaces(machine: Machine) -> set[str]:
 def gone(machine: Machine, user: str) -> bool:
     """Whether nothing is left of the user's instance on the bus, on disk, or as a state file.
 
-    The daemon must not hold any namespace either, so this is for when nobody else is logged in.
+    The daemon must not hold any namespace either, so no other user may be logged in.
     """
     uid = machine.run("id", "-u", user).stdout.strip()
     return (

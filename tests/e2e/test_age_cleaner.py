@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""systemd-tmpfiles --clean where other directories and names are configured than the package's lines cover.
+"""systemd-tmpfiles --clean with configured directories and names that the package's lines do not cover.
 
 Not here: the defaults (test_attacks).
 """
@@ -16,8 +16,8 @@ LINES = "/run/tmpfiles.d/polytmpd.conf"
 
 
 def test_the_age_cleaner_leaves_configured_directories(machine: Machine) -> None:
-    """/scratch, which no line of the package names, /tmp where it persists, one more shared directory."""
-    assert machine.run("test", "-e", LINES, check=False).returncode == 1, "not for the defaults"
+    """/scratch, which no line of the package names; a persistent /tmp; one more shared directory."""
+    assert machine.run("test", "-e", LINES, check=False).returncode == 1, "the defaults do not need it"
     machine.run("install", "-d", "-m", "1777", "/scratch")
     machine.write(
         CONFIG,
@@ -39,16 +39,16 @@ def test_the_age_cleaner_leaves_configured_directories(machine: Machine) -> None
         before = machine.sh(trusted).stdout
         machine.run("touch", "/scratch/of-the-host", "/tmp/of-the-host")
         cleaned = machine.run("systemd-tmpfiles", "--clean")
-        assert "polytmp" not in cleaned.stderr, "every line makes sense, and none is there twice"
+        assert "polytmp" not in cleaned.stderr, "every line is valid, and none is a duplicate"
         assert machine.sh(trusted).stdout == before
         assert machine.sh("ls /scratch/of-the-host /tmp/of-the-host", check=False).stdout == ""
-        assert alice.run("find /tmp /var/tmp /scratch -name old") == "", "aged like the directory itself"
+        assert alice.run("find /tmp /var/tmp /scratch -name old") == "", "aged as the directory itself is"
         mounted = "stat -c '%d %i' /tmp/.ours /tmp/.X11-unix"
         assert alice.run(mounted) == machine.sh(mounted).stdout
         machine.run("rm", CONFIG)
         machine.run("systemctl", "reload", "polytmpd")
         machine.run("systemd-tmpfiles", "--clean")
-        assert machine.sh(trusted).stdout == before, "her instance is still one of the former configuration"
+        assert machine.sh(trusted).stdout == before, "her instance still has the previous configuration"
     eventually(lambda: not observe.instances(machine), 30, "her instance is gone")
     machine.run("systemctl", "restart", "polytmpd")
-    assert machine.run("test", "-e", LINES, check=False).returncode == 1, "nobody needs it any more"
+    assert machine.run("test", "-e", LINES, check=False).returncode == 1, "no instance needs it any more"

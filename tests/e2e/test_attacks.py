@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attacks on files and mounts, each run for real: names exchanged, squatted and held, mounts where root
-deletes, views that should be closed. docs/SECURITY.md says which threat each test stands for.
+"""Attacks on files and mounts, each run for real: names are exchanged, squatted and held, and file systems
+are mounted where root deletes. docs/SECURITY.md says which threat each test stands for.
 
 Not here: attacks on namespaces (test_attacks_namespaces), on the bus and with users' names
 (test_attacks_bus), on what the daemon reads (test_attacks_tables); faults (test_faults*).
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def test_names_are_exchanged_while_instances_are_made_and_removed(machine: Machine) -> None:
-    """svc in the host's /tmp, alice from a namespace of her own, the daemon in between."""
+    """svc attacks in the host's /tmp, alice from her own namespace, and the daemon works in between."""
     squat = program("swap.py", "squat")
     with (
         untouched(machine),
@@ -53,8 +53,10 @@ def test_names_are_exchanged_while_instances_are_made_and_removed(machine: Machi
 
 
 def test_the_parent_of_a_mount_is_exchanged_while_a_namespace_is_made(machine: Machine) -> None:
-    """What is mounted below the host's /tmp is taken out of a new namespace. Were its path believed, svc
-    would have any mount of the host taken away: /tmp/a is his, and a link to / half of the time.
+    """Mounts below the host's /tmp are removed from a new namespace.
+
+    If their paths were trusted, svc could have any mount of the host removed: /tmp/a belongs to svc, and is
+    a link to / half of the time.
     """
     machine.sh("install -d -o svc /tmp/a /tmp/a/run /tmp/a/dev; ln -s / /tmp/b; chown -h svc /tmp/b")
     outside = "grep -v ' /tmp\\| /var/tmp\\| /run/user/' /proc/{}/mountinfo | cut -d' ' -f4,5 | sort"
@@ -73,7 +75,7 @@ def test_the_parent_of_a_mount_is_exchanged_while_a_namespace_is_made(machine: M
     machine.sh("for d in /tmp/a /tmp/b; do test -L $d || umount $d/run $d/dev; done; rm -rf /tmp/a /tmp/b")
 
 
-# CVE-2024-22365, and squatting: what stands where root opens a directory
+# CVE-2024-22365, and squatting: something else is where root opens a directory
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_the_parent_of_a_mount_is_exchanged_while_a_namespace_is_made(machine: M
     ids=["fifo", "socket", "link-to-fifo", "link-to-directory", "directory", "file"],
 )
 def test_a_socket_directory_that_somebody_else_made(machine: Machine, squatter: str) -> None:
-    """Root removed it, svc was first: logins go on, it is not shared, and it is never touched."""
+    """Root has removed it and svc was first: logins work, it is not shared, and it is never touched."""
     path = "/tmp/.X11-unix"
     show = f"stat -c '%F %a %u %g %i %Y' {path}"
     machine.run("rmdir", path)
@@ -112,7 +114,7 @@ def test_a_socket_directory_that_somebody_else_made(machine: Machine, squatter: 
 
 
 def test_a_barrier_with_something_mounted_on_it(machine: Machine) -> None:
-    """A FUSE that never answers, at the one name that can be known before the first login."""
+    """A FUSE that never answers, at the one name that is known before the first login."""
     path = "/var/tmp/polytmp-1001"
     machine.sh(f"rm -rf {path}; install -d -o svc -m 0700 {path}")
     with attack(machine, "svc", program("fuse.py", "hung", path), "mounted"):
@@ -124,7 +126,7 @@ def test_a_barrier_with_something_mounted_on_it(machine: Machine) -> None:
 
 
 def test_a_squatter_of_another_type_in_var_tmp(machine: Machine) -> None:
-    """FIFO, link and directory are in test_failures; here what takes root to make."""
+    """FIFO, link and directory are in test_failures; these take root to make."""
     path = "/var/tmp/polytmp-1001"
     for make in ("mknod {0} c 5 0", "mknod {0} b 7 0", "mkdir -m 0711 {0}", "ln -s fifo {0}"):
         machine.sh(f"rm -rf {path}; {make.format(path)}")
@@ -161,16 +163,16 @@ def test_a_socket_of_another_user_cannot_be_replaced(machine: Machine) -> None:
         alice.run(f"kill {pid}; rm {path}")
 
 
-# Deleting what a hostile user made
+# Deleting what a hostile user has made
 
 
 def test_a_directory_that_somebody_outside_holds_and_fills(machine: Machine) -> None:
     with untouched(machine), machine.session("alice") as alice:
         alice.run("mkdir -m 0777 /tmp/open; mkdir -p /tmp/open/a/b/c; chmod -R 0777 /tmp/open")
         alice.run(f"{program('hold.py', 'give', 'attack', '/tmp/open')} >/tmp/out 2>&1 &")
-        eventually(lambda: "ready" in alice.run("cat /tmp/out"), what="it is handed out")
+        eventually(lambda: "ready" in alice.run("cat /tmp/out"), what="it is offered")
         with attack(machine, "svc", program("hold.py", "create", "attack"), "ready"):
-            eventually(lambda: int(alice.run("ls /tmp/open | wc -l")) > 50, what="svc is at work")
+            eventually(lambda: int(alice.run("ls /tmp/open | wc -l")) > 50, what="svc creates files")
             alice.run("pkill -f hold.py")
             alice.close()
             wait_until_gone(machine)
@@ -184,7 +186,9 @@ def test_what_is_mounted_in_an_instance_when_it_ends(machine: Machine) -> None:
                 "for how in hung files; do setsid "
                 f"{program('fuse.py', '$how', '/tmp/$how')} >/tmp/$how.out 2>&1 & done"
             )
-            eventually(lambda: alice.run("cat /tmp/*.out").count("mounted") == 2, what="FUSEs are there")
+            eventually(
+                lambda: alice.run("cat /tmp/*.out").count("mounted") == 2, what="both FUSEs are mounted"
+            )
             alice.run(
                 f"sudo mount --bind {SENTINEL} /tmp/bind && sudo mount -t tmpfs x /tmp/tmpfs && "
                 "sudo mount --bind /tmp/d /tmp/same && mkdir -p ~/there && touch /tmp/tmpfs/y"
@@ -197,13 +201,13 @@ def test_what_is_mounted_in_an_instance_when_it_ends(machine: Machine) -> None:
 
 
 def test_a_dead_and_a_hung_fuse_hold_nobody_else_up(machine: Machine) -> None:
-    """One in alice's home, which the host sees as well; one whose server was killed."""
+    """One is in alice's home, where the host sees it too; the server of the other was killed."""
     with machine.session("alice") as alice:
         alice.run(
             "mkdir -p ~/hung ~/dead; for how in hung dead; do setsid "
             f"{program('fuse.py', 'hung', '~/$how')} >~/$how.out 2>&1 & done"
         )
-        eventually(lambda: alice.run("cat ~/*.out").count("mounted") == 2, what="FUSEs are there")
+        eventually(lambda: alice.run("cat ~/*.out").count("mounted") == 2, what="both FUSEs are mounted")
         assert "/home/alice/hung" in observe.mounts(machine)
         alice.run("pkill -KILL -f 'fuse.py hung /home/alice/dead'")
         assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
@@ -217,14 +221,14 @@ def test_a_dead_and_a_hung_fuse_hold_nobody_else_up(machine: Machine) -> None:
 
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
 def test_root_has_mounted_something_in_an_instance(machine: Machine, kind: str) -> None:
-    """It stays until he unmounts it; nothing in it is deleted, and nobody waits for it."""
+    """It stays until root unmounts it; nothing in it is deleted, and no login waits for it."""
     with untouched(machine):
         with machine.session("alice") as alice:
             alice.run("mkdir -p /tmp/a/m /tmp/b; touch /tmp/a/x /tmp/b/y")
             place = observe.directories(machine, "alice")["/tmp"]
             how = "-t tmpfs probe" if kind == "tmpfs" else f"--bind {SENTINEL}"
             machine.sh(f"mount {how} {place}/a/m")
-        eventually(lambda: observe.state(machine, "alice") in {"failed", None}, what="it was tried")
+        eventually(lambda: observe.state(machine, "alice") in {"failed", None}, what="the removal was tried")
         (aside,) = [path for path in observe.on_disk(machine) if "removing" in path]
         assert machine.sh(
             f"find {aside}/tmp -xdev -mindepth 1 ! -path '*/m/*' -printf '%P\\n'"
@@ -235,12 +239,12 @@ def test_root_has_mounted_something_in_an_instance(machine: Machine, kind: str) 
         assert machine.run("su", "alice", "-c", "touch /tmp/z; ls /tmp").stdout.split() == ["z"]
         machine.sh(f"umount {aside}/tmp/a/m")
     machine.run("systemctl", "restart", "polytmpd")
-    eventually(lambda: not observe.on_disk(machine), what="the next start has deleted it")
+    eventually(lambda: not observe.on_disk(machine), what="the next daemon has deleted it")
 
 
 def test_a_large_deletion_holds_nobody_up(machine: Machine) -> None:
-    """200,000 files and more, some of them immutable: bob logs in while alice's are deleted."""
-    for directories_made in (200, 400, 800):  # more where logins are slow
+    """200,000 files or more, some of them immutable: bob logs in while alice's files are deleted."""
+    for directories_made in (200, 400, 800):  # more if logins are slow
         with machine.session("alice") as alice:
             alice.run(
                 "python3 -c '\n"
@@ -261,7 +265,7 @@ def test_a_large_deletion_holds_nobody_up(machine: Machine) -> None:
         wait_until_gone(machine, timeout=300)
         if still:
             return
-    pytest.fail("deleted too fast to tell")
+    pytest.fail("the deletion was always faster than two logins")
 
 
 # CVE-2026-3888: the cleaner
@@ -283,16 +287,16 @@ def test_the_age_cleaner_leaves_what_root_trusts(machine: Machine) -> None:
             after = "".join(machine.sh(trusted.format(place)).stdout for place in places.values())
             assert after == before
             assert machine.sh("ls -d /tmp/host-old /var/tmp/host-old", check=False).stdout == "", (
-                "it did clean"
+                "the cleaner worked"
             )
-            # The instances' contents take over the age, but not what it is counted by: ctime is new.
+            # The instances' contents get the age but not its aAmM: ctime counts too, which is new.
             assert alice.run("find /tmp /var/tmp -type f | wc -l").strip() == "3"
             machine.sh("sed -i 's/aAmM:1d/0/' /etc/tmpfiles.d/tmp.conf; systemd-tmpfiles --clean")
-            assert alice.run("find /tmp /var/tmp -type f").strip() == "", "aged like all of /tmp"
+            assert alice.run("find /tmp /var/tmp -type f").strip() == "", "aged as all of /tmp is"
             assert "".join(machine.sh(trusted.format(place)).stdout for place in places.values()) == before
             mounted = "stat -c '%d %i %u %a' /tmp/.X11-unix /tmp/.ICE-unix /tmp/.XIM-unix /tmp/.font-unix"
             assert alice.run(mounted) == machine.sh(mounted).stdout
-            # and what is trusted is in nobody's reach
+            # and no user can reach what root trusts
             barriers = [place.removesuffix("/tmp") for place in places.values()]
             for user in ("svc", "bob"):
                 for barrier in barriers:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attacks on the daemon by D-Bus and by names of users, and what its unit still may do.
+"""Attacks on the daemon over D-Bus and with users' names, and what the unit is still allowed to do.
 
 Not here: attacks on files and mounts (test_attacks), the bus by itself (tests/bus).
 """
@@ -24,14 +24,14 @@ CALL = "busctl call org.polytmp1 /org/polytmp1 org.polytmp1.Manager"
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Return how long the work takes."""
     began = time.monotonic()
     work()
     return time.monotonic() - began
 
 
 def as_user(machine: Machine, user: str, command: str, timeout: float = 60) -> None:
-    """On the host, without a login."""
+    """Run a command on the host as a user, without a login."""
     argv = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "sh", "-c", command]
     machine.run(*argv, timeout=timeout)
 
@@ -49,11 +49,11 @@ def test_forged_signals_of_logind(machine: Machine, user: str) -> None:
         assert observe.state(machine, "alice") == "active"
         assert set(observe.instances(machine)) == {"alice"}
         assert machine.ssh("alice", "cat /tmp/kept").stdout == "kept\n"
-    eventually(lambda: observe.state(machine, "alice") is None, 30, "the real ones are still heard")
+    eventually(lambda: observe.state(machine, "alice") is None, 30, "polytmpd still hears the real ones")
 
 
 def test_descriptors_and_signatures_leave_nothing(machine: Machine) -> None:
-    """16 descriptors in every message; variants of thousands of signatures."""
+    """16 descriptors in each message; variants with thousands of signatures."""
     as_user(machine, "svc", program("rawbus.py", "fds", "20"))
     as_user(machine, "svc", program("rawbus.py", "signatures", "200"))
     before = (observe.daemon_fds(machine), observe.daemon_memory(machine), observe.restarts(machine))
@@ -61,13 +61,13 @@ def test_descriptors_and_signatures_leave_nothing(machine: Machine) -> None:
     as_user(machine, "svc", program("rawbus.py", "signatures", "5000"))
     after = (observe.daemon_fds(machine), observe.daemon_memory(machine), observe.restarts(machine))
     assert (after[0], after[2]) == (before[0], before[2])
-    assert after[1] < before[1] + 64 * 1024, "1000 signatures are remembered, 45 KiB each"
+    assert after[1] < before[1] + 64 * 1024, "it caches 1000 signatures, 45 KiB each"
     assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
 
 
 @pytest.mark.parametrize("command", ["pile 8", "pids 16 1"], ids=["messages", "answers-about-callers"])
 def test_descriptors_that_wait_to_be_read(machine: Machine, command: str) -> None:
-    """While 64 of them do, the bus refuses what anybody sends to the daemon, which stood still here."""
+    """While 64 of them wait, the bus refuses all messages to the daemon, which is stopped here."""
     began = machine.now()
     pid = machine.run("systemctl", "show", "-P", "MainPID", "polytmpd").stdout.strip()
     machine.run("kill", "-STOP", pid)
@@ -86,11 +86,11 @@ def test_descriptors_that_wait_to_be_read(machine: Machine, command: str) -> Non
 
 
 def test_a_flood_while_a_user_logs_in(machine: Machine) -> None:
-    """Two seconds of calls as fast as the bus takes them, from four connections: late, not refused.
+    """Two seconds of calls from four connections, as fast as the bus accepts them: late, but not refused.
 
-    A longer one holds up whoever needs the bus, logind first of all: see docs/SECURITY.md.
+    A longer flood holds up everything that needs the bus, above all logind: see docs/SECURITY.md.
     """
-    machine.run("su", "alice", "-c", "true")  # what the first of all leaves open
+    machine.run("su", "alice", "-c", "true")  # the first login leaves descriptors open
     observe.log_everybody_out(machine)
     before = (observe.daemon_fds(machine), observe.restarts(machine))
     with attack(machine, "svc", program("rawbus.py", "flood", "2", "4")) as flood:
@@ -102,7 +102,7 @@ def test_a_flood_while_a_user_logs_in(machine: Machine) -> None:
 
 
 def test_huge_messages(machine: Machine) -> None:
-    """30 MB of empty arrays: parsed, they would be hundreds of MB and hold the daemon up for seconds."""
+    """30 MB of empty arrays: parsing them would take hundreds of MB and hold up the daemon for seconds."""
     before = (observe.daemon_memory(machine), observe.restarts(machine))
     as_user(machine, "svc", program("rawbus.py", "big", "3", "30000000"))
     assert observe.restarts(machine) == before[1]
@@ -111,13 +111,13 @@ def test_huge_messages(machine: Machine) -> None:
 
 
 def test_many_questions_about_an_instance_with_many_mounts(machine: Machine) -> None:
-    """Each answer reads all mount tables; alice has three of 16,000 mounts. Bob logs in all the same."""
+    """Each answer reads all mount tables; alice has three with 16,000 mounts. bob can still log in."""
     with machine.session("alice") as alice:
         alice.run(f"for i in 1 2 3; do setsid {program('mounts.sh')} >/tmp/$i.out 2>&1 & done")
         eventually(
             lambda: [int(count) > 16_000 for count in alice.run("cat /tmp/*.out").split()] == [True] * 3,
             120,
-            "the mounts are there",
+            "the mounts are made",
         )
         alice.run(f"setsid {program('rawbus.py', 'ask', '2', '1001', 'ListHolders')} >/tmp/ask 2>&1 &")
         eventually(lambda: "sent" in alice.run("cat /tmp/ask"), what="the questions are sent")
@@ -127,7 +127,7 @@ def test_many_questions_about_an_instance_with_many_mounts(machine: Machine) -> 
 
 
 def test_questions_about_a_process_that_cannot_be_read(machine: Machine) -> None:
-    """Its memory map is locked for ever, and with it /proc/PID/cmdline: nobody but who asks waits."""
+    """Its memory map, and so /proc/PID/cmdline, is locked forever: only the process that asks waits."""
     with machine.session("alice") as alice:
         alice.run("mkdir /tmp/f")
         alice.run(f"setsid {program('fuse.py', 'stuck', '/tmp/f')} >/tmp/out 2>&1 &")
@@ -144,7 +144,7 @@ def test_questions_about_a_process_that_cannot_be_read(machine: Machine) -> None
 
 
 def test_many_questions_whose_a_process_of_many_threads_is(machine: Machine) -> None:
-    """8000 threads, asked about by users who have nothing to do with it. Everybody else is answered."""
+    """Users without any access ask about a process with 8000 threads. All others still get answers."""
     before = observe.restarts(machine)
     with (
         machine.session("alice") as alice,
@@ -155,8 +155,8 @@ def test_many_questions_whose_a_process_of_many_threads_is(machine: Machine) -> 
         for user in (alice, bob):
             user.run(f"setsid {program('rawbus.py', 'pids', '4', pid)} >/tmp/ask 2>&1 &")
         with attack(machine, "svc", program("rawbus.py", "pids", "4", pid)):
-            for user in (alice, bob):
-                eventually(lambda user=user: "sent" in user.run("cat /tmp/ask"), what="all is sent")  # type: ignore[misc]  # mypy knows no default of a lambda
+            sent = lambda: all("sent" in user.run("cat /tmp/ask") for user in (alice, bob))  # noqa: E731
+            eventually(sent, what="the questions are sent")
             for _ in range(10):
                 assert seconds(lambda: machine.run(*CALL.split(), "ListInstances", timeout=30)) < 3
             shown = machine.run(*CALL.split(), "GetInstanceByPID", "u", str(bob.pid), timeout=30).stdout
@@ -169,7 +169,7 @@ def test_many_questions_whose_a_process_of_many_threads_is(machine: Machine) -> 
 
 
 def test_questions_about_many_descriptors_whose_caller_leaves(machine: Machine) -> None:
-    """1.2 million of another user's, of which each answer looks at all: root gets his all the same."""
+    """Another user has 1.2 million, and each answer reads all of them: root still gets an answer."""
     with (
         machine.session("alice") as alice,
         attack(machine, "svc", program("descriptors.py", "1200000"), "there"),
@@ -187,7 +187,7 @@ def test_questions_about_many_descriptors_whose_caller_leaves(machine: Machine) 
 
 
 def test_a_client_without_pam(machine: Machine) -> None:
-    """Nobody but root gets a namespace, whoever he says he is; what others may ask is little."""
+    """Only root gets a namespace, whatever user the caller names; others may ask little."""
     with machine.session("alice") as alice, machine.session("bob") as bob:
         bob.run("touch /tmp/x")
         place = observe.directories(machine, "bob")["/tmp"]
@@ -244,10 +244,10 @@ def test_a_name_with_odd_characters(machine: Machine, name: str) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"x\n"
         assert process.stdout.readline().startswith(b"mnt:[")
-        assert observe.state(machine, name) == "draining"  # su without a terminal is nobody's login
+        assert observe.state(machine, name) == "draining"  # su without a terminal is no login
         assert machine.run("polytmpctl", "path", "-u", name, "/tmp/x").stdout.startswith("/tmp/polytmp-")
         machine.run("systemctl", "restart", "polytmpd")
-        assert observe.state(machine, name) == "draining", "read back from the state file"
+        assert observe.state(machine, name) == "draining", "the daemon has read the state file"
         process.communicate()
         eventually(lambda: observe.instances(machine) == {}, 30, "it ends")
     finally:

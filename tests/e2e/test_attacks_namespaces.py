@@ -28,7 +28,7 @@ HOST = "readlink /proc/1/ns/mnt"
 
 
 def test_only_a_namespace_of_the_daemons_is_joined(machine: Machine) -> None:
-    """The caller names a user and nothing else; where he lives himself decides whether he may."""
+    """The caller names a user and nothing else; the namespace that the caller lives in decides the rest."""
     call = "busctl call org.polytmp1 /org/polytmp1 org.polytmp1.Manager AcquireNamespace u 1001"
     for cage in (
         "unshare -m",
@@ -41,7 +41,9 @@ def test_only_a_namespace_of_the_daemons_is_joined(machine: Machine) -> None:
     refused = machine.run("unshare", "-m", "su", "-", "alice", "-c", "echo in", check=False)
     assert refused.returncode != 0
     assert "in" not in refused.stdout.split()
-    eventually(lambda: observe.instances(machine) == {}, 30, "what logind's signal began has ended")
+    eventually(
+        lambda: observe.instances(machine) == {}, 30, "the instance that logind's signal started has ended"
+    )
     assert machine.sh(call).returncode == 0
     wait_until_gone(machine)
 
@@ -103,7 +105,7 @@ def test_a_file_handle_does_not_reach_another_instance(machine: Machine) -> None
             handle = machine.sh(program("hold.py", "handle", f"{place}/open")).stdout.strip()
             ways = f"/ /tmp /var/tmp /tmp/.X11-unix /tmp/.ICE-unix /home {directory}"
             line = program("hold.py", "open", handle, ways)
-            assert "bare" in machine.sh(line).stdout, "root can: the handle is right"
+            assert "bare" in machine.sh(line).stdout, "root can open it: the handle is right"
             for how in ("", "unshare -Ur ", "unshare -Urm "):
                 shown = alice.run(how + line)
                 assert shown.count("\n") == 7
@@ -112,7 +114,7 @@ def test_a_file_handle_does_not_reach_another_instance(machine: Machine) -> None
 
 
 def test_no_process_of_a_user_lives_on_the_host(machine: Machine) -> None:
-    """One that did would show him the host's /tmp, by /proc/PID/root."""
+    """Such a process would show the user the host's /tmp through /proc/PID/root."""
     with machine.session("alice") as alice:
         alice.run("systemd-run --user --quiet sleep infinity; tmux new-session -d; (sleep infinity &)")
         own = machine.sh(
@@ -137,7 +139,7 @@ def escape(machine: Machine, command: str, move: Callable[[list[str]], None] | N
             move(observe.processes(machine, "sleep infinity"))
         place = observe.directories(machine, "alice")["/tmp"]
     eventually(lambda: not machine.sh("pgrep -u alice sshd || true").stdout, what="no login is left")
-    eventually(lambda: observe.state(machine, "alice") == "draining", what="the logout was noticed")
+    eventually(lambda: observe.state(machine, "alice") == "draining", what="polytmpd noticed the logout")
     assert machine.run("cat", f"{place}/mark").stdout == "mark\n"
     machine.run("pkill", "-KILL", "-f", "-x", process)
     wait_until_gone(machine)
@@ -182,13 +184,13 @@ def test_a_namespace_in_flight(machine: Machine) -> None:
         place = observe.directories(machine, "alice")["/tmp"]
         holder = attack(machine, "root", program("hold.py", "flight", f"/proc/{alice.pid}/ns/mnt"), "ready")
         holder.__enter__()
-    eventually(lambda: not observe.held(machine), 60, "the namespace is let go")
+    eventually(lambda: not observe.held(machine), 60, "the namespace is released")
     assert observe.state(machine, "alice") == "draining"
     assert machine.run("cat", f"{place}/mark").stdout == "mark\n"
     with machine.session("alice") as alice:  # a second namespace over the same files
         assert alice.run("cat /tmp/mark") == "mark\n"
         assert alice.run(observe.NAMESPACE) != before
-    eventually(lambda: not observe.held(machine), 60, "the second one is let go")
+    eventually(lambda: not observe.held(machine), 60, "the second one is released")
     assert observe.state(machine, "alice") == "draining"
     assert machine.run("cat", f"{place}/mark").stdout == "mark\n"
     holder.__exit__(None, None, None)
@@ -196,7 +198,7 @@ def test_a_namespace_in_flight(machine: Machine) -> None:
 
 
 def test_a_mount_that_only_looks_like_another_users_instance(machine: Machine) -> None:
-    """svc sees the name of bob's barrier on the host, and mounts something of his own by that name."""
+    """svc sees the name of bob's barrier on the host, and mounts something else under that name."""
     with machine.session("bob") as bob:
         bob.run("echo secret >/tmp/secret")
         barrier = observe.directories(machine, "bob")["/tmp"].split("/")[2]
@@ -216,7 +218,7 @@ def test_a_mount_that_only_looks_like_another_users_instance(machine: Machine) -
 
 
 def test_logins_against_removals(machine: Machine) -> None:
-    """Two at once, and the next two as soon as these end: one namespace for both, and nothing is left."""
+    """Two logins at once, and the next two as soon as they end: all succeed, and nothing is left."""
     rounds = 1000 if SLOW else 200  # of two logins each; the sleep varies how far a removal is at the next
     script = f"""
 for round in $(seq {rounds}); do

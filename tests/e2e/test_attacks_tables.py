@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attacks on what the daemon reads to find out who still has an instance: tables of mounts, and
-descriptors. A user decides how long they are, and what they say.
+"""Attacks on what the daemon reads to find out who still uses an instance: mount tables and descriptors. A
+user controls their length and their content.
 
 Not here: attacks on files (test_attacks), on the bus (test_attacks_bus).
 """
@@ -19,9 +19,9 @@ pytestmark = [
 
 
 def leave_behind(machine: Machine, alice: Session, command: str) -> int:
-    """bob's instance is held by a namespace alone that he made from its own, whose number is returned.
+    """Leave bob's instance to a namespace that bob has made from its own; return the number of its own.
 
-    In it the command runs. alice starts it, so that bob has neither a session nor a slice.
+    The command runs in bob's. alice starts it, so that bob has neither a session nor a slice.
     """
     lines = (
         "stat -Lc %i /proc/self/ns/mnt; echo mark >/tmp/mark",
@@ -37,14 +37,14 @@ def leave_behind(machine: Machine, alice: Session, command: str) -> int:
 
 
 def stays_bobs(machine: Machine) -> None:
-    """His logins find the files, and when all is over nothing is left."""
+    """bob's logins find the files, and in the end nothing is left."""
     assert machine.run("su", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
     machine.sh("pkill -u bob; true")
     wait_until_gone(machine, "bob", 60)
 
 
 def test_mounts_with_endless_paths(machine: Machine) -> None:
-    """Half a gigabyte of mountinfo, made in no time: nobody is kept waiting, and no memory is filled."""
+    """Half a gigabyte of mountinfo, made within moments: no login waits, and it does not fill the memory."""
     with attack(machine, "svc", program("tables.py", "mounts", "100", "2500"), "ready"):
         for _ in range(2):
             assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
@@ -57,7 +57,7 @@ def test_mounts_with_endless_paths(machine: Machine) -> None:
 
 
 def test_a_trap_where_a_barrier_might_lie(machine: Machine) -> None:
-    """Who goes after the path of a mount to see whose it is waits for a file system that never answers."""
+    """A daemon that followed a mount's path to its owner would wait for a file system that never answers."""
     machine.sh("grep -q ^user_allow_other /etc/fuse.conf || echo user_allow_other >>/etc/fuse.conf")
     machine.sh(
         "install -d -o svc /srv/trap /srv/trap/polytmp-4242 /srv/trap/polytmp-4242/tmp /srv/elsewhere"
@@ -76,7 +76,7 @@ def test_a_trap_where_a_barrier_might_lie(machine: Machine) -> None:
 
 
 def test_descriptors_without_end(machine: Machine) -> None:
-    """20 million of them: it is not waited until all were looked at, for one that may be bob's namespace."""
+    """20 million: no login waits until all are checked for one that may be bob's namespace."""
     with machine.session("alice") as alice:
         leave_behind(machine, alice, "sh -c 'echo >/tmp/started; exec sleep infinity'")
         with attack(machine, "svc", program("tables.py", "descriptors", "40"), "ready"):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The bed itself, without the package: what the other end-to-end tests take for granted."""
+"""The bed itself, without the package: what the other end-to-end tests rely on.
+
+Not here: polytmp.
+"""
 
 import contextlib
 import os
@@ -71,7 +74,7 @@ def test_user_manager_runs(plain_machine: Machine) -> None:
 def test_cron_and_at_run(plain_machine: Machine) -> None:
     assert plain_machine.run("systemctl", "is-active", "cron", "atd").stdout == "active\nactive\n"
     plain_machine.ssh("alice", "echo 'id -un >at.out' | at now")
-    eventually(lambda: plain_machine.read("/home/alice/at.out") == b"alice\n", what="the job of at ran")
+    eventually(lambda: plain_machine.read("/home/alice/at.out") == b"alice\n", what="the at job ran")
 
 
 def test_udev_tells_of_devices(plain_machine: Machine) -> None:
@@ -175,14 +178,14 @@ def test_second_boot_and_nothing_left(bed: None, release: str) -> None:
 
 
 def traces(name: str) -> list[str]:
-    """What a machine has on the system it runs on: mounts, processes, cgroups, files, loop devices."""
+    """Return a machine's traces on the host: mounts, processes, cgroups, files, loop devices."""
     found = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if name in line]
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             known = (process / "cmdline").read_text() + (process / "cgroup").read_text()
             found += [str(process)] if name in known else []
     for top in ("/sys/fs/cgroup", "/run/systemd/nspawn", str(cache_directory() / "machines")):
-        # not Path.glob(): other machines come and go meanwhile
+        # not Path.glob(), which fails if other machines come and go
         for place, directories, files in os.walk(top):
             found += [f"{place}/{entry}" for entry in (*directories, *files) if name in entry]
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A device goes away that is mounted below a private directory, where the host's systemd does not see it."""
+"""A device that is mounted below a private directory goes away; the host's systemd does not see the mount.
+
+Not here: the events of a device (tests/kernel/test_devices).
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quiet")]
 
 
 def mount_stick(session: Session, name: str) -> str:
-    """A file system in a loop device, mounted in the user's /tmp; the device's name."""
+    """Mount a file system on a loop device in the user's /tmp, and return the device's name."""
     return session.run(
         f"truncate -s 2M {name}.img && /sbin/mkfs.ext4 -q {name}.img && mkdir /tmp/{name} && "
         f"sudo mount -o loop {name}.img /tmp/{name} && findmnt -no SOURCE /tmp/{name}"
@@ -21,7 +24,7 @@ def mount_stick(session: Session, name: str) -> str:
 
 
 def pull_out(device: str) -> None:
-    """The event that the kernel sends then; there is no device here that can be pulled out."""
+    """Send the event that the kernel sends if a device is removed: no device here can be pulled out."""
     uevent = Path("/sys/class/block", Path(device).name, "uevent")
     uevent.write_text("remove")
     uevent.write_text("add")
@@ -42,7 +45,7 @@ def test_what_is_mounted_from_it_is_unmounted(machine: Machine) -> None:
         assert is_mounted(bob, "stick")
         line = "Unmounted /tmp/stick in the instance of user alice: the device is gone"
         eventually(
-            lambda: line in machine.journal("-u", "polytmpd", "--output=cat"), what="the journal tells"
+            lambda: line in machine.journal("-u", "polytmpd", "--output=cat"), what="the journal reports it"
         )
         for session, name in ((alice, "other"), (bob, "stick")):
             session.run(f"sudo umount /tmp/{name}")
@@ -54,7 +57,7 @@ def test_while_the_instance_drains(machine: Machine, elsewhere: Callable[[list[s
         stick = mount_stick(alice, "stick")
         pid = alice.run("nohup sleep infinity >/dev/null 2>&1 & echo $!").strip()
         elsewhere([pid])
-    eventually(lambda: not observe.held(machine), 30, "the namespace is let go")
+    eventually(lambda: not observe.held(machine), 30, "the namespace is released")
     table = f"/proc/{pid}/mountinfo"
     assert b" /tmp/stick " in machine.read(table)
     pull_out(stick)
@@ -64,12 +67,12 @@ def test_while_the_instance_drains(machine: Machine, elsewhere: Callable[[list[s
 
 
 def test_the_device_that_the_instances_lie_on(machine: Machine) -> None:
-    """What makes a directory private is not unmounted, whatever is said: he would be in the shared one."""
+    """The mounts that make directories private stay: without them, /tmp would be the shared one."""
     with machine.session("alice") as alice:
         stick = mount_stick(alice, "stick")
         alice.run("echo mine >/var/tmp/mark; echo mine >/tmp/mark")
         pull_out(machine.run("findmnt", "-n", "-o", "SOURCE", "/").stdout.strip())
-        pull_out(stick)  # one after the other: when this one was heard, so was the first
+        pull_out(stick)  # in this order: once this event is handled, so is the first
         eventually(lambda: not is_mounted(alice, "stick"), what="the stick is gone")
         assert alice.run("cat /tmp/mark /var/tmp/mark") == "mine\nmine\n"
         assert machine.sh("ls /tmp/mark /var/tmp/mark", check=False).stdout == ""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon stopped, and input that makes no sense: clear errors, nothing created, the daemon up."""
+"""The daemon is stopped, or input makes no sense: errors are clear, nothing is created, the daemon stays up.
+
+Not here: attacks (test_attacks*), faults (test_faults*).
+"""
 
 from collections.abc import Iterator
 
@@ -15,7 +18,7 @@ CALL = ("busctl", "call", "org.polytmp1", "/org/polytmp1", "org.polytmp1.Manager
 
 @pytest.fixture
 def stopped(machine: Machine) -> Iterator[None]:
-    """Stopped for good: a login would start it again through the bus, which is a test of its own."""
+    """polytmpd is stopped and masked. Otherwise a login would start it, which has its own test."""
     observe.log_everybody_out(machine)
     machine.run("systemctl", "mask", "--runtime", "--now", "polytmpd")
     yield
@@ -24,7 +27,7 @@ def stopped(machine: Machine) -> Iterator[None]:
 
 
 def test_without_the_daemon_a_regular_user_is_refused(machine: Machine, stopped: None) -> None:
-    """The profile as shipped: `required`, closed."""
+    """The profile as shipped: `required` refuses."""
     result = machine.ssh("alice", "echo in", check=False)
     assert result.returncode != 0
     assert "in" not in result.stdout.splitlines()
@@ -39,7 +42,7 @@ def test_without_the_daemon_a_regular_user_is_refused(machine: Machine, stopped:
     ids=["sudo", "su"],
 )
 def test_without_the_daemon_nobody_becomes_somebody_else(machine: Machine, command: str) -> None:
-    """sudo goes on after PAM_SESSION_ERR: bob would work in the /tmp of whoever called."""
+    """sudo goes on after PAM_SESSION_ERR: bob would work in the caller's /tmp."""
     observe.log_everybody_out(machine)
     with machine.session("alice") as alice:
         machine.run("systemctl", "mask", "--runtime", "--now", "polytmpd")
@@ -123,7 +126,7 @@ def test_unprivileged_callers_are_refused(machine: Machine) -> None:
     ],
 )
 def test_an_instance_path_that_exists_already(machine: Machine, squatter: str) -> None:
-    """Somebody else made it: never adopted, and the login follows the control flag."""
+    """Another user has made it: it is never adopted, and the login follows the control flag."""
     observe.log_everybody_out(machine)
     path = "/var/tmp/polytmp-1001"
     machine.sh(f"rm -rf {path}; {squatter.format(path)}")
@@ -151,7 +154,7 @@ def test_an_instance_path_that_exists_already(machine: Machine, squatter: str) -
     ],
 )
 def test_a_configuration_that_makes_no_sense(machine: Machine, text: str, named: str) -> None:
-    """A reload refuses it and changes nothing; a start names it and goes on with what makes sense."""
+    """A reload refuses it and changes nothing; a start reports it and uses the settings that make sense."""
     machine.write("/etc/polytmpd.conf.d/bad.conf", text)
     try:
         with pytest.raises(CommandError):
@@ -200,8 +203,7 @@ def test_logind_and_the_bus_restart_with_users_logged_in(machine: Machine) -> No
         machine.run("systemctl", "restart", "systemd-logind")
         eventually(lambda: observe.state(machine, "alice") == "active", what="active after logind's restart")
         machine.run("systemctl", "restart", "dbus")
-        # systemd needs a moment to find the new bus; a request to activate us that falls into it hangs for
-        # 25 s.
+        # systemd needs a moment to find the new bus; meanwhile, activating polytmpd hangs for 25 s.
         eventually(lambda: observe.state(machine, "alice") == "active", 60, "active after the bus's restart")
         machine.run("systemctl", "restart", "systemd-logind")
         eventually(
@@ -210,4 +212,4 @@ def test_logind_and_the_bus_restart_with_users_logged_in(machine: Machine) -> No
             "the next login joins",
         )
         assert machine.ssh("alice", observe.NAMESPACE).stdout == namespace
-    eventually(lambda: observe.state(machine, "alice") is None, 60, "it ends as ever")
+    eventually(lambda: observe.state(machine, "alice") is None, 60, "it ends as usual")

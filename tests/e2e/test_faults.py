@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon dies, at every single step: nobody who is logged in notices, and nothing is left over."""
+"""The daemon dies at every single step: users who are logged in notice nothing, and nothing is left.
+
+Not here: the steps (tests/faults/launcher), restarts (test_faults_restart), lost state (test_faults_state).
+"""
 
 import time
 from collections import Counter
@@ -21,7 +24,7 @@ RETRY = f"{observe.NAMESPACE}; ls -A /tmp; touch /tmp/again; rm /tmp/again"
 
 
 def refused_or_private(host: Host, result: Result) -> str:
-    """What the user saw of it; never the shared /tmp, and never silence."""
+    """Return what the user saw: never the shared /tmp, and never silence."""
     if result.returncode == 0:
         assert result.stdout.split()[0] not in {"", host.host_namespace()}
         return "in"
@@ -30,7 +33,7 @@ def refused_or_private(host: Host, result: Result) -> str:
 
 
 def trace(host: Host, act: Callable[[], Result], is_over: Callable[[], bool]) -> list[str]:
-    """The steps of an act, with nothing in their way."""
+    """Return the steps of an act that nothing disturbs."""
     with host.fault(Plan()):
         assert refused_or_private(host, act()) == "in"
         eventually(is_over, 60, "all steps are done")
@@ -40,8 +43,9 @@ def trace(host: Host, act: Callable[[], Result], is_over: Callable[[], bool]) ->
 def kill_at_each_step(
     host: Host, user: Resident, act: Callable[[], Result], is_over: Callable[[], bool], retry: str = RETRY
 ) -> list[tuple[str, str]]:
-    """[(step, what the user saw)]: act(), again and again, with the daemon killed right after each of its
-    steps, until is_over(). The steps are those of a first act that nothing disturbs.
+    """Repeat act() until is_over(), and kill the daemon right after each of its steps in turn.
+
+    The steps are those of a first act that nothing disturbs. Returns [(step, what the user saw)].
     """
     kills: list[tuple[str, str]] = []
     baseline = host.traces()
@@ -51,15 +55,17 @@ def kill_at_each_step(
         host.wait_for(baseline, f"all is as before after {len(kills)} kills, the last one {kills[-1:]}")
         host.plan(Plan(counted[name], "kill", name))
         result = act()
-        eventually(lambda: host.fired() or is_over(), 60, f"step {counted[name]} {name} comes, or none does")
-        if not host.fired():  # logins race with each other: not each one has as many steps
+        eventually(
+            lambda: host.fired() or is_over(), 60, f"step {counted[name]} {name} comes, or the act ends"
+        )
+        if not host.fired():  # logins race with each other, and some have fewer steps
             host.unplan()
             continue
         saw = refused_or_private(host, result)
         kills.append((name, saw))
         user.check()
         if saw == "refused" or "Executor.let_go" in host.trace():
-            # Otherwise the new daemon has just answered the login that the former one had not.
+            # Otherwise the new daemon has just answered the login that the previous one did not.
             assert refused_or_private(host, host.login("alice", retry)) == "in"
     host.wait_for(baseline, f"all is as before after {len(kills)} kills, the last one {kills[-1:]}")
     return kills
@@ -74,7 +80,7 @@ def report(kills: list[tuple[str, str]], begin: float) -> set[str]:
 
 
 def test_killed_at_each_step_of_a_life(host: Host) -> None:
-    """From the first login until the instance is removed: create, hand over, drain, remove."""
+    """From the first login to the removal of the instance: create, hand over, drain, remove."""
     begin = time.monotonic()
     with resident(host.machine) as bob:
         kills = kill_at_each_step(
@@ -92,7 +98,7 @@ def test_killed_at_each_step_of_a_life(host: Host) -> None:
 
 
 def test_killed_at_each_step_of_a_join(host: Host) -> None:
-    """A second login, while the first goes on in the same namespace."""
+    """A second login, while the first is still in the same namespace."""
     begin = time.monotonic()
     with resident(host.machine) as bob, host.machine.session("alice") as alice:
         alice.run("touch /tmp/first")
@@ -112,7 +118,7 @@ def test_killed_at_each_step_of_a_join(host: Host) -> None:
 
 @pytest.fixture
 def straggler(host: Host, elsewhere: Callable[[list[str]], None]) -> Iterator[str]:
-    """alice's namespace, in which only a process lives that her slice does not know of."""
+    """alice's namespace, with a single process in it that her slice does not know."""
     machine = host.machine
     with machine.session("alice") as alice:
         alice.run("touch /tmp/first")
@@ -120,14 +126,14 @@ def straggler(host: Host, elsewhere: Callable[[list[str]], None]) -> Iterator[st
         alice.run("setsid -f sleep infinity >/dev/null 2>&1")
         elsewhere(eventually(lambda: observe.processes(machine, "sleep infinity"), what="sleep runs"))
     drains = lambda: host.state(ALICE) == "draining" and host.traces().held == 0  # noqa: E731
-    eventually(drains, 60, "alice's instance drains, and is let go")
+    eventually(drains, 60, "alice's instance drains, and its namespace is released")
     yield namespace
     machine.sh("pkill -x sleep; true")
     host.wait_gone()
 
 
 def test_killed_at_each_step_of_a_rejoin(host: Host, straggler: str) -> None:
-    """A login while the instance drains, and the end of that login."""
+    """A login while the instance drains, and the logout."""
     begin = time.monotonic()
     with resident(host.machine) as bob:
         rejoin = f"{observe.NAMESPACE}; ls -A /tmp/first"
@@ -142,7 +148,7 @@ def test_killed_at_each_step_of_a_rejoin(host: Host, straggler: str) -> None:
 
 
 def test_a_login_before_the_next_daemon_has_looked_around(host: Host) -> None:
-    """The former one died over a removal: what it had set aside is nothing to be joined."""
+    """The previous daemon died during a removal: a login must not join what it had set aside."""
     su = ("su", "alice", "-c", f"{observe.NAMESPACE}; ls /tmp; touch /tmp/x")
     begin = host.machine.now()
     for _ in range(10):
@@ -153,12 +159,14 @@ def test_a_login_before_the_next_daemon_has_looked_around(host: Host) -> None:
         assert files == []
         assert namespace != host.host_namespace()
         host.wait_gone()
-    assert "no private /tmp" not in host.machine.journal("--since", begin), "nor was alice's manager refused"
+    assert "no private /tmp" not in host.machine.journal("--since", begin), (
+        "alice's manager was not refused either"
+    )
 
 
 @pytest.mark.parametrize("step", ["storage.os.mkdir", "mountns.build", "state.replace"])
 def test_stands_still_at_a_step(host: Host, step: str) -> None:
-    """Until the watchdog ends it: the login that waits is answered, and the next one works."""
+    """Until the watchdog ends it: the waiting login gets an answer, and the next one works."""
     with host.watchdog(), resident(host.machine) as bob:
         before = host.running()
         host.plan(Plan(1, "stop", step))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon, the service manager or the package is restarted, replaced or removed with users logged in; and
-what is done to an instance behind the daemon's back.
+"""The daemon, the service manager or the package is restarted, replaced or removed while users are logged
+in; and root changes an instance behind the daemon's back.
+
+Not here: the daemon dies in the middle of a step (test_faults).
 """
 
 import contextlib
@@ -25,8 +27,8 @@ ALICE, BOB = 1001, 1002
 
 @contextlib.contextmanager
 def nobody_notices(host: Host) -> Iterator[None]:
-    """bob is logged in all the time; afterwards his next login joins him, and a first one works; all of it
-    ends as ever.
+    """bob stays logged in. Afterwards bob's next login joins, alice's first one works, and all of it ends as
+    usual.
     """
     with resident(host.machine) as bob:
         yield
@@ -47,14 +49,14 @@ LOGINS = """number=0; for user in alice alice bob; do number=$((number + 1))
 done
 wait
 """
-"""Users who log in and out, over and over; who is refused is told why."""
+"""Users who log in and out, over and over; a refused login prints the reason."""
 
 # Restarts
 
 
 @pytest.mark.parametrize("end", ["systemctl restart polytmpd", "systemctl kill -s KILL polytmpd"])
 def test_nobody_is_refused_while_the_daemon_is_restarted(host: Host, end: str) -> None:
-    """Who has asked a daemon that ends asks the next one."""
+    """A login whose request the old daemon does not answer asks the new one."""
     host.machine.sh("rm -f /run/enough /run/logins /run/seen-*; : > /run/logins")
     logins = Path(host.root / "run/logins")
     crowd = host.machine.popen("bash", "-c", LOGINS)
@@ -83,7 +85,7 @@ def test_systemctl_restart(host: Host) -> None:
 
 
 def test_stop_and_start(host: Host) -> None:
-    """Debian 12's systemd drops the FD store at a stop: found again by those who live in it."""
+    """Debian 12's systemd drops the FD store at a stop: the namespace is found through its processes."""
     with nobody_notices(host):
         host.machine.run("systemctl", "stop", "polytmpd")
         kept = host.service()["NFileDescriptorStore"]
@@ -115,7 +117,7 @@ def test_the_watchdog_restarts_a_daemon_that_stands_still(host: Host) -> None:
     with host.watchdog(), nobody_notices(host):
         before = host.running()
         host.machine.run("kill", "-STOP", str(before))
-        # A login that falls into it waits, and is answered: by the next daemon, or with a refusal.
+        # A login meanwhile waits and is answered, by the next daemon or with a refusal.
         result = host.login("alice", observe.NAMESPACE, check=False)
         if result.returncode:
             assert "polytmp: cannot give you a private /tmp" in result.stdout + result.stderr
@@ -159,7 +161,7 @@ def test_the_barrier_is_removed_by_root(host: Host) -> None:
 
 
 def test_the_barrier_is_replaced_by_root(host: Host) -> None:
-    """What is not polytmp's is not deleted, the log says so, and the next login is not disturbed."""
+    """Files that are not polytmp's stay, the journal reports it, and the next login works."""
     machine = host.machine
     with machine.session("alice") as alice:
         alice.run("touch /tmp/x")
@@ -177,7 +179,7 @@ def test_the_barrier_is_replaced_by_root(host: Host) -> None:
 def test_a_bind_mount_in_a_namespace_of_the_users_own(
     host: Host, elsewhere: Callable[[list[str]], None]
 ) -> None:
-    """It has no sentinel in it, and the slice does not know of it; the instance stays until it ends."""
+    """It has no sentinel, and the slice does not know it; the instance stays until the namespace ends."""
     machine = host.machine
     with machine.session("alice") as alice:
         alice.run("echo kept > /tmp/kept")
@@ -218,8 +220,9 @@ def test_an_upgrade(host: Host, package: str) -> None:
 
 
 def test_removal_and_purge(host: Host, package: str) -> None:
-    """Who is logged in goes on; new logins get the host's /tmp. What remains in the end is what bob had in
-    /tmp, which the next boot or the package's return deletes, and what is kept in /var/tmp.
+    """Users who are logged in go on working; new logins get the host's /tmp.
+
+    In the end, bob's /tmp is left, which the next boot or the next installation deletes, and bob's /var/tmp.
     """
     machine = host.machine
     with resident(machine) as bob:

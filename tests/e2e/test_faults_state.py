@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""State files and FD store that make no sense or are lost, and nothing left of what an instance needs."""
+"""State files and FD stores that make no sense or are lost, and no room left for an instance.
+
+Not here: restarts (test_faults_restart), the reading of a state file (tests/unit/test_state).
+"""
 
 import contextlib
 import json
@@ -24,7 +27,7 @@ def restart(host: Host) -> None:
 
 
 def assert_found_again(host: Host, bob: Resident) -> None:
-    """The daemon has bob's instance again, whole: he can join, and its end will be noticed."""
+    """The daemon has all of bob's instance again: bob can join, and the daemon will notice the end."""
     bob.check()
     eventually(lambda: host.state(BOB) == "active", 60, "bob's instance is active again")
     again = host.login("bob", f"cat /tmp/mine; {observe.NAMESPACE}").stdout.split()
@@ -34,7 +37,7 @@ def assert_found_again(host: Host, bob: Resident) -> None:
     assert [entry["directory"] for entry in shown["directories"]] == ["/tmp", "/var/tmp"]
     assert host.states() == (str(BOB),)
     if (host.root / STATE.removeprefix("/")).is_file():
-        assert json.loads(host.machine.read(STATE))["watches"], "nothing will tell the end"
+        assert json.loads(host.machine.read(STATE))["watches"], "nothing will report the end"
 
 
 @contextlib.contextmanager
@@ -67,7 +70,7 @@ PLACED = {
 
 
 def test_state_files_that_make_no_sense(host: Host) -> None:
-    """Named in the journal; the FD store has the namespace, and that says the rest."""
+    """The journal names them; the namespace in the FD store provides the rest."""
     machine = host.machine
     with bob_and_the_end(host) as bob:
         good = machine.read(STATE).decode()
@@ -90,14 +93,14 @@ def test_state_files_that_make_no_sense(host: Host) -> None:
 
 
 def test_a_state_file_that_cannot_be_a_file(host: Host) -> None:
-    """root put a directory there: it stays his, elsewhere, and nothing else suffers."""
+    """root has put a directory there: it is moved, and everything else works."""
     machine = host.machine
     with bob_and_the_end(host) as bob:
         machine.sh(f"rm {STATE}; mkdir {STATE}; touch {STATE}/notes")
         restart(host)
         assert_found_again(host, bob)
         assert host.journal_of(f"{STATE} is not a regular file; moved to")
-        machine.sh(f"test -f {STATE}; rm {STATE}; mkdir {STATE}")  # now while it runs
+        machine.sh(f"test -f {STATE}; rm {STATE}; mkdir {STATE}")  # and once more while it runs
     assert machine.sh("cd /run/polytmpd; ls found-*/").stdout.split().count("notes") == 1
     machine.sh("rm -r /run/polytmpd/found-*")
 
@@ -126,7 +129,7 @@ def test_state_and_fd_store_are_lost(host: Host) -> None:
 
 def stop_and_clear_the_store(host: Host) -> None:
     host.machine.run("systemctl", "stop", "polytmpd")
-    if host.machine.release != "bookworm":  # whose systemd 252 did so by itself
+    if host.machine.release != "bookworm":  # systemd 252 has done so itself
         host.machine.run("systemctl", "clean", "--what=fdstore", "polytmpd")
     assert host.service()["NFileDescriptorStore"] == "0"
 
@@ -144,12 +147,12 @@ def stop_and_clear_the_store(host: Host) -> None:
     ],
 )
 def test_the_fd_store_holds_what_makes_no_sense(host: Host, name: str, path: str) -> None:
-    """In place of ours, or beside it."""
+    """Instead of polytmpd's own descriptor, or beside it."""
     with bob_and_the_end(host) as bob:
         before = host.pid()
         (host.root / "run/polytmp-faults/store").write_text(json.dumps([[name, path]]))
         host.machine.run("kill", "-KILL", str(before))
-        # the next process stores it and dies, the one after that finds it
+        # the next daemon stores it and dies, and the one after that finds it
         eventually(lambda: host.running() not in {0, before}, 60, "the daemon runs again")
         assert host.journal_of("FD store", "letting it go")
         assert_found_again(host, bob)
@@ -164,7 +167,7 @@ def assert_refused(host: Host, *words: str) -> None:
     assert result.returncode
     assert "polytmp: cannot give you a private /tmp" in result.stdout + result.stderr
     assert host.journal_of("User alice gets no private directories", *words)
-    host.wait_gone("nothing is left of a login that was refused")
+    host.wait_gone("nothing is left of the refused login")
 
 
 def assert_works(host: Host) -> None:
@@ -174,7 +177,7 @@ def assert_works(host: Host) -> None:
 
 @pytest.fixture
 def small_tmp(host: Host) -> Iterator[None]:
-    """/tmp is a small disk of its own."""
+    """/tmp is a small file system."""
     machine = host.machine
     machine.sh(
         "truncate -s 4M /root/small.img; mkfs.ext4 -q -F -N 512 /root/small.img; "
@@ -188,7 +191,7 @@ def small_tmp(host: Host) -> Iterator[None]:
 
 def test_a_full_disk(host: Host, small_tmp: None) -> None:
     assert_works(host)
-    # ext4 keeps some blocks back, for directories and such
+    # ext4 reserves some blocks, which directories may still use
     host.machine.sh(
         "mkdir /tmp/more; cat /dev/zero > /tmp/fill; n=0; "
         "while mkdir /tmp/more/$n; do n=$((n+1)); done 2>/dev/null; df -i /tmp | grep -v ' 100% '",
@@ -206,7 +209,7 @@ def test_no_inodes(host: Host, small_tmp: None) -> None:
 
 
 def test_a_disk_that_fills_up_under_an_instance(host: Host, small_tmp: None) -> None:
-    """It can be removed all the same."""
+    """It can still be removed."""
     with host.machine.session("alice") as alice:
         alice.run("cat /dev/zero > /tmp/fill", check=False)
         host.machine.sh("cat /dev/zero > /tmp/fill; true", check=False)
@@ -216,7 +219,7 @@ def test_a_disk_that_fills_up_under_an_instance(host: Host, small_tmp: None) -> 
 
 
 def test_no_room_for_the_state(host: Host) -> None:
-    """The login goes on without; the FD store is enough to find it again."""
+    """The login works without a state file; the FD store is enough to find the instance again."""
     machine = host.machine
     machine.sh(f"mount -t tmpfs -o nr_inodes=1,mode=0700 tmpfs {STATES}")
     try:
@@ -235,8 +238,10 @@ def test_no_room_for_the_state(host: Host) -> None:
 
 @pytest.mark.parametrize("step", ["mountns.unshare", "mountns.open_tree", "Executor._watch_sentinel"])
 def test_a_limit_of_the_kernels(host: Host, step: str) -> None:
-    """user.max_mnt_namespaces, fs.mount-max, fs.inotify.max_user_watches: injected, since the real ones are
-    everybody's; tests/kernel/test_create_faults.py has the first one real.
+    """user.max_mnt_namespaces, fs.mount-max, fs.inotify.max_user_watches.
+
+    They are injected, because the real limits are for the whole system; tests/kernel/test_create_faults.py
+    reaches the real ones in namespaces.
     """
     with host.fault(Plan(1, "ENOSPC", step, lasting=True)):
         assert_refused(host, "No space left on device")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Objection 4: an instance is removed when the last process is gone, wherever it lives, and not before."""
+"""Objection 4: an instance is removed when its last process has ended, wherever that runs, and not before.
+
+Not here: users who try to escape (test_attacks_namespaces).
+"""
 
 from collections.abc import Callable
 
@@ -24,7 +27,7 @@ def wait_until_gone(machine: Machine, user: str = "alice") -> None:
 
 
 def stays(machine: Machine, user: str = "alice") -> None:
-    """The user has no session any more; the instance drains, and the files are there."""
+    """Check that the user has no session any more, the instance drains, and the files are there."""
     eventually(
         lambda: machine.sh(f"pgrep -u {user} sshd || true").stdout.strip() == "",
         20,
@@ -76,7 +79,7 @@ def leave(machine: Machine, command: str, move: Callable[[list[str]], None] | No
 
 
 def end(machine: Machine) -> None:
-    """End what is left, and the instance ends too."""
+    """End the process that was left behind; the instance ends too."""
     machine.run("pkill", "-f", "sleep infinity")
     wait_until_gone(machine)
 
@@ -121,23 +124,23 @@ def test_a_user_service_under_linger(machine: Machine) -> None:
 
 
 def test_linger_alone_makes_an_instance_without_a_login(machine: Machine) -> None:
-    """One, although systemd's own processes come and go in the slice before the manager does."""
+    """A single one, although systemd's own processes come and go in the slice before the manager starts."""
     made = observe.instances_made(machine)
     machine.run("loginctl", "enable-linger", "alice")
-    wait_for(machine, "alice", "draining")  # nobody is logged in
+    wait_for(machine, "alice", "draining")  # alice is not logged in
     manager = eventually(
         lambda: machine.sh("pgrep -u alice -x systemd").stdout.split(), what="alice's manager"
     )
     inode = observe.status(machine, "alice")["namespace"]
     assert machine.run("readlink", f"/proc/{manager[0]}/ns/mnt").stdout.strip() == f"mnt:[{inode}]"
     assert observe.instances_made(machine) == made + 1
-    assert observe.held(machine), "for sessions to join"
+    assert observe.held(machine), "sessions join it"
     machine.run("loginctl", "disable-linger", "alice")
     wait_until_gone(machine)
 
 
 def test_a_cron_job(machine: Machine) -> None:
-    """cron has no session at logind and no process in the user's slice: only the namespace knows of it."""
+    """cron has neither a logind session nor a process in the user's slice: only the namespace shows it."""
     job = "#!/bin/sh\necho mark > /tmp/mark\nreadlink /proc/self/ns/mnt > /home/alice/ns\nsleep infinity\n"
     machine.write("/usr/local/bin/job", job, mode=0o755)
     machine.write("/etc/cron.d/probe", "* * * * * alice /usr/local/bin/job\n")
@@ -156,7 +159,7 @@ def test_a_cron_job(machine: Machine) -> None:
 
 
 def test_sudo_by_another_user(machine: Machine) -> None:
-    """The process sits in bob's session and slice, and lives in alice's namespace."""
+    """The process is in bob's session and slice, but lives in alice's namespace."""
     with machine.session("bob") as bob:
         bob.run("sudo -u alice sh -c 'echo mark > /tmp/mark; exec sleep infinity' >/dev/null 2>&1 &")
         started = ("pgrep", "-f", "-x", "sleep infinity")
@@ -189,7 +192,7 @@ def test_a_login_while_draining_finds_the_same_files(
 
 
 def test_a_namespace_held_by_a_descriptor_alone(machine: Machine) -> None:
-    """Nobody lives in it, but somebody could enter it again: it stays until the descriptor is closed."""
+    """No process lives in it, but one could enter it again: it stays until the descriptor is closed."""
     with machine.session("alice") as alice:
         alice.run("echo mark > /tmp/mark")
         shell = alice.run("echo $$").strip()
@@ -210,7 +213,7 @@ def test_a_private_namespace_made_by_the_user_counts_too(
 
 
 def test_fifty_logins_leave_nothing(machine: Machine) -> None:
-    with machine.session("bob") as bob:  # the first of all has one-time costs
+    with machine.session("bob") as bob:  # the first login has one-time costs
         bob.run("true")
     wait_until_gone(machine, "bob")
     before = (observe.mounts(machine), observe.daemon_fds(machine), observe.stored(machine))

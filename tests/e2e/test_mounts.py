@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Objection 2: mounts and umounts reach the rest of the system, both ways; those under the own /tmp stay
-private.
+"""Objection 2: mounts and unmounts propagate both ways between users and the system; mounts below a private
+/tmp stay private.
+
+Not here: how that is built (tests/kernel/test_mountns).
 """
 
 from collections.abc import Iterator
@@ -62,7 +64,7 @@ def test_a_mount_of_a_mount_unit_is_seen(machine: Machine) -> None:
         machine.run("systemd-mount", "--no-block", "--type=tmpfs", "probe", POINT)
         eventually(lambda: mounted(alice.run(IS_MOUNTED)), what="the mount unit's mount is seen")
         machine.run("systemd-umount", POINT)
-        eventually(lambda: not mounted(alice.run(IS_MOUNTED)), what="and its end")
+        eventually(lambda: not mounted(alice.run(IS_MOUNTED)), what="and so is the unmount")
 
 
 @pytest.mark.parametrize("directory", ["/tmp", "/var/tmp"])
@@ -80,7 +82,7 @@ def test_mounts_under_the_own_directories_stay_private(machine: Machine, directo
 
 
 def test_a_host_mount_below_tmp_is_not_kept_busy(machine: Machine) -> None:
-    """A copy of it, hidden in a user's namespace, would keep the file system in use after the umount."""
+    """A copy of it hidden in a user's namespace would keep the file system busy after the unmount."""
     machine.sh("mkdir -p /tmp/iso /mnt/probe && truncate -s 8M /root/fs.img && mkfs.ext4 -q -F /root/fs.img")
     device = machine.sh("losetup --find --show /root/fs.img").stdout.strip()
     try:
@@ -88,16 +90,16 @@ def test_a_host_mount_below_tmp_is_not_kept_busy(machine: Machine) -> None:
         with machine.session("alice") as alice:
             alice.run("true")
             machine.run("umount", "/tmp/iso")
-            # Exclusive: fails with EBUSY as long as the file system is mounted anywhere.
+            # Opens the device exclusively: EBUSY as long as the file system is mounted anywhere.
             machine.run("mkfs.ext4", "-q", "-F", device)
     finally:
         machine.sh(f"umount -q /tmp/iso; losetup -d {device}; rm -rf /tmp/iso /root/fs.img", check=False)
 
 
 def test_mount_events_during_logins_are_not_missed(machine: Machine) -> None:
-    """Between MS_PRIVATE and MOVE_MOUNT_SET_GROUP an event could be missed:
+    """Between MS_PRIVATE and MOVE_MOUNT_SET_GROUP, an event could be missed.
 
-    mount and unmount all the time meanwhile.
+    So something is mounted and unmounted all the time.
     """
     observe.log_everybody_out(machine)
     storm = machine.popen(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The package on hosts whose administrator has changed PAM by hand: nothing that it does locks anybody out.
+"""The package on hosts whose administrator has edited PAM by hand: no operation locks users out.
 
-Removal and upgrade with users logged in are in test_faults_restart.py.
+Not here: removal and upgrade while users are logged in (test_faults_restart).
 """
 
 from collections.abc import Iterator
@@ -39,12 +39,12 @@ def remove(machine: Machine) -> Result:
 
 
 def named(result: Result) -> list[str]:
-    """The files that a refused removal names."""
+    """Return the files that a refused removal names."""
     return [line.split()[1] for line in result.stderr.splitlines() if line.startswith("polytmp:   /")]
 
 
 def assert_all_there(machine: Machine) -> None:
-    """What a line that stayed in PAM asks for is there, and lets everybody in."""
+    """Check that everything a line left in PAM needs is installed, and that all users can log in."""
     assert "install ok installed" in machine.run("dpkg", "--status", "polytmp").stdout
     assert machine.run("systemctl", "is-active", "polytmpd").stdout == "active\n"
     assert machine.sh("ls /usr/lib/*/security/pam_polytmp.so").stdout
@@ -53,7 +53,7 @@ def assert_all_there(machine: Machine) -> None:
 
 
 def test_a_removal_that_would_lock_out_everybody_is_refused(machine: Machine) -> None:
-    """pam-auth-update leaves a file alone in whose block there is a line of the administrator's."""
+    """pam-auth-update does not touch a file whose block contains a line of the administrator."""
     machine.run("sed", "-i", f"/^{BLOCK}/a {LOCAL}", COMMON[0])
     refused = remove(machine)
     assert refused.returncode != 0, refused
@@ -77,7 +77,7 @@ def test_a_refused_removal_names_the_remedy(machine: Machine) -> None:
 
 
 def test_the_emergency_exit(machine: Machine) -> None:
-    """As docs/troubleshooting.md has it, where the plain form changes nothing."""
+    """The way out of docs/troubleshooting.md, if the plain form changes nothing."""
     machine.run("sed", "-i", f"/^{BLOCK}/a {LOCAL}", COMMON[0])
     said = machine.run("pam-auth-update", "--disable", "polytmp")
     assert "Local modifications" in said.stderr
@@ -87,7 +87,7 @@ def test_the_emergency_exit(machine: Machine) -> None:
 
 
 def test_a_removal_with_lines_by_hand_is_refused(machine: Machine) -> None:
-    """And leaves the profile as it was: enabled, or disabled by an administrator in need."""
+    """It leaves the profile as it was: enabled, or disabled by an administrator in an emergency."""
     machine.write(BY_HAND, LINE)
     machine.write(f"{BY_HAND}.dpkg-old", LINE)
     machine.sh(
@@ -115,7 +115,7 @@ def profile_lines(machine: Machine) -> list[str]:
 
 
 def test_the_lenient_profile_stays(machine: Machine, package: str) -> None:
-    """At an upgrade, and when a removal was refused."""
+    """An upgrade and a refused removal keep it."""
     lenient = ["session optional pam_polytmp.so"] * 2
     machine.run("pam-auth-update", "--disable", "polytmp", "--enable", "polytmp-lenient")
     assert profile_lines(machine) == lenient
@@ -134,14 +134,14 @@ def test_the_lenient_profile_stays(machine: Machine, package: str) -> None:
 
 
 def test_an_upgrade_with_lines_by_hand(machine: Machine, package: str) -> None:
-    """The module is there afterwards: nothing to refuse."""
+    """The module is there afterwards, so the upgrade is not refused."""
     machine.write(BY_HAND, LINE)
     machine.run("dpkg", "--install", package)
     assert_all_there(machine)
 
 
 def test_the_links_of_what_is_installed_lead_somewhere(machine: Machine) -> None:
-    """Below /usr/share/doc there is no docs/ unless the package makes one, and debhelper compresses."""
+    """The package must install docs/ below /usr/share/doc, where debhelper compresses files."""
     script = """
         cd /usr/share/doc/polytmp
         find . -name '*.md' | while read -r page; do

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may what, with the real bus, the real polkitd and a person at a terminal."""
+"""Who may do what, with the real bus, the real polkitd and a person at a terminal.
+
+Not here: the decisions by themselves (tests/bus/test_polkit).
+"""
 
 import os
 import select
@@ -64,11 +67,11 @@ def test_ones_own_needs_no_password(machine: Machine) -> None:
     ):
         assert machine.ssh("alice", call).stdout
     refused = machine.ssh("alice", f"{MANAGER} RemoveInstance u 1001", check=False)
-    assert "processes live in it" in refused.stderr, "allowed, and impossible: she lives in it"
+    assert "processes live in it" in refused.stderr, "allowed, but impossible: her own session is in it"
 
 
 def test_a_rule_of_the_administrator_decides(machine: Machine) -> None:
-    """polkit(8): rules see whose instance it is."""
+    """Rules (polkit(8)) see whose instance it is."""
     machine.write(
         "/etc/polkit-1/rules.d/10-bed.rules",
         """polkit.addRule(function(action, subject) {
@@ -127,10 +130,10 @@ def test_a_person_types_a_password(machine: Machine) -> None:
 
 
 def test_one_password_for_one_command(machine: Machine) -> None:
-    """Each command is several calls, and the page is waited for no longer than a few seconds."""
+    """Each command makes several calls and prompts once; status does not wait long for its sizes."""
     shown = typed(machine, "alice", "polytmpctl status bob; echo status $?", "Password:", SECRET)
     assert (shown.count("Password:"), "status 0" in shown) == (1, True), shown
-    assert "; removed with the instance" in shown, "with sizes"
+    assert "; removed with the instance" in shown, "it has sizes"
     shown = typed(machine, "alice", "polytmpctl remove bob; echo status $?", "Password:", SECRET)
     assert (shown.count("Password:"), "status 1" in shown, "in use by" in shown) == (1, True, True), shown
 
@@ -149,7 +152,7 @@ def test_no_ask_password(machine: Machine) -> None:
 
 
 def test_nobody_waits_for_a_person(machine: Machine) -> None:
-    """A dialogue is open; others are served, and when the asker goes away, nothing of it stays."""
+    """A dialogue is open: others are served, and it ends when the caller disconnects."""
     asker = subprocess.Popen(
         [*machine.ssh_command("alice", "-tt"), "polytmpctl path -u bob /tmp/x"],
         stdin=subprocess.PIPE,
@@ -168,7 +171,7 @@ def test_nobody_waits_for_a_person(machine: Machine) -> None:
     assert machine.run(*asking).stdout
     asker.kill()
     asker.communicate()
-    eventually(lambda: not machine.run(*asking, check=False).stdout, what="the asker is gone")
+    eventually(lambda: not machine.run(*asking, check=False).stdout, what="the caller has ended")
 
 
 def test_without_polkit_root_decides_alone(machine: Machine) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Objection 3 and the purpose itself: who sees what, where it lies, who shares it."""
+"""Objection 3 and the purpose itself: who sees what, where it is stored, who shares it.
+
+Not here: attacks on it (test_attacks*).
+"""
 
 import pytest
 
@@ -53,7 +56,7 @@ def test_all_of_one_user_share_one_namespace(machine: Machine) -> None:
 
 
 def test_sudo_to_root_keeps_the_view(machine: Machine) -> None:
-    """`sudo cat /tmp/mine` must find what the user means; root's own logins stay on the host."""
+    """`sudo cat /tmp/mine` finds the file that the user means; root's own logins stay on the host."""
     with machine.session("alice") as alice:
         alice.run("echo mine > /tmp/mine")
         assert alice.run("sudo cat /tmp/mine").strip() == "mine"
@@ -83,10 +86,7 @@ def test_an_instance_lies_in_the_directory_that_it_replaces(machine: Machine, di
 
 
 def test_tmp_is_the_case_that_the_release_stands_for(machine: Machine, release: str) -> None:
-    """Debian 13: a mount of its own; Debian 12:
-
-    a directory of the root file system. Both are tested here.
-    """
+    """Debian 13: a mount point. Debian 12: a directory of the root file system. The tests need both."""
     is_mount = machine.run("mountpoint", "-q", "/tmp", check=False).returncode == 0
     assert is_mount == (release == "trixie")
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The soak's short form, and whether its checker notices what is wrong; `make soak` is the long one."""
+"""A short soak, and whether its checker notices a fault.
+
+Not here: the long one (make soak).
+"""
 
 from pathlib import Path
 
@@ -22,13 +25,13 @@ def run(release: str, deb: Path, fault: str | None = None) -> Report:
 
 def test_nothing_is_wrong(release: str, deb: Path) -> None:
     report = run(release, deb)
-    assert not report.violations, f"{report.violations[0]}\nthe actions are in {report.log}"
+    assert not report.violations, f"{report.violations[0]}\nSee: {report.log}"
     assert report.counts["looks"] > 0
     report.log.unlink()
 
 
 def test_the_checker_notices(release: str, deb: Path) -> None:
-    """A daemon that gives everybody the namespace of one."""
+    """The daemon gives all users the same namespace."""
     report = run(release, deb, "one-for-all")
-    assert report.violations, "the checker has noticed nothing"
+    assert report.violations, "the checker noticed nothing"
     report.log.unlink()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Objection 1: sockets in /tmp/.X11-unix are reached across users. The real X server is in test_x11."""
+"""Objection 1: users reach each other's sockets in /tmp/.X11-unix.
+
+Not here: a real X server (test_x11).
+"""
 
 import pytest
 

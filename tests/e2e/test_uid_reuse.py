@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A UID that somebody else has now, and a user with another name: what was kept, and what still runs."""
+"""A UID that is reused, and a user who is renamed: the files that were kept, and processes that still run.
+
+Not here: the name in the directory (tests/kernel/test_storage).
+"""
 
 from collections.abc import Iterator
 
@@ -20,16 +23,20 @@ def add(machine: Machine, user: str) -> None:
 
 
 def run(machine: Machine, user: str, script: str) -> str:
-    """One login, with all that it leaves gone before the next one."""
+    """Log in once, run a script, and wait until everything of the login has gone."""
     output = machine.run("su", user, "-c", script).stdout
     eventually(lambda: user not in observe.instances(machine), 30, f"{user}'s instance is gone")
     machine.sh(f"loginctl terminate-user {user}; pkill -KILL -U {UID}; true", check=False)
-    eventually(lambda: machine.run("pgrep", "-U", str(UID), check=False).returncode == 1, 30, "all ended")
+    eventually(
+        lambda: machine.run("pgrep", "-U", str(UID), check=False).returncode == 1,
+        30,
+        "all processes have ended",
+    )
     return output
 
 
 @pytest.fixture(autouse=True)
-def nobody(machine: Machine) -> Iterator[None]:
+def former_users_gone(machine: Machine) -> Iterator[None]:
     yield
     machine.sh(
         f"pkill -x sleep; pkill -KILL -U {UID}; for user in carol dave; do userdel -fr $user; done; "
@@ -40,14 +47,14 @@ def nobody(machine: Machine) -> Iterator[None]:
 
 
 def aside(machine: Machine) -> list[str]:
-    """What root finds of former users."""
+    """Return what root finds of former users."""
     return machine.sh("find /var/tmp -maxdepth 1 -name 'polytmp-former-*'").stdout.split()
 
 
 def test_a_uid_that_is_used_again(machine: Machine) -> None:
     add(machine, "carol")
     run(machine, "carol", "echo mine >/var/tmp/secret")
-    assert run(machine, "carol", "cat /var/tmp/secret") == "mine\n", "it is kept for her"
+    assert run(machine, "carol", "cat /var/tmp/secret") == "mine\n", "it is kept for carol"
     machine.run("userdel", "--remove", "carol")
     add(machine, "dave")
     assert run(machine, "dave", "ls -A /var/tmp; touch /var/tmp/of-dave") == ""
@@ -73,7 +80,7 @@ def test_a_directory_of_a_former_version_is_its_users_from_now_on(machine: Machi
 
 
 def test_a_user_who_was_renamed(machine: Machine) -> None:
-    """It looks like another user: his files wait for root, who gives them back as the manual says."""
+    """It looks like another user: the files wait for root, who gives them back as the manual says."""
     add(machine, "carol")
     run(machine, "carol", "echo mine >/var/tmp/secret")
     machine.run("usermod", "--login", "dave", "carol")
@@ -81,14 +88,14 @@ def test_a_user_who_was_renamed(machine: Machine) -> None:
     (place,) = aside(machine)
     machine.sh(f"mv {place}/tmp/* {KEPT}/tmp/")
     assert run(machine, "dave", "cat /var/tmp/secret; stat -c %U /var/tmp/secret") == "mine\ndave\n"
-    # and the other way: before he logs in
+    # and the other way: before the next login
     machine.run("usermod", "--login", "carol", "dave")
     machine.run("ln", "-sfn", "carol", f"{KEPT}/user")
     assert run(machine, "carol", "cat /var/tmp/secret") == "mine\n"
 
 
 def test_a_former_users_processes(machine: Machine) -> None:
-    """Somebody else's process lives on in carol's instance: dave does not come into her /tmp."""
+    """Another user's process lives on in carol's instance: dave does not get carol's /tmp."""
     add(machine, "carol")
     machine.sh("cp -r /home/alice/.ssh /home/carol && chown -R carol: /home/carol")
     with machine.session("carol") as carol:
@@ -97,7 +104,11 @@ def test_a_former_users_processes(machine: Machine) -> None:
         machine.sh(f"nsenter --target {pid} --mount setsid -f sleep infinity >/dev/null 2>&1")
     machine.sh("loginctl terminate-user carol; true", check=False)
     eventually(lambda: observe.state(machine, "carol") == "draining", 30, "only root's process is left")
-    eventually(lambda: machine.run("pgrep", "-U", str(UID), check=False).returncode == 1, 30, "hers ended")
+    eventually(
+        lambda: machine.run("pgrep", "-U", str(UID), check=False).returncode == 1,
+        30,
+        "carol's processes have ended",
+    )
     machine.run("userdel", "--remove", "carol")
     add(machine, "dave")
     refused = machine.run("su", "dave", "-c", "cat /tmp/secret", check=False)

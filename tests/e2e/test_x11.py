@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Objection 1: real X servers of one user, clients of another's and the host's, and display locks that hold
-everywhere.
+"""Objection 1: real X servers of one user, clients of another user and of the host, and display locks that
+hold everywhere.
+
+Not here: sockets by themselves (test_sockets), the copies of locks (tests/kernel/test_displaylocks).
 """
 
 from collections.abc import Iterator
@@ -29,14 +31,14 @@ for display in range(int(sys.argv[1]), int(sys.argv[2])):
 
 @pytest.fixture(autouse=True)
 def quiet(machine: Machine) -> Iterator[None]:
-    """Both users have an instance and stay (each login and logout costs a second); no server, no lock."""
+    """Both users linger, because each login and logout costs a second; no server and no lock is left."""
     machine.run("loginctl", "enable-linger", "alice", "bob")
     yield
     machine.sh("pkill -x Xvfb; rm -rf /tmp/.X11-unix/* /tmp/.X*-lock /tmp/polytmp-*/tmp/.X*-lock; true")
 
 
 def start(session: Session, display: int = 7, prefix: str = "") -> int:
-    """An X server in a session; its PID, once it serves."""
+    """Start an X server in a session, and return its PID once it serves clients."""
     log = f"/var/tmp/xvfb-{display}.log"
     command = f"{prefix} Xvfb :{display} {OPTIONS} >{log} 2>&1 & echo $!"
     pid = int(session.run(command))
@@ -45,7 +47,7 @@ def start(session: Session, display: int = 7, prefix: str = "") -> int:
 
 
 def pretend(session: Session, first: int, end: int, content: str = "") -> None:
-    """Sockets where nobody listens, with locks of that content."""
+    """Make sockets that no process listens on, with locks of that content."""
     session.run(f"{PRETEND} {first} {end} '{content}'")
 
 
@@ -54,7 +56,7 @@ def can_connect(session: Session, display: int) -> bool:
 
 
 def lock(session: Session, display: int = 7) -> str:
-    """What a session finds as the display's lock; empty where there is none."""
+    """Return the display's lock as the session sees it; empty if there is none."""
     return session.run(f"cat /tmp/.X{display}-lock 2>/dev/null || true")
 
 
@@ -63,7 +65,7 @@ def host_lock(machine: Machine, display: int = 7) -> str:
 
 
 def refusal(session: Session, display: int = 7) -> str:
-    """What a server says that is to take a display which is taken."""
+    """Start a server on a display that is taken, and return its error messages."""
     result = session.result(f"timeout 10 Xvfb :{display} {OPTIONS}", check=False)
     assert result.returncode not in {0, 124}
     return result.stderr
@@ -95,18 +97,18 @@ def test_a_lock_holds_for_other_users_and_for_the_host(machine: Machine) -> None
         assert "Server is already active for display 7" in refusal(bob)
         result = machine.sh(f"timeout 10 Xvfb :7 {OPTIONS}", check=False)
         assert "Server is already active for display 7" in result.stderr
-        # nor does anybody's attempt take it away
+        # and a failed attempt does not remove the lock
         assert can_connect(bob, 7)
         assert lock(bob) == lock(alice) == f"{pid:10}\n"
         assert bob.result("rm -f /tmp/.X7-lock", check=False).returncode != 0
 
 
 def test_a_server_that_looks_for_a_display_finds_a_free_one(machine: Machine) -> None:
-    look = f"Xvfb -displayfd 1 {OPTIONS} 2>/dev/null >/var/tmp/display & echo $!"
+    search = f"Xvfb -displayfd 1 {OPTIONS} 2>/dev/null >/var/tmp/display & echo $!"
     with machine.session("alice") as alice, machine.session("bob") as bob:
         for session in (alice, bob):
-            session.run(look)
-            eventually(lambda: session.run("cat /var/tmp/display"), what="it says which")  # noqa: B023
+            session.run(search)
+            eventually(lambda: session.run("cat /var/tmp/display"), what="it prints the display")  # noqa: B023
         assert alice.run("cat /var/tmp/display").strip() == "0"
         assert bob.run("cat /var/tmp/display").strip() == "1"
         assert can_connect(alice, 1)
@@ -114,7 +116,7 @@ def test_a_server_that_looks_for_a_display_finds_a_free_one(machine: Machine) ->
 
 
 def test_a_tool_that_looks_for_a_free_lock_finds_one(machine: Machine) -> None:
-    """As xrdp does (neutrinolabs/xrdp#3095, every session picked :10), and vncserver."""
+    """As xrdp (neutrinolabs/xrdp#3095: every session picked :10) and vncserver do."""
     with machine.session("alice") as alice, machine.session("bob") as bob:
         start(alice, 10)
         eventually(lambda: lock(bob, 10), what="bob has the lock")
@@ -138,7 +140,7 @@ def test_a_killed_server_leaves_what_it_leaves_on_any_host(machine: Machine) -> 
         pid = start(alice)
         eventually(lambda: lock(bob), what="bob has the lock")
         end(alice, pid, "KILL")
-        assert "Could not create server lock file" in refusal(bob)  # stale, and not his to remove
+        assert "Could not create server lock file" in refusal(bob)  # stale, and bob may not remove it
         successor = start(alice)
         assert successor != pid
         eventually(lambda: lock(bob) == f"{successor:10}\n", what="bob has the new server's lock")
@@ -171,7 +173,7 @@ def test_a_server_of_the_hosts_is_seen_by_users(machine: Machine) -> None:
 
 
 def test_a_server_of_roots_in_a_users_session(machine: Machine) -> None:
-    """Xorg without kernel mode setting: root's, but its lock is in the user's /tmp."""
+    """Xorg without kernel mode setting runs as root, but its lock is in the user's /tmp."""
     with machine.session("alice") as alice, machine.session("bob") as bob:
         alice.run(f"sudo sh -c 'Xvfb :9 {OPTIONS} >/dev/null 2>&1 &'")
         eventually(lambda: lock(bob, 9) and host_lock(machine, 9), what="bob and the host have the lock")
@@ -232,7 +234,9 @@ def test_what_somebody_has_in_the_place_of_a_lock_stays(machine: Machine) -> Non
         assert bob.run("stat -c '%n %i %U %Z' /tmp/.X*-lock") == before
         for pid in pids:
             end(alice, pid)
-        eventually(lambda: not any(host_lock(machine, n) for n in (7, 8, 9)), what="they are gone there")
+        eventually(
+            lambda: not any(host_lock(machine, n) for n in (7, 8, 9)), what="the host has none of them"
+        )
         assert bob.run("stat -c '%n %i %U %Z' /tmp/.X*-lock") == before
 
 
@@ -241,7 +245,7 @@ def test_a_flood_of_sockets_costs_its_owner_only(machine: Machine) -> None:
         pretend(alice, 100, 1100, f"{1:10}")
         eventually(lambda: len(copies(machine)) == 2 * 64, what="64 locks for bob and for the host")
         pid = start(bob, 99)
-        eventually(lambda: lock(alice, 99) == f"{pid:10}\n", what="bob's are seen as before")
+        eventually(lambda: lock(alice, 99) == f"{pid:10}\n", what="alice still sees bob's")
         lines = [line for line in machine.journal("--unit=polytmpd").splitlines() if "X displays" in line]
         assert len(lines) == 1, lines
         alice.run("rm /tmp/.X11-unix/X1*")
@@ -252,7 +256,7 @@ def test_a_flood_of_sockets_costs_its_owner_only(machine: Machine) -> None:
 
 @pytest.mark.parametrize("how", ["restart", "kill --signal=KILL", "stop"])
 def test_a_restarted_daemon_sees_what_changed(machine: Machine, how: str) -> None:
-    """Locks stay while it is away; then what ended meanwhile goes, what came meanwhile comes."""
+    """Locks stay while it is away; then those of servers that ended go, and those of new servers come."""
     with machine.session("alice") as alice, machine.session("bob") as bob:
         pids = {display: start(alice, display) for display in (7, 8)}
         eventually(lambda: lock(bob, 7) and lock(bob, 8), what="bob has the locks")
@@ -261,26 +265,28 @@ def test_a_restarted_daemon_sees_what_changed(machine: Machine, how: str) -> Non
             machine.run("systemctl", "stop", "polytmpd")
             end(alice, pids[8])
             start(alice, 9)
-            assert lock(bob, 8), "nobody is there to remove it"
+            assert lock(bob, 8), "no daemon removes it"
             assert not lock(bob, 9)
             machine.run("systemctl", "start", "polytmpd")
-            eventually(lambda: not lock(bob, 8) and lock(bob, 9), what="bob has what is true now")
+            eventually(lambda: not lock(bob, 8) and lock(bob, 9), what="bob has the locks of now")
             eventually(lambda: not host_lock(machine, 8) and host_lock(machine, 9), what="and the host")
         else:
             machine.run("systemctl", *how.split(), "polytmpd")
             eventually(
                 lambda: machine.run("systemctl", "is-active", "polytmpd").stdout == "active\n",
-                what="it is back",
+                what="the daemon is back",
             )
             end(alice, pids[8])
-            eventually(lambda: not lock(bob, 8) and not host_lock(machine, 8), what="it hears as before")
+            eventually(
+                lambda: not lock(bob, 8) and not host_lock(machine, 8), what="the daemon notices as before"
+            )
         assert lock(bob, 7) == f"{pids[7]:10}\n"
-        assert bob.run("stat -c %i /tmp/.X7-lock") == inode, "it was not even touched"
+        assert bob.run("stat -c %i /tmp/.X7-lock") == inode, "it was not touched"
 
 
 @pytest.mark.parametrize("how", ["rm -rf /tmp/.X11-unix", "mv /tmp/.X11-unix /tmp/.former"])
 def test_a_socket_directory_that_the_host_makes_again(machine: Machine, how: str) -> None:
-    """Those who are in have the new one; a server that listens in the former one is lost, as on any host."""
+    """Users who are logged in get the new one; a server in the old one is lost, as on any host."""
     with machine.session("alice") as alice, machine.session("bob") as bob:
         start(alice, 7)
         eventually(lambda: lock(bob, 7), what="bob has the lock")

@@ -53,7 +53,7 @@ class Traces:
 
 
 NOTHING = Traces({}, (), (), 0, 0, 1)
-"""The traces when nobody has an instance: the FD store contains the inotify instance only."""
+"""The traces when there is no instance: the FD store contains the inotify instance only."""
 
 
 class Host:
@@ -139,7 +139,7 @@ class Host:
 
     # Waiting
 
-    def wait_gone(self, what: str = "nothing is left of anybody", timeout: float = 60) -> None:
+    def wait_gone(self, what: str = "nothing is left of any instance", timeout: float = 60) -> None:
         self.wait_for(NOTHING, what, timeout)
 
     def wait_for(self, wanted: Traces, what: str, timeout: float = 60) -> None:

@@ -180,7 +180,7 @@ async def create(world: World) -> None:
 
 
 async def rebuild(world: World) -> None:
-    """A login that finds the files, but nobody in the namespace."""
+    """A login that finds the files, but no process in the namespace."""
     made = await world.create()
     await world.end()
 

@@ -26,7 +26,7 @@ class Daemon:
         self.listed: dict[int, dict[str, Any]] = {}
         """What instances() returned last."""
         self.at_rest = self.descriptors()[0]
-        """How many descriptors it has open, besides namespaces, when nobody is logged in."""
+        """How many descriptors it has open, besides namespaces, when no user is logged in."""
 
     def pid(self) -> int | None:
         for pid in proc.pids():
