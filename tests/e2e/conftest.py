@@ -151,9 +151,8 @@ def elsewhere(machine: Machine) -> Iterator[Callable[[list[str]], None]]:
 
     def move(pids: list[str]) -> None:
         assert pids, "nothing to move"
-        machine.sh(
-            f"mkdir -p {ELSEWHERE}; for p in {' '.join(pids)}; do echo $p >{ELSEWHERE}/cgroup.procs; done"
-        )
+        place = f"{ELSEWHERE}/cgroup.procs"
+        machine.sh(f"set -e; mkdir -p {ELSEWHERE}; for pid in {' '.join(pids)}; do echo $pid >{place}; done")
 
     yield move
     empty = f"test ! -e {ELSEWHERE} || rmdir {ELSEWHERE}"

@@ -12,7 +12,7 @@ import pytest
 
 from tests import observe
 from tests.attacks import attack, prepare, program
-from tests.bed import Machine, eventually
+from tests.bed import Machine, Session, eventually
 
 pytestmark = [
     pytest.mark.e2e,
@@ -34,6 +34,13 @@ def as_user(machine: Machine, user: str, command: str, timeout: float = 60) -> N
     """Run a command on the host as a user, without a login."""
     argv = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "sh", "-c", command]
     machine.run(*argv, timeout=timeout)
+
+
+def ask(alice: Session, connections: int, member: str) -> None:
+    """Let alice send questions about her instance, and return when all are sent."""
+    question = program("rawbus.py", "ask", str(connections), "1001", member)
+    alice.run(f"setsid {question} >/tmp/ask 2>&1 &")
+    eventually(lambda: "sent" in alice.run("cat /tmp/ask"), what="the questions are sent")
 
 
 # Unprivileged callers
@@ -119,8 +126,7 @@ def test_many_questions_about_an_instance_with_many_mounts(machine: Machine) -> 
             120,
             "the mounts are made",
         )
-        alice.run(f"setsid {program('rawbus.py', 'ask', '2', '1001', 'ListHolders')} >/tmp/ask 2>&1 &")
-        eventually(lambda: "sent" in alice.run("cat /tmp/ask"), what="the questions are sent")
+        ask(alice, 2, "ListHolders")
         assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
         machine.run("loginctl", "terminate-user", "alice")
         alice.kill()
@@ -136,8 +142,7 @@ def test_questions_about_a_process_that_cannot_be_read(machine: Machine) -> None
         eventually(lambda: alice.result(read, check=False).returncode == 137, what="reading it hangs")
         shown = machine.run("polytmpctl", "ps", "alice", timeout=20).stdout
         assert pid in shown
-        alice.run(f"setsid {program('rawbus.py', 'ask', '1', '1001', 'ListProcesses')} >/tmp/ask 2>&1 &")
-        eventually(lambda: "sent" in alice.run("cat /tmp/ask"), what="the questions are sent")
+        ask(alice, 1, "ListProcesses")
         assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
         machine.run("loginctl", "terminate-user", "alice")
         alice.kill()
@@ -178,8 +183,7 @@ def test_questions_about_many_descriptors_whose_caller_leaves(machine: Machine) 
         for _ in range(5):
             alice.run(program("rawbus.py", "leave", "2", "1001", "ListHolders"))
         assert "sleep" in machine.run("polytmpctl", "ps", "alice", timeout=20).stdout
-        alice.run(f"setsid {program('rawbus.py', 'ask', '4', '1001', 'ListHolders')} >/tmp/ask 2>&1 &")
-        eventually(lambda: "sent" in alice.run("cat /tmp/ask"), what="the questions are sent")
+        ask(alice, 4, "ListHolders")
         assert "sleep" in machine.run("polytmpctl", "ps", "alice", timeout=20).stdout
         assert seconds(lambda: machine.run("systemctl", "restart", "polytmpd", timeout=40)) < 5
         machine.run("loginctl", "terminate-user", "alice")

@@ -18,10 +18,10 @@ pytestmark = [
 ]
 
 
-def leave_behind(machine: Machine, alice: Session, command: str) -> int:
-    """Leave bob's instance to a namespace that bob has made from its own; return the number of its own.
+def leave_behind(machine: Machine, alice: Session, command: str) -> None:
+    """Leave only a namespace that bob has made from the instance's own, with the command in it.
 
-    The command runs in bob's. alice starts it, so that bob has neither a session nor a slice.
+    alice starts it, so that bob has neither a session nor a slice.
     """
     lines = (
         "stat -Lc %i /proc/self/ns/mnt; echo mark >/tmp/mark",
@@ -33,7 +33,6 @@ def leave_behind(machine: Machine, alice: Session, command: str) -> int:
     eventually(lambda: observe.state(machine, "bob") == "draining", what="bob's instance drains")
     own = f"mnt:[{number}]"
     eventually(lambda: own not in observe.namespaces(machine), what="the namespace itself has ended")
-    return number
 
 
 def stays_bobs(machine: Machine) -> None:

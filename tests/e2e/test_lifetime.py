@@ -145,16 +145,14 @@ def test_a_cron_job(machine: Machine) -> None:
     machine.write("/usr/local/bin/job", job, mode=0o755)
     machine.write("/etc/cron.d/probe", "* * * * * alice /usr/local/bin/job\n")
     try:
-        eventually(
-            lambda: machine.sh("pgrep -f 'sleep infinity'", check=False).stdout, 90, "cron starts the job"
-        )
+        eventually(lambda: observe.processes(machine, "sleep infinity"), 90, "cron starts the job")
         machine.run("rm", "/etc/cron.d/probe")
         stays(machine)
         inode = observe.status(machine, "alice")["namespace"]
         assert machine.run("cat", "/home/alice/ns").stdout.strip() == f"mnt:[{inode}]"
         assert observe.held(machine) == []
     finally:
-        machine.sh("rm -f /etc/cron.d/probe; pkill -f 'sleep infinity'", check=False)
+        machine.sh("rm -f /etc/cron.d/probe; pkill -x sleep", check=False)
     wait_until_gone(machine)
 
 
