@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.bed.tree import PROJECT
 from tests.soak.round import Report, soak
+from tests.soak.sabotage import FAULTS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SEED = "short"
 SECONDS = 30
+
+
+def test_every_fault_still_fits() -> None:
+    """The text that a fault replaces is in the working tree, once."""
+    for name, (file, there, _) in FAULTS.items():
+        assert (PROJECT / "polytmpd" / file).read_text().count(there) == 1, name
 
 
 def run(release: str, deb: Path, fault: str | None = None) -> Report:

@@ -195,7 +195,7 @@ def _wrap(target: object, attribute: str, name: str, faults: Faults) -> None:
 
 
 def _of_caller(name: str) -> str:
-    """descriptor.os.open → shared.os.open: who opens says more than that something is opened."""
+    """Name a step after the caller of kernel.descriptor: descriptor.os.open → shared.os.open."""
     frame: types.FrameType | None = sys._getframe()
     own = (__name__, descriptor.__name__, host.__name__)
     while frame is not None and frame.f_globals["__name__"] in own:

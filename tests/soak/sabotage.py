@@ -17,7 +17,7 @@ FAULTS: Final[dict[str, tuple[str, str, str]]] = {
         "aside: list[tuple[str, str]] = []",
     ),
     "set-aside-only": (
-        "deletion.py",
+        "blocking/deletion.py",
         "complete = work.run()",
         "complete = False",
     ),
@@ -44,7 +44,7 @@ FAULTS: Final[dict[str, tuple[str, str, str]]] = {
     ),
     "one-way-mounts": (
         "kernel/mountns.py",
-        "mount_point not in own_mounts and holder.mount.propagates",
+        "mount_point not in paths and holder.mount.propagates",
         "False",
     ),
     "one-for-all": (
