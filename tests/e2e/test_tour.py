@@ -4,6 +4,8 @@
 The rule: `…` within a line of output stands for any text, including none; a line with only `…` stands for
 any number of lines; several blanks match one, and blanks around `…` may be missing.
 The expected output may take a moment: a command is repeated until its output is the one in README.md.
+
+Not here: other documents (tests/unit/test_docs).
 """
 
 import re
