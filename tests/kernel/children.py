@@ -104,7 +104,7 @@ def attackers(uid: int, *works: Callable[[int], object], seconds: float = 20) ->
     try:
         for index, work in enumerate(works):
             attack._pids.append(start(partial(_strike, uid, index, work, counts, seconds)))
-        eventually(lambda: 0 not in attack.rounds, 10, "all of them are at it")
+        eventually(lambda: 0 not in attack.rounds, 10, "all attackers have begun")
         yield attack
     finally:
         for pid in attack._pids:

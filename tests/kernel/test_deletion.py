@@ -553,7 +553,7 @@ def test_attackers_at_work(base: Path, sentinel: Path, seed: int) -> None:
             syscalls.renameat2(there, f"dir{name}", there, "link", RENAME_EXCHANGE)
 
     with attackers(ATTACKER, disturb, exchange, disturb) as attack:
-        eventually(lambda: sum(attack.rounds) > 100, 10, "the attackers are at it")
+        eventually(lambda: sum(attack.rounds) > 100, 10, "the attackers have begun")
         assert remove(base).complete
         assert sum(attack.rounds) > 1000
     assert sorted(path.name for path in base.iterdir()) == ["outside", "sentinel"]
@@ -575,7 +575,7 @@ def test_attackers_who_only_create(base: Path) -> None:
         os.mkdir(f"{os.getpid()}-{number % 20_000}", dir_fd=fd)
 
     with attackers(ATTACKER, create, create) as attack:
-        eventually(lambda: sum(attack.rounds) > 100, 10, "the attackers are at it")
+        eventually(lambda: sum(attack.rounds) > 100, 10, "the attackers have begun")
         assert remove(base).complete
     os.close(fd)
 

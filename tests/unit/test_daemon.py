@@ -779,7 +779,7 @@ async def test_a_logind_that_does_not_answer_at_start_is_asked_again(
     await world.daemon.restore()
     await world.daemon.start()
     world.daemon.logind_changed()
-    await asyncio.sleep(0.1)  # ten attempts that change nothing: that takes a time, not a condition
+    await asyncio.sleep(0.1)  # ten attempts, none of which may change the state
     assert world.state() is State.ACTIVE
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len([record for record in warnings if "does not answer" in record.message]) == 1
@@ -787,7 +787,7 @@ async def test_a_logind_that_does_not_answer_at_start_is_asked_again(
     await eventually(lambda: world.state() is State.DRAINING)
     assert world.executor.log[-1] == "let_go 1000"
     world.logind.listed_sessions = [Session("1", BOB)]
-    await asyncio.sleep(0.05)  # nothing is asked: that takes a time, not a condition
+    await asyncio.sleep(0.05)  # nothing must happen, so there is no condition to wait for
     assert world.state(1001) is None, "it is asked no more"
     await world.daemon.stop()
 

@@ -201,7 +201,7 @@ async def test_processes_that_follow_one_another(
     monkeypatch.setattr(executor, "_LOOK_AGAIN", 0.2)
     caplog.set_level("INFO")
     ended.executor.start()  # the process is gone whenever it is looked for
-    await asyncio.sleep(0.5)  # what is counted is the looks in this time
+    await asyncio.sleep(0.5)  # the test counts the looks in this time
     assert 3 <= ended.looks <= 6, "after 0, 0.02, 0.06, 0.14, 0.3, 0.5 seconds, and not without a pause"
     assert ended.ended == []
     assert len([record for record in caplog.records if "waiting" in record.message]) == 1
@@ -216,7 +216,7 @@ async def test_one_that_stays_is_waited_for(ended: World, monkeypatch: pytest.Mo
         ended.mounted = {BARRIER: process.pid}
         ended.executor.start()
         await eventually(lambda: ended.looks)
-        await asyncio.sleep(0.1)  # there is no second look: that takes a time, not a condition
+        await asyncio.sleep(0.1)  # a second look must not come
         assert ended.looks == 1
         ended.mounted = {}
     finally:
