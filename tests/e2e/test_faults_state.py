@@ -54,10 +54,10 @@ def changed(**values: object) -> Callable[[str], str]:
 BAD: dict[str, Callable[[str], str]] = {
     "empty": lambda _: "",
     "truncated": lambda text: text[: len(text) // 2],
-    "of no text": lambda _: "\0\0\0\0",
+    "binary": lambda _: "\0\0\0\0",
     "of another type": lambda _: "[1, 2]",
     "of a future version": changed(version=99),
-    "of a former form": lambda _: '{"uid": 1002}',
+    "of an earlier version": lambda _: '{"uid": 1002}',
     "of another user": changed(uid=ALICE),
     "of wrong directories": changed(directories=[{"path": "../etc", "lifetime": "x"}]),
     "too large": lambda text: text + " " * 70000,
