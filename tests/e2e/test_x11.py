@@ -226,7 +226,7 @@ def test_what_is_no_lock_is_shown_to_nobody(machine: Machine) -> None:
 
 def test_what_somebody_has_in_the_place_of_a_lock_stays(machine: Machine) -> None:
     with machine.session("alice") as alice, machine.session("bob") as bob:
-        # the sleep: change times are as coarse as a tick of the kernel, and a later change must show
+        # the sleep: a change time is as coarse as a kernel tick, and a later change must have another one
         bob.run("echo mine >/tmp/.X7-lock; mkdir /tmp/.X8-lock; ln -s /etc/passwd /tmp/.X9-lock; sleep 0.1")
         before = bob.run("stat -c '%n %i %U %Z' /tmp/.X*-lock")
         pids = [start(alice, display) for display in (7, 8, 9)]
@@ -249,9 +249,9 @@ def test_a_flood_of_sockets_costs_its_owner_only(machine: Machine) -> None:
         lines = [line for line in machine.journal("--unit=polytmpd").splitlines() if "X displays" in line]
         assert len(lines) == 1, lines
         alice.run("rm /tmp/.X11-unix/X1*")
-        eventually(lambda: copies(machine) == ["/tmp/.X99-lock"] or len(copies(machine)) == 2, what="gone")
+        eventually(lambda: copies(machine) == ["/tmp/.X99-lock"] or len(copies(machine)) == 2, what="alice's are gone")
         end(bob, pid)
-        eventually(lambda: copies(machine) == [], what="all gone")
+        eventually(lambda: copies(machine) == [], what="all are gone")
 
 
 @pytest.mark.parametrize("how", ["restart", "kill --signal=KILL", "stop"])
@@ -268,7 +268,7 @@ def test_a_restarted_daemon_sees_what_changed(machine: Machine, how: str) -> Non
             assert lock(bob, 8), "no daemon removes it"
             assert not lock(bob, 9)
             machine.run("systemctl", "start", "polytmpd")
-            eventually(lambda: not lock(bob, 8) and lock(bob, 9), what="bob has the locks of now")
+            eventually(lambda: not lock(bob, 8) and lock(bob, 9), what="bob has the current locks")
             eventually(lambda: not host_lock(machine, 8) and host_lock(machine, 9), what="and the host")
         else:
             machine.run("systemctl", *how.split(), "polytmpd")
