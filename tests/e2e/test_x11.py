@@ -249,7 +249,10 @@ def test_a_flood_of_sockets_costs_its_owner_only(machine: Machine) -> None:
         lines = [line for line in machine.journal("--unit=polytmpd").splitlines() if "X displays" in line]
         assert len(lines) == 1, lines
         alice.run("rm /tmp/.X11-unix/X1*")
-        eventually(lambda: copies(machine) == ["/tmp/.X99-lock"] or len(copies(machine)) == 2, what="alice's are gone")
+        eventually(
+            lambda: copies(machine) == ["/tmp/.X99-lock"] or len(copies(machine)) == 2,
+            what="alice's are gone",
+        )
         end(bob, pid)
         eventually(lambda: copies(machine) == [], what="all are gone")
 
