@@ -15,14 +15,19 @@ from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.logind import Logind
 from polytmpd.bus.service import Service
 from polytmpd.bus.systemd1 import Systemd
+from polytmpd.core.views import Views
 from polytmpd.daemon import Daemon
 from polytmpd.devices import Devices
 from polytmpd.displays.displaylocks import DisplayLocks
 from polytmpd.errors import PolytmpError
-from polytmpd.executor import Executor
+from polytmpd.executor import fdstore
+from polytmpd.executor.actions import Executor
 from polytmpd.kernel import host
 from polytmpd.kernel.host import in_words
+from polytmpd.presence import Presence
+from polytmpd.questions import Questions
 from polytmpd.slices import Slices
+from polytmpd.tasks import Tasks
 
 log = logging.getLogger("polytmpd")
 
@@ -44,42 +49,36 @@ async def run() -> int:
     the FD store carries over what lives.
     """
     loop = asyncio.get_running_loop()
+    tasks = Tasks()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     settings, problems = config.load()
     for problem in problems:
         log.error("%s", problem, extra=journal.fields(journal.MessageId.BAD_CONFIG))
-    boot_id = _boot_id()
+    state = StateDirectory(STATE)
+    state.lock()
     connection = await Connection.open()
-    daemon: Daemon
-    executor = Executor(StateDirectory(STATE), boot_id, lambda uid: daemon.namespace_ended(uid))
-    daemon = Daemon(settings, executor, config.load)
-    slices = Slices(daemon.slice_populated)
-    logind, systemd = (
-        Logind(connection, daemon),
-        Systemd(connection, daemon.slice_changed, daemon.scope_changed, daemon.systemd_changed),
-    )
-    service = Service(connection, daemon)
-    daemon.connect(service, logind, systemd, slices, DisplayLocks(executor.share_again))
-    await daemon.restore()
-    await logind.subscribe()
-    await systemd.subscribe()
+    executor = Executor(state, _boot_id(), fdstore.take(), DisplayLocks())
+    presence = Presence(Logind(connection), Systemd(connection), Slices(), settings.exemptions)
+    views = Views(settings.paths)
+    daemon = Daemon(settings, config.load, executor, presence, views)
+    questions = Questions(views, daemon.kept, executor.removed_entries)
+    service = Service(connection, views, daemon, questions)
+    devices = Devices(executor.device_gone, executor.devices_missed)
     await daemon.start()
-    devices = Devices(daemon.device_gone, daemon.devices_missed)
     devices.start()
-    daemon.devices_missed()
     await service.publish()
-    loop.add_signal_handler(signal.SIGHUP, lambda: _reload(daemon))
-    sdnotify.ready(f"Private directories: {' '.join(daemon.directories())}")
-    watchdog = loop.create_task(_feed_watchdog())
+    loop.add_signal_handler(signal.SIGHUP, lambda: tasks.start(_reload(daemon)))
+    sdnotify.ready(f"Private directories: {' '.join(settings.paths)}")
+    tasks.start(_feed_watchdog())
     closed = loop.create_task(connection.wait_closed())
     await asyncio.wait((closed, loop.create_task(stop.wait())), return_when=asyncio.FIRST_COMPLETED)
     sdnotify.stopping()
-    watchdog.cancel()
+    await tasks.close()
+    await devices.close()
+    questions.close()
     await daemon.stop()
-    devices.close()
-    slices.close()
     if stop.is_set():
         connection.close()
         return 0
@@ -87,17 +86,9 @@ async def run() -> int:
     return 1
 
 
-_background: set["asyncio.Task[None]"] = set()
-
-
-def _reload(daemon: Daemon) -> None:
-    async def reload() -> None:
-        with contextlib.suppress(PolytmpError):  # it is in the journal
-            await daemon.reload()
-
-    task = asyncio.get_running_loop().create_task(reload())
-    _background.add(task)
-    task.add_done_callback(_background.discard)
+async def _reload(daemon: Daemon) -> None:
+    with contextlib.suppress(PolytmpError):  # it is in the journal
+        await daemon.reload()
 
 
 async def _feed_watchdog() -> None:

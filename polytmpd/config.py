@@ -48,6 +48,11 @@ class Config:
     )
     exemptions: Exemptions = field(default_factory=Exemptions)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The directories that are private, by path."""
+        return tuple(directory.path for directory in self.directories)
+
 
 @dataclass(frozen=True, slots=True)
 class _Setting:

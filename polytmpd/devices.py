@@ -13,12 +13,14 @@ Hard facts
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import pyudev
+
+from polytmpd.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,13 @@ class BlockDevice:
     number: str
     node: str
 
+    def is_source_of(self, number: str, source: str) -> bool:
+        """Whether a mount with this device number and source, as in mountinfo, is from the device.
+
+        The number of btrfs, for one, is its own. The source is what the caller of mount(2) said.
+        """
+        return self.number == number or (bool(self.node) and self.node == source)
+
 
 def exists(number: str) -> bool:
     """Whether the kernel has a block device MAJOR:MINOR. Always true for major 0, which is no device's."""
@@ -42,17 +51,31 @@ def exists(number: str) -> bool:
 class Devices:
     """Listens for block devices that go away; owns a netlink socket."""
 
-    def __init__(self, gone: Callable[[BlockDevice], None], missed: Callable[[], None]) -> None:
-        """The event loop calls gone(device) for each device that goes away.
+    def __init__(
+        self,
+        gone: Callable[[BlockDevice], Coroutine[Any, Any, None]],
+        missed: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
+        """gone(device) is started in the event loop for each device that goes away.
 
-        It calls missed() if events were lost: then any device may have gone.
+        missed() is started if any may have gone: at start, and if events were lost.
         """
         self._gone = gone
         self._missed = missed
+        self._tasks = Tasks()
         self._monitor: Any = None
 
     def start(self) -> None:
         """Start listening. Logs a failure and ignores it: everything else works without udev."""
+        self._listen()
+        self._tasks.start(self._missed())
+
+    async def close(self) -> None:
+        """Report nothing more."""
+        self._stop_listening()
+        await self._tasks.close()
+
+    def _listen(self) -> None:
         try:
             context = pyudev.Context()
             source = "udev" if UDEVD.exists() else "kernel"
@@ -70,7 +93,7 @@ class Devices:
             log.debug("udevd is not running, listening to the kernel")
         asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._on_readable)
 
-    def close(self) -> None:
+    def _stop_listening(self) -> None:
         if self._monitor is not None:
             asyncio.get_running_loop().remove_reader(self._monitor.fileno())
             self._monitor = None  # libudev closes the socket with it
@@ -81,9 +104,8 @@ class Devices:
                 if device.action == "remove":
                     number = device.device_number
                     text = f"{os.major(number)}:{os.minor(number)}"
-                    self._gone(BlockDevice(text, device.device_node or ""))
+                    self._tasks.start(self._gone(BlockDevice(text, device.device_node or "")))
         except OSError as error:
-            log.warning("Lost events of udev, checking all devices: %s", error)
-            self.close()
+            log.warning("Events of udev were lost, looking at all devices: %s", error)
+            self._stop_listening()
             self.start()
-            self._missed()

@@ -7,9 +7,10 @@ Not here: what is logged.
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from systemd.journal import JournalHandler
 
@@ -41,6 +42,17 @@ def fields(
         "POLYTMP_USER": user,
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+class UserLog(logging.LoggerAdapter[logging.Logger]):
+    """A logger whose records have the fields of one user, and those that a call adds with extra=fields()."""
+
+    def __init__(self, logger: logging.Logger, uid: int, user: str) -> None:
+        super().__init__(logger, fields(uid=uid, user=user))
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """LoggerAdapter's own would drop the call's fields; merge_extra= came with Python 3.13."""
+        return msg, {**kwargs, "extra": {**(self.extra or {}), **kwargs.get("extra", {})}}
 
 
 def set_up(level: int = logging.INFO) -> None:

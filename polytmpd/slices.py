@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether a user's slice has processes, by inotify on cgroup.events (cgroups(7), "populated").
+"""Watches whether a user's slice has processes: inotify on cgroup.events (cgroups(7), "populated").
 
-No polling, but for what the kernel does not let us watch or read: that counts as populated until it does.
-Not here: where the slice's cgroup is (bus/systemd1), and what follows.
+Nothing is polled, except what the kernel does not let us watch or read. Until it does, that counts as
+populated.
+Not here: where the slice's cgroup is (bus/systemd1), and what follows (presence).
 
 Hard facts
 - The kernel sends at most one IN_MODIFY in 10 ms for a cgroup.events (CGROUP_FILE_NOTIFY_MIN_INTV in
-  kernel/cgroup); one that is due later is dropped where the cgroup is removed before, and the removal itself
-  sends nothing to the file's watch. So `populated 0` may never be heard. The directory above sends IN_DELETE
-  when the slice's is removed; that is always heard.
+  kernel/cgroup). It drops a pending one when the cgroup is removed, and the removal itself sends nothing to
+  the file's watch. So `populated 0` may never arrive. The parent directory always sends IN_DELETE when the
+  slice's cgroup is removed.
 """
 
 import asyncio
@@ -24,52 +25,56 @@ from polytmpd.kernel.inotify import IN_DELETE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERF
 log = logging.getLogger(__name__)
 
 CGROUP_ROOTS: Final = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
-"""cgroup v2 alone, or beside v1 ("hybrid", see file-hierarchy in systemd's documentation of cgroups)."""
+"""cgroup v2 alone, or beside v1 (the "hybrid" hierarchy of systemd)."""
 
 _LOOK_AGAIN: Final = 10.0
-"""Seconds after which a slice that could not be watched, or read, is tried again."""
-_GONE: Final = (errno.ENOENT, errno.ENODEV)  # so is the cgroup
+"""Seconds after which a slice that could not be watched or read is tried again."""
+_GONE: Final = (errno.ENOENT, errno.ENODEV)
+"""What reading cgroup.events raises once the cgroup is removed."""
 
 
 def parse_populated(text: str) -> bool:
-    """The value of `populated` in cgroup.events; False where there is none."""
+    """The value of `populated` in cgroup.events; False if there is none."""
     return any(line.split() == ["populated", "1"] for line in text.splitlines())
 
 
+Report = Callable[[int, bool], None]
+"""report(uid, populated), called in the event loop."""
+
+
 class Slices:
-    """Watches the slices that it is told of; owns one inotify instance."""
+    """Watches the cgroups of users' slices. Owns one inotify instance."""
 
-    def __init__(self, populated: Callable[[int, bool], None]) -> None:
-        """populated(uid, whether) is called in the event loop, at watch() and at each change.
-
-        Raises OSError (EMFILE).
-        """
-        self._populated = populated
+    def __init__(self) -> None:
+        """Needs a running event loop. Raises OSError (EMFILE)."""
         self._inotify = Inotify()
-        self._files: dict[int, tuple[int, Path]] = {}
+        self._watched: dict[int, tuple[int, Path, Report]] = {}
         self._guessed: dict[int, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._inotify.fd, self._on_readable)
 
-    def watch(self, uid: int, control_group: str) -> None:
-        """Watch the cgroup from now on, and report what it says now. An empty one is not populated."""
+    def watch(self, uid: int, control_group: str, report: Report) -> None:
+        """Watch the cgroup from now on: report what it says now, and each change.
+
+        An empty control_group is not populated.
+        """
         path = self._events_file(control_group) if control_group else None
         if path is None:
-            self._tell(uid, False)
+            self._tell(uid, False, report)
             return
         try:
             self._inotify.add_watch(str(path.parent.parent), IN_DELETE | IN_ONLYDIR)
             watch = self._inotify.add_watch(str(path), IN_MODIFY)
         except FileNotFoundError:
-            self._tell(uid, False)
+            self._tell(uid, False, report)
             return
         except OSError as error:
-            self._files = {w: entry for w, entry in self._files.items() if entry[0] != uid}
-            self._guess(uid, error, lambda: self.watch(uid, control_group))
+            self._watched = {w: entry for w, entry in self._watched.items() if entry[0] != uid}
+            self._guess(uid, error, report, lambda: self.watch(uid, control_group, report))
             return
-        self._files = {w: entry for w, entry in self._files.items() if entry[0] != uid or w == watch}
-        self._files[watch] = (uid, path)
-        self._report(uid, path)
+        self._watched = {w: entry for w, entry in self._watched.items() if entry[0] != uid or w == watch}
+        self._watched[watch] = (uid, path, report)
+        self._read(uid, path, report)
 
     def close(self) -> None:
         for timer in self._guessed.values():
@@ -84,40 +89,40 @@ class Slices:
                 return path
         return None
 
-    def _report(self, uid: int, path: Path) -> None:
+    def _read(self, uid: int, path: Path, report: Report) -> None:
         try:
             populated = parse_populated(path.read_text())
         except OSError as error:
-            if error.errno not in _GONE:  # EMFILE, say
-                self._guess(uid, error, lambda: self._report(uid, path))
+            if error.errno not in _GONE:  # EMFILE, for example
+                self._guess(uid, error, report, lambda: self._read(uid, path, report))
                 return
             populated = False
-        self._tell(uid, populated)
+        self._tell(uid, populated, report)
 
-    def _tell(self, uid: int, populated: bool) -> None:
+    def _tell(self, uid: int, populated: bool, report: Report) -> None:
         if (timer := self._guessed.pop(uid, None)) is not None:
             timer.cancel()
-            log.info("Whether UID %d has processes is known again", uid, extra=fields(uid=uid))
-        self._populated(uid, populated)
+            log.info("Can determine again whether UID %d has processes", uid, extra=fields(uid=uid))
+        report(uid, populated)
 
-    def _guess(self, uid: int, error: OSError, again: Callable[[], None]) -> None:
-        """Go on as if the slice had processes: nothing is let go while it may have some."""
+    def _guess(self, uid: int, error: OSError, report: Report, again: Callable[[], None]) -> None:
+        """Assume that the slice has processes: nothing is released while it may have some."""
         if (timer := self._guessed.get(uid)) is not None:
             timer.cancel()
         else:
             log.warning(
-                "Whether UID %d has processes cannot be told, going on as if it had some: %s",
+                "Cannot determine whether UID %d has processes, assuming so and retrying: %s",
                 uid,
                 error,
                 extra=fields(uid=uid),
             )
         self._guessed[uid] = self._loop.call_later(_LOOK_AGAIN, again)
-        self._populated(uid, True)
+        report(uid, True)
 
     def _on_readable(self) -> None:
         for event in self._inotify.read():
-            for watch, (uid, path) in list(self._files.items()):
+            for watch, (uid, path, report) in list(self._watched.items()):
                 if watch == event.watch or event.mask & IN_Q_OVERFLOW or event.name == path.parent.name:
-                    self._report(uid, path)
+                    self._read(uid, path, report)
                     if not path.exists():
-                        self._files.pop(watch, None)
+                        self._watched.pop(watch, None)

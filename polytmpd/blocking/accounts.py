@@ -13,12 +13,17 @@ Hard facts
 import pwd
 
 
-def name_of(uid: int, told: str) -> str:
-    """The user's present name; what we were told where the user database does not know him."""
+def find_name(uid: int) -> str | None:
+    """The user's name; None if the user database does not know the UID."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return told
+        return None
+
+
+def name_of(uid: int, told: str) -> str:
+    """The user's present name; told if the user database does not know the UID."""
+    return find_name(uid) or told
 
 
 def is_former(name: str, uid: int, present: str) -> bool:

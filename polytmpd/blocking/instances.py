@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The work on one instance, as a thread does it: directories and namespace are made, found again, set aside
-and deleted. All of it blocks.
+"""Makes an instance, its directories and its namespace, and finds or changes one that lives.
 
-Keeps nothing: what is made goes to the caller, or is gone again.
-Not here: whose turn it is, and who holds what was made (executor).
+Nothing is kept here: what is made goes to the caller, or is removed again.
+Not here: removing an instance (removal), whose turn it is, and who holds what was made (executor).
 """
 
 import contextlib
@@ -12,8 +11,9 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from polytmpd.blocking import accounts, deletion, recovery, shared, storage
 from polytmpd.core import names
@@ -25,7 +25,8 @@ from polytmpd.core.model import (
 )
 from polytmpd.core.names import INNER
 from polytmpd.journal import MessageId, fields
-from polytmpd.kernel import host, mountns, processes
+from polytmpd.kernel import host, inside, mountns, processes
+from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.mountinfo import Mount
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def prepare(
     uid: int, user: str, directories: Sequence[Directory], boot_id: str, watch: Callable[[str], int]
-) -> tuple[Instance, int, int]:
+) -> tuple[Instance, Descriptor, int]:
     """Make directories and namespace: (instance, descriptor of the namespace, watch on its sentinel).
 
     watch(path) is called for the sentinel, before anybody can enter. The descriptor is the caller's. Raises
@@ -64,7 +65,7 @@ def prepare(
     return instance, namespace.fd, namespace.watch
 
 
-def rebuild(instance: Instance, watch: Callable[[str], int]) -> tuple[Instance, int, int]:
+def rebuild(instance: Instance, watch: Callable[[str], int]) -> tuple[Instance, Descriptor, int]:
     """As prepare(), over the directories that the instance has. Raises OSError."""
     places = []
     for entry in instance.directories:
@@ -82,7 +83,7 @@ def require_same_user(instance: Instance) -> None:
         raise OSError(errno.EBUSY, f"{text}; end them, see polytmpctl ps {instance.uid}")
 
 
-def open_living(instance: Instance) -> int | None:
+def open_living(instance: Instance) -> Descriptor | None:
     """A descriptor of the instance's namespace where somebody lives in it, or holds it open.
 
     The kernel gives inode numbers out again, the lowest first: it may be another namespace by now, one that
@@ -93,156 +94,61 @@ def open_living(instance: Instance) -> int | None:
     if fd is None:
         return None
     try:
-        mounts = mountns.mounts_in(fd) if mountns.is_privileged(fd) else []
+        mounts = inside.mounts_in(fd) if mountns.is_privileged(fd) else []
     except OSError:  # another one by now, in which no /proc is mounted: a sandbox that is being made
         mounts = []
     mounted = {recovery.barrier_of(mount) for mount in mounts}
     if recovery.is_host_peer(mounts) and all(entry.barrier in mounted for entry in instance.directories):
         return fd
-    os.close(fd)
+    fd.close()
     return None
 
 
-def share_again(instance: Instance, held: int | None, path: str) -> list[str]:
-    """Bind the host's socket directories in path anew; those that were. Raises OSError.
+@contextlib.contextmanager
+def entered(instance: Instance, held: Descriptor | None) -> Iterator[Descriptor | None]:
+    """A descriptor of the instance's namespace; None if nobody lives in it. Raises OSError.
 
-    held: a descriptor of the namespace, closed here; without one its processes are asked.
+    held: one that is there already, closed at the end. Without it the processes in the namespace are asked.
     """
     fd = held if held is not None else open_living(instance)
     if fd is None:
-        return []
-    try:
-        changed: list[str] = []
-        for entry in instance.directories:
-            if entry.directory.path == path:
-                with host.open_directory(path) as base:
-                    names = _shareable(base, entry.directory)
-                changed += mountns.share_again(fd, path, names)
-        return changed
-    finally:
-        os.close(fd)
+        yield None
+        return
+    with fd:
+        yield fd
 
 
-def detach(instance: Instance, held: int | None, chosen: Callable[[Mount], bool]) -> list[str]:
-    """Detach the chosen mounts in the private directories; where those were. Raises OSError.
+def share_again(namespace: Descriptor, instance: Instance, path: str) -> list[str]:
+    """Bind the host's socket directories in path again. Returns those that were. Raises OSError."""
+    changed: list[str] = []
+    for entry in instance.directories:
+        if entry.directory.path == path:
+            with host.open_directory(path) as base:
+                names = _shareable(base, entry.directory)
+            changed += inside.share_again(namespace, path, names)
+    return changed
 
-    Never what makes them private: the user would be in the shared ones. held: as for share_again().
+
+def detach(namespace: Descriptor, instance: Instance, chosen: Callable[[Mount], bool]) -> list[str]:
+    """Detach the chosen mounts in the private directories. Returns where they were. Raises OSError.
+
+    What makes the directories private always stays: the user would be in the shared ones.
     """
 
     def others(mount: Mount) -> bool:
         return chosen(mount) and not _is_ours(instance, mount)
 
-    fd = held if held is not None else open_living(instance)
-    if fd is None:
-        return []
-    try:
-        return mountns.detach(fd, [entry.directory.path for entry in instance.directories], others)
-    finally:
-        os.close(fd)
+    return inside.detach(namespace, [entry.directory.path for entry in instance.directories], others)
 
 
-def set_aside(instance: Instance) -> list[tuple[str, str]]:
-    """Rename what does not persist. Raises OSError where one could not be renamed, after the others were."""
-    aside: list[tuple[str, str]] = []
-    failure: OSError | None = None
-    for entry in instance.directories:
-        if entry.directory.lifetime is Lifetime.PERSISTENT:
-            continue
-        try:
-            with host.open_directory(entry.directory.path) as base:
-                aside.append((entry.directory.path, _set_aside(base, entry.barrier)))
-        except FileNotFoundError:
-            log.warning("%s was gone already", entry.host_path)
-        except OSError as error:
-            failure = error
-    if failure is not None and not aside:
-        raise failure
-    if failure is not None:
-        log.error("%s", failure)
-    return aside
-
-
-def is_set_aside(instance: Instance) -> bool:
-    """Whether set_aside() has begun: something that does not persist is not in its place any more."""
-    return any(
-        entry.directory.lifetime is Lifetime.INSTANCE and not os.path.lexists(host.path(entry.host_path))
-        for entry in instance.directories
-    )
-
-
-def set_persistent_aside(uid: int, directories: Sequence[Directory]) -> list[tuple[str, str]]:
-    """Rename what is kept of a user who has no instance. Raises OSError."""
-    aside: list[tuple[str, str]] = []
-    for directory in effective(directories):
-        if directory.lifetime is Lifetime.PERSISTENT:
-            with contextlib.suppress(FileNotFoundError), host.open_directory(directory.path) as base:
-                aside.append((directory.path, _set_aside(base, names.kept_barrier(uid))))
-    return aside
-
-
-def delete(
-    aside: Sequence[tuple[str, str]], report: Callable[[int], None], cancelled: Callable[[], bool]
-) -> None:
-    """Delete what set_aside() gave; the first OSError is raised after all were tried.
-
-    report is told how many entries are gone.
-    """
-    failures: list[OSError] = []
-    done = 0
-
-    def reported(entries: int) -> None:
-        report(done + entries)
-
-    for path, name in aside:
-        try:
-            with host.open_directory(path) as base:
-                done += deletion.remove_tree(base, name, report=reported, cancelled=cancelled).entries
-        except FileNotFoundError:
-            continue  # an earlier attempt, or an administrator, deleted it
-        except OSError as error:
-            failures.append(error)
-    if failures:
-        raise failures[0]
-
-
-def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[tuple[str, str]]:
-    """(directory, barrier) of what is on disk and of no instance. Logs what cannot be read.
-
-    known: the barriers of instances.
-    """
-    leftovers: list[tuple[str, str]] = []
-    for directory in effective(directories):
-        try:
-            with host.open_directory(directory.path) as base:
-                found = storage.leftovers(base)
-        except OSError as error:  # whoever logs in is refused for it: no reason to end
-            log.error("%s cannot be looked into: %s", directory.path, error)
-            continue
-        leftovers += [(directory.path, name) for name in found.removable if name not in known]
-        for name, reason in found.foreign:
-            log.warning(
-                "%s/%s has a name of polytmp's but is not: %s, ignoring", directory.path, name, reason
-            )
-    return leftovers
-
-
-def unused(leftovers: Sequence[tuple[str, str]], cancelled: Callable[[], bool]) -> list[tuple[str, str]]:
-    """Those that nobody has mounted. Raises OSError, where it was cancelled too."""
-    in_use = recovery.mounted_barriers(leftovers, cancelled)
-    return [(path, name) for path, name in leftovers if name not in in_use]
-
-
-def delete_leftover(path: str, name: str, cancelled: Callable[[], bool]) -> None:
-    """Logs what cannot be deleted."""
-    try:
-        with host.open_directory(path) as base:
-            deletion.remove_tree(base, name, cancelled=cancelled)
-    except OSError as error:
-        log.error(
-            "Left-over instance cannot be deleted, the next start tries again: %s",
-            error,
-            extra=fields(MessageId.REMOVE_FAILED),
-        )
+def kept(uid: int, directories: Sequence[Directory]) -> tuple[InstanceDirectory, ...]:
+    """What is kept of a user between instances."""
+    entries = [
+        InstanceDirectory(directory, names.kept_barrier(uid))
+        for directory in effective(directories)
+        if directory.lifetime is Lifetime.PERSISTENT
+    ]
+    return tuple(entry for entry in entries if Path(host.path(entry.host_path)).is_dir())
 
 
 def effective(directories: Sequence[Directory]) -> list[Directory]:
@@ -253,16 +159,6 @@ def effective(directories: Sequence[Directory]) -> list[Directory]:
         if not any(real == other or real.startswith(other + "/") for other in found):
             found[real] = replace(directory, path=real)
     return list(found.values())
-
-
-def who_mounts(instance: Instance, cancelled: Callable[[], bool]) -> int | None:
-    """A process that has mounted what ends with the instance, in whatever namespace. Raises OSError."""
-    places = [
-        (entry.directory.path, entry.barrier)
-        for entry in instance.directories
-        if entry.directory.lifetime is Lifetime.INSTANCE
-    ]
-    return next(iter(recovery.mounted_barriers(places, cancelled).values()), None)
 
 
 def _is_ours(instance: Instance, mount: Mount) -> bool:
@@ -276,7 +172,7 @@ def _is_ours(instance: Instance, mount: Mount) -> bool:
     return False
 
 
-def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> tuple[int, bool]:
+def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> tuple[Descriptor, bool]:
     """(descriptor of the inner directory, whether it is new).
 
     Only what persists is ever found there and taken again.
@@ -315,12 +211,6 @@ def _new_barrier(lifetime: Lifetime, boot_id: str, uid: int) -> str:
     return names.barrier(boot_id, uid, _random())
 
 
-def _set_aside(base: int, barrier: str) -> str:
-    new = names.removing(_random())
-    storage.set_aside(base, barrier, new)
-    return new
-
-
 def _random() -> str:
     return secrets.token_hex(names.RANDOM_BYTES)
 
@@ -337,11 +227,9 @@ def _shareable(base: int, directory: Directory) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _place(entry: InstanceDirectory, inner: int) -> mountns.PrivateDirectory:
-    try:
+def _place(entry: InstanceDirectory, inner: Descriptor) -> mountns.PrivateDirectory:
+    with inner:
         status = os.fstat(inner)
-    finally:
-        os.close(inner)
     directory = entry.directory
     source = f"{entry.barrier}/{INNER}"
     return mountns.PrivateDirectory(directory.path, source, (status.st_dev, status.st_ino), directory.shared)

@@ -8,12 +8,12 @@ import errno
 import functools
 import itertools
 import os
-import pwd
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from polytmpd.blocking import accounts
 from polytmpd.core import names
 from polytmpd.core.model import Directory, Instance, InstanceDirectory
 from polytmpd.core.names import INNER
@@ -109,14 +109,7 @@ def reconstruct(
         return None
     # When it was made is not known any more: now is when we know of it.
     now, monotonic = time.time_ns() // 1000, time.monotonic_ns() // 1000
-    return Instance(uid, _name(uid), now, monotonic, tuple(entries), namespace)
-
-
-def _name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+    return Instance(uid, accounts.name_of(uid, str(uid)), now, monotonic, tuple(entries), namespace)
 
 
 def mounted_barriers(

@@ -4,13 +4,13 @@
 Not here: what the daemon does about it.
 """
 
-import asyncio
 import logging
-from collections.abc import Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 from polytmpd.bus.connection import BusError, Connection
+from polytmpd.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +78,7 @@ async def list_sessions(connection: Connection, uid: int | None = None) -> list[
 
 
 class Listener(Protocol):
-    """What is told of logind's signals.
-
-    logind_changed: it came (back), and everything has to be listed anew.
-    """
+    """Hears what logind signals. logind_changed: it is (back) on the bus, list everything again."""
 
     def user_new(self, user: User) -> None: ...
     def user_removed(self, uid: int) -> None: ...
@@ -93,15 +90,14 @@ class Listener(Protocol):
 class Logind:
     """Talks to logind over a connection that the caller owns."""
 
-    def __init__(self, connection: Connection, listener: Listener) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._listener = listener
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._removed: set[str | int] = set()
         """Sessions and users that went away while their properties were being read."""
 
-    async def subscribe(self) -> None:
-        """Hear of what changes from now on; list only afterwards, so that nothing falls between.
+    async def subscribe(self, listener: Listener) -> None:
+        """Report changes from now on. List only afterwards, so that nothing is missed in between.
 
         Raises BusError.
         """
@@ -111,8 +107,8 @@ class Logind:
             "SessionNew": self._on_session_new,
             "SessionRemoved": self._on_session_removed,
         }.items():
-            await self._connection.subscribe(SERVICE, MANAGER, member, handler)
-        await self._connection.follow_owner(SERVICE, self._on_owner)
+            await self._connection.subscribe(SERVICE, MANAGER, member, partial(handler, listener))
+        await self._connection.follow_owner(SERVICE, partial(self._on_owner, listener))
 
     async def users(self) -> list[User]:
         """Raises BusError."""
@@ -157,18 +153,18 @@ class Logind:
         is_login = not str(values["Class"]).startswith(_NO_LOGINS)
         return Session(session, User(values["User"][0], values["Name"]), is_login)
 
-    def _on_owner(self, owner: str | None) -> None:
+    def _on_owner(self, listener: Listener, owner: str | None) -> None:
         if owner is None:
             log.info("systemd-logind went away, waiting for it to come back")
         else:
-            self._listener.logind_changed()
+            listener.logind_changed()
 
-    def _on_user_new(self, _: str, body: list[Any]) -> None:
+    def _on_user_new(self, listener: Listener, _: str, body: list[Any]) -> None:
         uid, path = body
         self._removed.discard(uid)
-        self._start(self._tell_user(uid, path))
+        self._tasks.start(self._tell_user(listener, uid, path))
 
-    async def _tell_user(self, uid: int, path: str) -> None:
+    async def _tell_user(self, listener: Listener, uid: int, path: str) -> None:
         try:
             owner = self._connection.owner(SERVICE)
             name = await self._connection.get_property(owner, path, f"{SERVICE}.User", "Name")
@@ -176,37 +172,32 @@ class Logind:
             log.debug("User %d is gone again: %s", uid, error)
             return
         if uid not in self._removed:
-            self._listener.user_new(User(uid, name))
+            listener.user_new(User(uid, name))
 
-    def _on_user_removed(self, _: str, body: list[Any]) -> None:
+    def _on_user_removed(self, listener: Listener, _: str, body: list[Any]) -> None:
         self._note_removed(body[0])
-        self._listener.user_removed(body[0])
+        listener.user_removed(body[0])
 
-    def _on_session_new(self, _: str, body: list[Any]) -> None:
+    def _on_session_new(self, listener: Listener, _: str, body: list[Any]) -> None:
         session, path = body
         self._removed.discard(session)
-        self._start(self._tell_session(session, path))
+        self._tasks.start(self._tell_session(listener, session, path))
 
-    async def _tell_session(self, session: str, path: str) -> None:
+    async def _tell_session(self, listener: Listener, session: str, path: str) -> None:
         try:
             told = await self._session(session, path)
         except BusError as error:
             log.debug("Session %s is gone again: %s", session, error)
             return
         if told is not None and session not in self._removed:
-            self._listener.session_new(told)
+            listener.session_new(told)
 
-    def _on_session_removed(self, _: str, body: list[Any]) -> None:
+    def _on_session_removed(self, listener: Listener, _: str, body: list[Any]) -> None:
         self._note_removed(body[0])
-        self._listener.session_removed(body[0])
+        listener.session_removed(body[0])
 
     def _note_removed(self, gone: str | int) -> None:
         if self._tasks:
             self._removed.add(gone)
         else:
             self._removed.clear()
-
-    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -20,17 +20,15 @@ from pathlib import Path
 from typing import Any, Final, Literal
 from xml.etree import ElementTree
 
-from polytmpd.bus.connection import Connection, expects_reply
+from polytmpd.bus.connection import OBJECT_MANAGER, PROPERTIES, Connection, expects_reply
 from polytmpd.bus.library import Message, Variant
 from polytmpd.errors import ErrorName, PolytmpError
 
 log = logging.getLogger(__name__)
 
 DBUS_ERROR: Final = "org.freedesktop.DBus.Error"
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
 PEER: Final = "org.freedesktop.DBus.Peer"
-OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
 _DOCTYPE: Final = (
     '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
     ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">\n'
@@ -68,6 +66,10 @@ class Method:
     outs: Arguments = ()
 
 
+Emits = Literal["true", "invalidates", "const", "false"]
+"""What a change emits, see the EmitsChangedSignal annotation in the D-Bus specification."""
+
+
 @dataclass(frozen=True, slots=True)
 class Property:
     """get must not raise and must not block. A private one is left out of signals, which everybody hears."""
@@ -75,7 +77,7 @@ class Property:
     name: str
     signature: str
     get: Callable[[], Any]
-    emits: Literal["true", "invalidates", "const", "false"] = "true"
+    emits: Emits = "true"
     private: bool = False
 
 
@@ -95,7 +97,7 @@ class Interface:
     def values(self, *, private: bool = True) -> dict[str, Variant]:
         """The values of all properties, or of those that everybody may know."""
         return {
-            entry.name: Variant(entry.signature, entry.get())
+            str(entry.name): Variant(entry.signature, entry.get())
             for entry in self.properties
             if private or not entry.private
         }
@@ -189,14 +191,14 @@ class Server:
         for name in names:
             entry = declared[name]
             if entry.emits == "true" and not entry.private:
-                values[name] = Variant(entry.signature, entry.get())
+                values[str(name)] = Variant(entry.signature, entry.get())
             elif entry.emits in {"true", "invalidates"}:
-                invalidated.append(name)
+                invalidated.append(str(name))
         self.emit(path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [interface, values, invalidated])
 
     def emit(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
         """Emit a signal to all who listen."""
-        self._connection.send(Message.new_signal(path, interface, member, signature, body))
+        self._connection.send(Message.new_signal(path, interface, str(member), signature, body))
 
     # Calls
 

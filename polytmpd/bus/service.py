@@ -1,47 +1,45 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The service org.polytmp1: translates between the bus and the daemon, and asks who is calling.
+"""The service org.polytmp1: translates between the bus and the daemon.
 
-Not here: decisions about instances (the daemon behind Backend), the mechanics of objects (server.py).
+Not here: who may call (callers), decisions about instances (the daemon behind Backend), finding answers
+(Answers), and the mechanics of objects (server).
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 from polytmpd import __version__
-from polytmpd.bus.connection import BusError, Connection
+from polytmpd.bus.callers import Callers
+from polytmpd.bus.connection import Connection
 from polytmpd.bus.contract import (
     INSTANCE,
     MANAGER,
     PATH,
     REMOVE_PERSISTENT,
     SERVICE,
+    InstanceMethod,
+    InstanceProperty,
+    ManagerMethod,
+    ManagerProperty,
+    ManagerSignal,
 )
-from polytmpd.bus.polkit import Polkit, PolkitAction
-from polytmpd.bus.server import Call, Interface, Method, Property, Server, Signal
-from polytmpd.bus.turns import Questions, Turns
+from polytmpd.bus.polkit import PolkitAction
+from polytmpd.bus.server import Call, Emits, Interface, Method, Property, Server, Signal
+from polytmpd.bus.turns import COUNTS_AT_ONCE, LISTS_AT_ONCE, LOOK_UPS_AT_ONCE, Turns
 from polytmpd.core.model import View
 from polytmpd.core.names import object_owner, object_path
+from polytmpd.core.views import Views
 from polytmpd.errors import (
-    AccessDeniedError,
     BusyError,
     InvalidArgsError,
     NoSuchInstanceError,
     PolytmpError,
 )
+from polytmpd.kernel.descriptor import Descriptor
 
 T = TypeVar("T")
 
-ANSWER_TIMEOUT: Final = 20.0
-"""Seconds that an answer may take to find; below the 25 that callers wait by default."""
-_COUNTS_AT_ONCE: Final = 2
-_LISTS_AT_ONCE: Final = 2
-_LOOK_UPS_AT_ONCE: Final = 1
-QUESTIONS_AT_ONCE: Final = 2 * (_COUNTS_AT_ONCE + _LISTS_AT_ONCE + _LOOK_UPS_AT_ONCE)
-"""Answers of the backend's that are being found at once, root's and others': no more than that."""
-_TO_POLKIT_AT_MOST: Final = 64
-"""Questions to polkit that are open, for as long as people think. Of a connection that waits for 128 answers
-(max_replies_per_connection) the bus takes no question any more, to logind neither."""
 _NAMED_AT_MOST: Final = 5
 """Processes that an error names."""
 
@@ -51,22 +49,24 @@ _USER: Final = (("uid", "u"),)
 class Backend(Protocol):
     """What the daemon does for callers. Each method raises PolytmpError."""
 
-    async def acquire(self, uid: int, caller: int) -> int:
-        """A namespace descriptor, the caller's to close. caller: the pid that asks."""
+    async def acquire(self, uid: int) -> Descriptor:
+        """A descriptor of the user's namespace, the caller's to close."""
         ...
 
     async def reload(self) -> None: ...
 
     async def remove(self, uid: int, *, persistent: bool = False) -> None:
-        """persistent: what outlives an instance is removed too."""
+        """persistent: also what is kept between logins."""
         ...
 
-    def removed_entries(self, uid: int) -> int:
-        """How far the removal that runs for the user is; 0 where none does."""
-        ...
+
+class Answers(Protocol):
+    """What can be asked about instances. Each method raises PolytmpError. A search whose caller is cancelled
+    ends.
+    """
 
     async def processes(self, uid: int) -> list[tuple[int, str]]:
-        """(pid, command). This, holders() and usage(): cancelled, the search ends."""
+        """(pid, command)."""
         ...
 
     async def holders(self, uid: int) -> list[tuple[int, str, str, str]]:
@@ -74,158 +74,62 @@ class Backend(Protocol):
         ...
 
     async def usage(self, uid: int) -> list[tuple[str, int, int]]:
-        """Also where there is no instance, of what was kept."""
+        """(directory, bytes, inodes), also of what is kept without an instance."""
         ...
 
-    def views(self) -> list[View]: ...
-
-    def view(self, uid: int) -> View | None: ...
+    def removed_entries(self, uid: int) -> int:
+        """How far the removal that runs for the user is; 0 if none runs."""
+        ...
 
     async def uid_of_process(self, pid: int) -> int: ...
 
     async def resolve(self, uid: int, path: str) -> str:
-        """Also where there is no instance, of what was kept."""
+        """The host's path, also in what is kept without an instance."""
         ...
 
-    def directories(self) -> list[str]: ...
+    def require_known_namespace(self, pid: int) -> None:
+        """Raises NotPolyinstantiatedError for a process in a mount namespace of its own."""
+        ...
 
 
 class Service:
     """Shows the daemon's instances on the bus."""
 
-    def __init__(self, connection: Connection, backend: Backend) -> None:
+    def __init__(self, connection: Connection, views: Views, backend: Backend, answers: Answers) -> None:
         self._connection = connection
+        self._views = views
         self._backend = backend
-        self._polkit = Polkit(connection)
-        self._counts = Turns(_COUNTS_AT_ONCE)
-        self._lists = Turns(_LISTS_AT_ONCE)
-        self._look_ups = Turns(_LOOK_UPS_AT_ONCE)
-        self._to_polkit = Questions(_TO_POLKIT_AT_MOST)
-        self._server = Server(connection, PATH, self._may_list, self._require_read)
+        self._answers = answers
+        self._callers = Callers(connection, views)
+        self._counts = Turns(COUNTS_AT_ONCE)
+        self._lists = Turns(LISTS_AT_ONCE)
+        self._look_ups = Turns(LOOK_UPS_AT_ONCE)
+        self._server = Server(connection, PATH, self._callers.may_list, self._callers.require_read)
         self._server.add(PATH, self._manager())
+        views.follow(self)
 
     async def publish(self) -> None:
         """Own the name. Raises BusError."""
         await self._connection.own_name(SERVICE)
 
-    # What the daemon tells
+    # What is shown
 
-    def instance_new(self, uid: int) -> None:
-        path = object_path(uid)
-        self._server.add(path, self._instance(uid))
-        self._server.emit(PATH, MANAGER, "InstanceNew", "uo", [uid, path])
+    def instance_new(self, view: View) -> None:
+        path = object_path(view.uid)
+        self._server.add(path, self._instance(view.uid))
+        self._server.emit(PATH, MANAGER, ManagerSignal.INSTANCE_NEW, "uo", [view.uid, path])
+
+    def instance_changed(self, before: View, view: View) -> None:
+        changed = [entry.name for entry in _SHOWN if entry.value(before) != entry.value(view)]
+        self._server.changed(object_path(view.uid), INSTANCE, changed)
 
     def instance_removed(self, uid: int) -> None:
         path = object_path(uid)
         self._server.remove(path)
-        self._server.emit(PATH, MANAGER, "InstanceRemoved", "uo", [uid, path])
+        self._server.emit(PATH, MANAGER, ManagerSignal.INSTANCE_REMOVED, "uo", [uid, path])
 
-    def instance_changed(self, uid: int, names: Sequence[str]) -> None:
-        self._server.changed(object_path(uid), INSTANCE, names)
-
-    # Who is calling
-
-    async def _caller(self, call: Call) -> int:
-        """The UID."""
-        return await self._told_by_bus(self._connection.uid_of(call.sender))
-
-    async def _process(self, call: Call) -> int:
-        """The caller's."""
-        return await self._told_by_bus(self._connection.pid_of(call.sender))
-
-    async def _told_by_bus(self, question: Awaitable[int]) -> int:
-        try:
-            return await question
-        except BusError as error:
-            raise AccessDeniedError(f"the bus does not tell who is calling: {error}") from None
-
-    async def _require_root(self, call: Call, what: str) -> None:
-        if await self._caller(call) != 0:
-            raise AccessDeniedError(f"{what} is for root only")
-
-    async def _require(self, call: Call, action: PolkitAction, what: str, uid: int | None = None) -> None:
-        """Root may; others where polkit says so. Raises PolytmpError."""
-        caller = await self._caller(call)
-        if caller == 0:
-            return
-        details = {} if uid is None else {"uid": str(uid), "user": self._name(uid)}
-        with self._to_polkit.asked(caller):
-            await self._while_there(
-                call, self._polkit.require(call.sender, action, what, details, interactive=call.interactive)
-            )
-
-    async def _require_owner(self, call: Call, uid: int, what: str) -> int:
-        caller = await self._caller(call)
-        if caller in {0, uid}:
-            return caller
-        user = self._name(uid)
-        with self._to_polkit.asked(caller):
-            await self._while_there(
-                call,
-                self._polkit.require_inspect(
-                    call.sender, uid, f"{what} of {user}", user, interactive=call.interactive
-                ),
-            )
-        return caller
-
-    async def _require_read(self, call: Call) -> None:
-        uid = object_owner(call.path)
-        if uid is not None:
-            await self._require_owner(call, uid, "the instance")
-
-    async def _may_list(self, sender: str, path: str) -> bool:
-        """Another user's paths and processes are not everybody's, and a list is no reason to ask polkit."""
-        uid = object_owner(path)
-        if uid is None:
-            return True
-        try:
-            return await self._connection.uid_of(sender) in {0, uid}
-        except BusError:
-            return False
-
-    def _name(self, uid: int) -> str:
-        view = self._backend.view(uid)
-        return view.user if view else f"UID {uid}"
-
-    async def _while_there(self, call: Call, work: Awaitable[T]) -> T:
-        """What work gives; it is cancelled when the caller leaves the bus, who then needs no answer."""
-        task = asyncio.ensure_future(work)
-        try:
-            async with self._connection.departure(call.sender) as gone:
-                await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-                if task.done():
-                    return task.result()
-        except BusError as error:
-            raise PolytmpError(f"the bus does not say whether the caller is still there: {error}") from None
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait((task,))
-        raise PolytmpError("the caller is gone")
-
-    async def _ask(
-        self,
-        call: Call,
-        caller: int,
-        turns: Turns,
-        question: Callable[[], Awaitable[T]],
-        advice: str = "",
-    ) -> T:
-        """What question() gives, whose answer takes as long to find as some user likes: few at once, not for
-        long, for nobody who has left.
-        """
-
-        async def answer() -> T:
-            async with turns.turn(caller):
-                return await question()
-
-        with turns.asked(caller):  # refused before the bus has to watch for the caller
-            try:
-                async with asyncio.timeout(ANSWER_TIMEOUT):
-                    return await self._while_there(call, answer())
-            except TimeoutError:
-                text = f"the answer was not found within {ANSWER_TIMEOUT:.0f} s"
-                raise PolytmpError(f"{text}; {advice}" if advice else text) from None
+    def directories_changed(self) -> None:
+        self._server.changed(PATH, MANAGER, [ManagerProperty.DIRECTORIES])
 
     # The manager
 
@@ -233,48 +137,70 @@ class Service:
         return Interface(
             MANAGER,
             methods=(
-                Method("AcquireNamespace", self._acquire_namespace, _USER, (("namespace", "h"),)),
-                Method("GetInstance", self._get_instance, _USER, (("instance", "o"),)),
-                Method("GetInstanceByPID", self._get_instance_by_pid, (("pid", "u"),), (("instance", "o"),)),
-                Method("ListInstances", self._list_instances, (), (("instances", "a(uso)"),)),
-                Method("ResolvePath", self._resolve_path, (*_USER, ("path", "s")), (("host_path", "s"),)),
-                Method("RemoveInstance", self._remove_instance, _USER),
-                Method("RemoveInstanceWithFlags", self._remove_instance, (*_USER, ("flags", "t"))),
-                Method("GetUserUsage", self._get_user_usage, _USER, (("usage", "a(stt)"),)),
-                Method("GetRemovalProgress", self._get_removal_progress, _USER, (("entries", "t"),)),
-                Method("Reload", self._reload),
+                Method(
+                    ManagerMethod.ACQUIRE_NAMESPACE, self._acquire_namespace, _USER, (("namespace", "h"),)
+                ),
+                Method(ManagerMethod.GET_INSTANCE, self._get_instance, _USER, (("instance", "o"),)),
+                Method(
+                    ManagerMethod.GET_INSTANCE_BY_PID,
+                    self._get_instance_by_pid,
+                    (("pid", "u"),),
+                    (("instance", "o"),),
+                ),
+                Method(ManagerMethod.LIST_INSTANCES, self._list_instances, (), (("instances", "a(uso)"),)),
+                Method(
+                    ManagerMethod.RESOLVE_PATH,
+                    self._resolve_path,
+                    (*_USER, ("path", "s")),
+                    (("host_path", "s"),),
+                ),
+                Method(ManagerMethod.REMOVE_INSTANCE, self._remove_instance, _USER),
+                Method(
+                    ManagerMethod.REMOVE_INSTANCE_WITH_FLAGS, self._remove_instance, (*_USER, ("flags", "t"))
+                ),
+                Method(ManagerMethod.GET_USER_USAGE, self._get_user_usage, _USER, (("usage", "a(stt)"),)),
+                Method(
+                    ManagerMethod.GET_REMOVAL_PROGRESS,
+                    self._get_removal_progress,
+                    _USER,
+                    (("entries", "t"),),
+                ),
+                Method(ManagerMethod.RELOAD, self._reload),
             ),
             properties=(
-                Property("Version", "s", lambda: __version__, "const"),
-                Property("Directories", "as", self._backend.directories),
+                Property(ManagerProperty.VERSION, "s", lambda: __version__, "const"),
+                Property(ManagerProperty.DIRECTORIES, "as", lambda: list(self._views.directories)),
             ),
             signals=(
-                Signal("InstanceNew", (*_USER, ("instance", "o"))),
-                Signal("InstanceRemoved", (*_USER, ("instance", "o"))),
+                Signal(ManagerSignal.INSTANCE_NEW, (*_USER, ("instance", "o"))),
+                Signal(ManagerSignal.INSTANCE_REMOVED, (*_USER, ("instance", "o"))),
             ),
         )
 
     async def _acquire_namespace(self, call: Call) -> Sequence[Any]:
-        await self._require_root(call, "AcquireNamespace")
-        return [await self._backend.acquire(call.arguments[0], await self._process(call))]
+        await self._callers.require_root(call, "AcquireNamespace")
+        self._answers.require_known_namespace(await self._callers.pid(call))
+        return [await self._backend.acquire(call.arguments[0])]
 
     async def _get_instance(self, call: Call) -> Sequence[Any]:
         return [object_path(self._view(call.arguments[0]).uid)]
 
     async def _get_instance_by_pid(self, call: Call) -> Sequence[Any]:
-        caller = await self._caller(call)
-        pid = call.arguments[0] or await self._process(call)
-        uid = await self._ask(call, caller, self._look_ups, lambda: self._backend.uid_of_process(pid))
-        await self._require_owner(call, uid, "a process")
+        caller = await self._callers.uid(call)
+        pid = call.arguments[0] or await self._callers.pid(call)
+        uid = await self._callers.ask(
+            call, caller, self._look_ups, lambda: self._answers.uid_of_process(pid)
+        )
+        await self._callers.require_owner(call, uid, "a process")
         return [object_path(uid)]
 
     async def _list_instances(self, _: Call) -> Sequence[Any]:
-        return [[[view.uid, view.user, object_path(view.uid)] for view in self._backend.views()]]
+        return [[[view.uid, view.user, object_path(view.uid)] for view in self._views]]
 
     async def _resolve_path(self, call: Call) -> Sequence[Any]:
         uid, path = call.arguments
-        await self._require_owner(call, uid, "a path")
-        return [await self._backend.resolve(uid, path)]
+        await self._callers.require_owner(call, uid, "a path")
+        return [await self._answers.resolve(uid, path)]
 
     async def _remove_instance(self, call: Call) -> Sequence[Any]:
         uid, flags = call.arguments[0], call.arguments[1] if len(call.arguments) > 1 else 0
@@ -282,9 +208,9 @@ class Service:
             raise InvalidArgsError(
                 f"flags {flags:#x} are unknown; {REMOVE_PERSISTENT} stands for what persists"
             )
-        caller = await self._caller(call)
+        caller = await self._callers.uid(call)
         action = PolkitAction.REMOVE_OWN if caller == uid else PolkitAction.REMOVE
-        await self._require(call, action, f"removing the instance of {self._name(uid)}", uid)
+        await self._callers.require(call, action, f"removing the instance of {self._callers.name(uid)}", uid)
         try:
             await self._backend.remove(uid, persistent=bool(flags & REMOVE_PERSISTENT))
         except BusyError as error:
@@ -294,7 +220,7 @@ class Service:
     async def _who_lives_there(self, call: Call, caller: int, uid: int) -> str:
         """For the end of an error's text; empty where nobody does, or it cannot be told now."""
         try:
-            living = await self._ask(call, caller, self._lists, lambda: self._backend.processes(uid))
+            living = await self._callers.ask(call, caller, self._lists, lambda: self._answers.processes(uid))
         except PolytmpError:
             return ""
         names = ", ".join(
@@ -306,74 +232,62 @@ class Service:
 
     async def _get_user_usage(self, call: Call) -> Sequence[Any]:
         uid = call.arguments[0]
-        return [await self._count(call, await self._require_owner(call, uid, "the disk usage"), uid)]
+        return [await self._count(call, await self._callers.require_owner(call, uid, "the disk usage"), uid)]
 
     async def _get_removal_progress(self, call: Call) -> Sequence[Any]:
         uid = call.arguments[0]
-        await self._require_owner(call, uid, "the disk usage")
-        return [self._backend.removed_entries(uid)]
+        await self._callers.require_owner(call, uid, "the disk usage")
+        return [self._answers.removed_entries(uid)]
 
     async def _reload(self, call: Call) -> Sequence[Any]:
-        await self._require(call, PolkitAction.RELOAD, "reloading the configuration")
+        await self._callers.require(call, PolkitAction.RELOAD, "reloading the configuration")
         await self._backend.reload()
         return []
-
-    def manager_changed(self, names: Sequence[str]) -> None:
-        self._server.changed(PATH, MANAGER, names)
 
     # The instances
 
     def _view(self, uid: int) -> View:
-        view = self._backend.view(uid)
+        view = self._views.get(uid)
         if view is None:
             raise NoSuchInstanceError(f"UID {uid} has no instance now")
         return view
 
     def _instance(self, uid: int) -> Interface:
-        def shown() -> View:
-            return self._view(uid)
+        def getter(value: Callable[[View], Any]) -> Callable[[], Any]:
+            return lambda: value(self._view(uid))
 
         return Interface(
             INSTANCE,
             methods=(
-                Method("ListProcesses", self._list_processes, (), (("processes", "a(us)"),)),
-                Method("ListHolders", self._list_holders, (), (("holders", "a(usss)"),)),
-                Method("GetUsage", self._get_usage, (), (("usage", "a(stt)"),)),
+                Method(InstanceMethod.LIST_PROCESSES, self._list_processes, (), (("processes", "a(us)"),)),
+                Method(InstanceMethod.LIST_HOLDERS, self._list_holders, (), (("holders", "a(usss)"),)),
+                Method(InstanceMethod.GET_USAGE, self._get_usage, (), (("usage", "a(stt)"),)),
             ),
-            properties=(
-                Property("UID", "u", lambda: shown().uid, "const"),
-                Property("User", "s", lambda: shown().user, "const"),
-                Property("State", "s", lambda: shown().state.value),
-                Property("CreatedUSec", "t", lambda: shown().created_usec),
-                Property("CreatedUSecMonotonic", "t", lambda: shown().created_monotonic_usec),
-                Property("ControlGroup", "s", lambda: shown().control_group),
-                Property("NamespaceID", "t", lambda: shown().namespace),
-                Property(
-                    "Directories", "a(sss)", lambda: _directories(shown()), "invalidates", private=True
-                ),
-                Property("SharedPaths", "as", lambda: _shared_paths(shown())),
+            properties=tuple(
+                Property(entry.name, entry.signature, getter(entry.value), entry.emits, entry.private)
+                for entry in _SHOWN
             ),
         )
 
     async def _list_processes(self, call: Call) -> Sequence[Any]:
         uid = self._uid(call)
-        caller = await self._require_owner(call, uid, "the process list")
-        found = await self._ask(call, caller, self._lists, lambda: self._backend.processes(uid))
+        caller = await self._callers.require_owner(call, uid, "the process list")
+        found = await self._callers.ask(call, caller, self._lists, lambda: self._answers.processes(uid))
         return [[[pid, command] for pid, command in found]]
 
     async def _list_holders(self, call: Call) -> Sequence[Any]:
         uid = self._uid(call)
-        caller = await self._require_owner(call, uid, "the process list")
-        found = await self._ask(call, caller, self._lists, lambda: self._backend.holders(uid))
+        caller = await self._callers.require_owner(call, uid, "the process list")
+        found = await self._callers.ask(call, caller, self._lists, lambda: self._answers.holders(uid))
         return [[list(entry) for entry in found]]
 
     async def _get_usage(self, call: Call) -> Sequence[Any]:
         uid = self._uid(call)
-        return [await self._count(call, await self._require_owner(call, uid, "the disk usage"), uid)]
+        return [await self._count(call, await self._callers.require_owner(call, uid, "the disk usage"), uid)]
 
     async def _count(self, call: Call, caller: int, uid: int) -> list[list[Any]]:
         advice = "du -x on the host's path takes the time it takes"
-        found = await self._ask(call, caller, self._counts, lambda: self._backend.usage(uid), advice)
+        found = await self._callers.ask(call, caller, self._counts, lambda: self._answers.usage(uid), advice)
         return [list(entry) for entry in found]
 
     def _uid(self, call: Call) -> int:
@@ -393,3 +307,27 @@ def _shared_paths(view: View) -> list[str]:
     return [
         f"{entry.directory.path}/{name}" for entry in view.directories for name in entry.directory.shared
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A property of an instance, as server.Property; value draws it from a view."""
+
+    name: str
+    signature: str
+    value: Callable[[View], Any]
+    emits: Emits = "true"
+    private: bool = False
+
+
+_SHOWN: Final = (
+    _Shown(InstanceProperty.UID, "u", lambda view: view.uid, "const"),
+    _Shown(InstanceProperty.USER, "s", lambda view: view.user, "const"),
+    _Shown(InstanceProperty.STATE, "s", lambda view: view.state.value),
+    _Shown(InstanceProperty.CREATED_USEC, "t", lambda view: view.created_usec),
+    _Shown(InstanceProperty.CREATED_USEC_MONOTONIC, "t", lambda view: view.created_monotonic_usec),
+    _Shown(InstanceProperty.CONTROL_GROUP, "s", lambda view: view.control_group),
+    _Shown(InstanceProperty.NAMESPACE_ID, "t", lambda view: view.namespace),
+    _Shown(InstanceProperty.DIRECTORIES, "a(sss)", _directories, "invalidates", private=True),
+    _Shown(InstanceProperty.SHARED_PATHS, "as", _shared_paths),
+)

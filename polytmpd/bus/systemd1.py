@@ -5,13 +5,14 @@ scopes, properties of units.
 Not here: reading the cgroups.
 """
 
-import asyncio
 import logging
 import re
-from collections.abc import Callable, Collection
-from typing import Any, Final
+from collections.abc import Collection
+from functools import partial
+from typing import Any, Final, Protocol
 
 from polytmpd.bus.connection import PROPERTIES, BusError, Connection
+from polytmpd.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -40,38 +41,43 @@ async def version(connection: Connection) -> str:
     return str(await connection.get_property(SERVICE, PATH, MANAGER, "Version"))
 
 
+class Listener(Protocol):
+    """Hears what systemd signals."""
+
+    def slice_changed(self, uid: int) -> None:
+        """A user's slice started or stopped."""
+        ...
+
+    def scope_changed(self, session_id: str) -> None:
+        """A session's scope started or stopped, or was abandoned.
+
+        logind abandons the scope of a closing session, and signals nothing itself while processes are left
+        in it.
+        """
+        ...
+
+    def systemd_changed(self) -> None:
+        """PID 1 is on the bus again, after daemon-reexec or a restart of the bus. Signals may be lost."""
+        ...
+
+
 class Systemd:
     """Talks to PID 1 over a connection that the caller owns."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        slice_changed: Callable[[int], None],
-        scope_changed: Callable[[str], None],
-        came_back: Callable[[], None],
-    ) -> None:
-        """slice_changed(uid) is called when a user's slice started or stopped.
-
-        scope_changed(session) when the scope of a session did, or was abandoned: logind does that to one
-        that is closing, and signals nothing by itself while processes are left.
-
-        came_back() when PID 1 is on the bus again, after a restart of the bus or daemon-reexec: what
-        happened meanwhile was not heard.
-        """
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._slice_changed = slice_changed
-        self._scope_changed = scope_changed
-        self._came_back = came_back
-        self._subscribing: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
 
-    async def subscribe(self) -> None:
-        """Hear of slices that start and stop, and of scopes. Raises BusError."""
-        # Only slices' own changes: user.slice's children are `user-UID.slice`, and no rule can say that.
-        # arg0 and the path's namespace are what the bus can filter on; the rest is dropped below.
+    async def subscribe(self, listener: Listener) -> None:
+        """Report changes from now on. Raises BusError."""
+        # No match rule can say `user-UID.slice`. The bus filters on arg0 and the path's namespace only, so
+        # the handlers drop the rest.
         for kind, handler in (("Slice", self._on_slice), ("Scope", self._on_scope)):
             rule = f"arg0='{SERVICE}.{kind}'"
-            await self._connection.subscribe(SERVICE, PROPERTIES, "PropertiesChanged", handler, rule)
-        await self._connection.follow_owner(SERVICE, self._on_owner)
+            await self._connection.subscribe(
+                SERVICE, PROPERTIES, "PropertiesChanged", partial(handler, listener), rule
+            )
+        await self._connection.follow_owner(SERVICE, partial(self._on_owner, listener))
         await self._subscribe()
 
     async def _subscribe(self) -> None:
@@ -81,10 +87,10 @@ class Systemd:
         except BusError as error:
             log.warning("The service manager does not answer, waiting for it: %s", error)
 
-    def _on_owner(self, owner: str | None) -> None:
+    def _on_owner(self, listener: Listener, owner: str | None) -> None:
         if owner is not None:
-            self._subscribing = asyncio.get_running_loop().create_task(self._subscribe())
-            self._came_back()
+            self._tasks.start(self._subscribe())
+            listener.systemd_changed()
 
     async def control_group(self, uid: int) -> str:
         """The cgroup of user-UID.slice relative to the cgroup root; empty if the slice has none.
@@ -103,10 +109,10 @@ class Systemd:
             raise
         return str(group)
 
-    def _on_slice(self, path: str, body: list[Any]) -> None:
+    def _on_slice(self, listener: Listener, path: str, body: list[Any]) -> None:
         if body[0] == f"{SERVICE}.Slice" and (match := _SLICE.fullmatch(path)):
-            self._slice_changed(int(match[1]))
+            listener.slice_changed(int(match[1]))
 
-    def _on_scope(self, path: str, body: list[Any]) -> None:
+    def _on_scope(self, listener: Listener, path: str, body: list[Any]) -> None:
         if body[0] == f"{SERVICE}.Scope" and (match := _SCOPE.fullmatch(path)):
-            self._scope_changed(match[1])
+            listener.scope_changed(match[1])

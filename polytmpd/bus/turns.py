@@ -13,6 +13,11 @@ from polytmpd.errors import PolytmpError
 
 ASKED_AT_MOST: Final = 16
 """Questions of one kind that one user may have open. Further ones are refused."""
+COUNTS_AT_ONCE: Final = 2
+LISTS_AT_ONCE: Final = 2
+LOOK_UPS_AT_ONCE: Final = 1
+QUESTIONS_AT_ONCE: Final = 2 * (COUNTS_AT_ONCE + LISTS_AT_ONCE + LOOK_UPS_AT_ONCE)
+"""Answers that are being found at a time: root's, and all other users'."""
 
 
 class Questions:

@@ -30,9 +30,8 @@ _REST_FACTOR: Final = 10
 class DisplayLocks:
     """The display locks of one daemon. Call its methods in the event loop."""
 
-    def __init__(self, share_again: Callable[[str], Awaitable[None]]) -> None:
-        """share_again(base) gives the instances the socket directories that the host has in base now."""
-        self._share_again = share_again
+    def __init__(self) -> None:
+        self._followers: list[Callable[[str], Awaitable[None]]] = []
         self._complaints = complaints = Complaints()
         self._stopping = threading.Event()
         stopping = self._stopping.is_set
@@ -42,6 +41,10 @@ class DisplayLocks:
         self._shared = 0  # the generation of the socket directory that the instances have
         self._updates: asyncio.Task[None] | None = None
         self._sweeps: set[asyncio.Task[None]] = set()
+
+    def follow(self, share_again: Callable[[str], Awaitable[None]]) -> None:
+        """Have share_again(base) give the instances the socket directories that the host has in base now."""
+        self._followers.append(share_again)
 
     async def start(self, directories: Sequence[Directory], instances: Iterable[Instance]) -> None:
         """Show all displays in all instances, and remove the copies that a former daemon left.
@@ -118,7 +121,8 @@ class DisplayLocks:
     async def _share(self, status: Status) -> None:
         """Give the instances a new socket directory."""
         try:
-            await self._share_again(status.base)
+            for share_again in self._followers:
+                await share_again(status.base)
         except Exception as error:  # it must not end the task that keeps the displays updated
             message = "Failed to share %s/%s with all instances, retrying: %r"
             self._complaints.warn("share", message, status.base, SOCKETS, error)

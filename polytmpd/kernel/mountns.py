@@ -40,10 +40,6 @@ from polytmpd.kernel.inside import (
     in_disposable_thread,
     set_sentinel,
 )
-from polytmpd.kernel.inside import detach as detach
-from polytmpd.kernel.inside import mounts_in as mounts_in
-from polytmpd.kernel.inside import renew_sentinel as renew_sentinel
-from polytmpd.kernel.inside import share_again as share_again
 from polytmpd.kernel.mountinfo import Mount
 from polytmpd.kernel.syscalls import (
     AT_FDCWD,

@@ -27,6 +27,7 @@ from polytmpd.bus.library import (
 )
 from polytmpd.bus.server import CALLS_AT_MOST
 from polytmpd.bus.service import Service
+from polytmpd.kernel.descriptor import Descriptor
 from tests.bus.world import Backend, Client
 from tests.unit.settled import descriptors, eventually
 
@@ -60,7 +61,7 @@ async def test_acquire_hands_over_a_working_descriptor(
         assert os.fstat(fd) == os.fstat(backend.fd)
     finally:
         os.close(fd)
-    assert backend.acquired == [(1000, os.getpid())], "the daemon is told which process asks"
+    assert (backend.acquired, backend.callers) == ([1000], [os.getpid()]), "which process asks is known"
 
 
 async def test_answers_keep_no_descriptor(service: Service, client: Client) -> None:
@@ -75,9 +76,9 @@ async def test_answers_keep_no_descriptor(service: Service, client: Client) -> N
 async def test_a_closed_descriptor_ends_a_call_and_not_the_connection(
     service: Service, backend: Backend, client: Client
 ) -> None:
-    def closed() -> int:
-        fd = os.dup(backend.fd)
-        os.close(fd)
+    def closed() -> Descriptor:
+        fd = backend.fd.dup()
+        fd.close()
         return fd
 
     backend.acquire_with = closed
@@ -257,7 +258,7 @@ async def test_a_flood_of_one_caller_is_refused_and_others_are_served(
     other = await new_client()
     await ping(other)
     waiting = asyncio.ensure_future(other.call("AcquireNamespace", "u", [1001]))
-    await eventually(lambda: backend.acquired[-1][0] == 1001)
+    await eventually(lambda: backend.acquired[-1] == 1001)
 
     backend.gate.set()
     replies = await asyncio.gather(*flood, waiting)

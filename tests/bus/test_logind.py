@@ -36,6 +36,15 @@ class Listener(list[Any]):
     def logind_changed(self) -> None:
         self.append("logind_changed")
 
+    def slice_changed(self, uid: int) -> None:
+        self.append(("slice_changed", uid))
+
+    def scope_changed(self, session_id: str) -> None:
+        self.append(("scope_changed", session_id))
+
+    def systemd_changed(self) -> None:
+        self.append("systemd_changed")
+
 
 @pytest.fixture
 async def fake(client: Client) -> FakeLogind:
@@ -51,8 +60,8 @@ async def heard() -> Listener:
 
 @pytest.fixture
 async def logind(fake: FakeLogind, connection: Connection, heard: Listener) -> AsyncIterator[Logind]:
-    made = Logind(connection, heard)
-    await made.subscribe()
+    made = Logind(connection)
+    await made.subscribe(heard)
     yield made
     await eventually(lambda: not made._tasks)
 
@@ -219,16 +228,15 @@ class FakeSystemd:
         )
 
 
-async def test_it_comes_back(client: Client, connection: Connection) -> None:
+async def test_it_comes_back(client: Client, connection: Connection, heard: Listener) -> None:
     """After a restart of the bus PID 1 is away for a moment: that is no reason not to start."""
-    came_back: list[None] = []
-    systemd = Systemd(connection, lambda _: None, lambda _: None, lambda: came_back.append(None))
-    await systemd.subscribe()
+    systemd = Systemd(connection)
+    await systemd.subscribe(heard)
     with pytest.raises(BusError, match="not on the bus"):
         await systemd.control_group(1000)
     fake = FakeSystemd(client)
     await client.own(SYSTEMD)
-    await eventually(lambda: came_back and fake.subscribed)
+    await eventually(lambda: heard == ["systemd_changed"] and fake.subscribed)
     assert await systemd.control_group(1000) == ""
 
 
@@ -240,8 +248,8 @@ async def fake_systemd(client: Client) -> FakeSystemd:
 
 
 async def test_control_group(fake_systemd: FakeSystemd, connection: Connection) -> None:
-    systemd = Systemd(connection, lambda _: None, lambda _: None, lambda: None)
-    await systemd.subscribe()
+    systemd = Systemd(connection)
+    await systemd.subscribe(Listener())
     fake_systemd.groups["user-1000.slice"] = "/user.slice/user-1000.slice"
     assert await systemd.control_group(1000) == "/user.slice/user-1000.slice"
     assert await systemd.control_group(1001) == "", "no such unit"
@@ -250,10 +258,10 @@ async def test_control_group(fake_systemd: FakeSystemd, connection: Connection) 
         await systemd.control_group(1000)
 
 
-async def test_changes_of_users_slices_alone(fake_systemd: FakeSystemd, connection: Connection) -> None:
-    changed: list[int] = []
-    systemd = Systemd(connection, changed.append, lambda _: None, lambda: None)
-    await systemd.subscribe()
+async def test_changes_of_users_slices_alone(
+    fake_systemd: FakeSystemd, connection: Connection, heard: Listener
+) -> None:
+    await Systemd(connection).subscribe(heard)
     assert fake_systemd.subscribed == 1
     for unit in (
         "user_2eslice",
@@ -265,17 +273,17 @@ async def test_changes_of_users_slices_alone(fake_systemd: FakeSystemd, connecti
         fake_systemd.changed(unit)
     fake_systemd.changed("user_2d1000_2eslice", f"{SYSTEMD}.Unit")
     fake_systemd.changed("user_2d1001_2eslice")
-    await eventually(lambda: changed)
-    assert changed == [1001]
+    await eventually(lambda: heard)
+    assert heard == [("slice_changed", 1001)]
 
 
-async def test_changes_of_sessions_scopes_alone(fake_systemd: FakeSystemd, connection: Connection) -> None:
-    changed: list[str] = []
-    systemd = Systemd(connection, lambda _: None, changed.append, lambda: None)
-    await systemd.subscribe()
+async def test_changes_of_sessions_scopes_alone(
+    fake_systemd: FakeSystemd, connection: Connection, heard: Listener
+) -> None:
+    await Systemd(connection).subscribe(heard)
     for unit in ("init_2escope", "session_2d_2escope", "session_2dx_2ey_2escope", "user_2d1000_2eslice"):
         fake_systemd.changed(unit, f"{SYSTEMD}.Scope")
     fake_systemd.changed("session_2dc1_2escope", f"{SYSTEMD}.Unit")
     fake_systemd.changed("session_2dc2_2escope", f"{SYSTEMD}.Scope")
-    await eventually(lambda: changed)
-    assert changed == ["c2"]
+    await eventually(lambda: heard)
+    assert heard == [("scope_changed", "c2")]

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from polytmpd.bus import polkit
-from polytmpd.bus import service as service_module
+from polytmpd.bus import callers, polkit
 from polytmpd.bus.connection import Connection
 from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE
 from polytmpd.bus.library import Message, MessageFlag, MessageType
@@ -105,8 +104,7 @@ async def stranger(bus: str) -> AsyncIterator[Stranger]:
 @pytest.fixture
 def shown(service: Service, backend: Backend) -> str:
     """bob's instance."""
-    backend.shown[1002] = view(1002, "bob")
-    service.instance_new(1002)
+    backend.views.show(view(1002, "bob"))
     return object_path(1002)
 
 
@@ -153,8 +151,7 @@ async def test_polkit_decides(
 async def test_ones_own_instance_is_another_action(
     service: Service, backend: Backend, authority: FakePolkit, stranger: Stranger
 ) -> None:
-    backend.shown[STRANGER] = view(STRANGER, "nobody")
-    service.instance_new(STRANGER)
+    backend.views.show(view(STRANGER, "nobody"))
     authority.answer = ALLOWED
     await stranger.call(PATH, f"{MANAGER}.RemoveInstance", "u", str(STRANGER))
     assert [asked[1] for asked in authority.asked] == ["org.polytmp1.remove-own-instance"]
@@ -218,9 +215,9 @@ async def test_a_password_holds_for_the_user_and_the_connection(
     remove = await alice.call("RemoveInstance", "u", [1002])
     assert (remove.message_type, backend.removed) == (MessageType.ERROR, []), "another action"
     assert len(authority.asked) == 4
-    assert set(service._polkit._granted) == {alice.name}
+    assert set(service._callers._polkit._granted) == {alice.name}
     alice.bus.disconnect()
-    await eventually(lambda: not service._polkit._granted)
+    await eventually(lambda: not service._callers._polkit._granted)
 
 
 async def test_no_is_not_remembered_and_neither_is_what_a_rule_said(
@@ -269,9 +266,9 @@ async def test_a_bus_that_went_away_takes_what_was_allowed_along(
 ) -> None:
     authority.answer = ALLOWED
     await look(await as_nobody(new_client))
-    assert service._polkit._granted
+    assert service._callers._polkit._granted
     connection.close()
-    await eventually(lambda: not service._polkit._granted)
+    await eventually(lambda: not service._callers._polkit._granted)
 
 
 async def test_nobody_waits_for_a_polkit_that_thinks(
@@ -411,8 +408,7 @@ async def test_counting_ends_when_the_caller_leaves(
     service: Service, backend: Backend, new_client: Callable[[], Any], member: str
 ) -> None:
     counting = Counting(backend)
-    backend.shown[1002] = view(1002)
-    service.instance_new(1002)
+    backend.views.show(view(1002))
     leaving = await new_client()
     asked = asyncio.ensure_future(leaving.call(member, path=object_path(1002), interface=INSTANCE))
     await eventually(lambda: counting.running == 1)
@@ -425,8 +421,7 @@ async def test_counting_ends_when_the_caller_leaves(
 @pytest.mark.parametrize("member", QUESTIONS)
 async def test_few_counts_at_once(service: Service, backend: Backend, client: Client, member: str) -> None:
     counting = Counting(backend)
-    backend.shown[1002] = view(1002)
-    service.instance_new(1002)
+    backend.views.show(view(1002))
     path = object_path(1002)
     calls = [asyncio.ensure_future(client.call(member, path=path, interface=INSTANCE)) for _ in range(20)]
     await eventually(lambda: sum(call.done() for call in calls) == 4)
@@ -443,8 +438,7 @@ async def test_root_does_not_wait_for_others(
     service: Service, backend: Backend, stranger: Stranger, client: Client, member: str
 ) -> None:
     counting = Counting(backend)
-    backend.shown[STRANGER] = view(STRANGER)
-    service.instance_new(STRANGER)
+    backend.views.show(view(STRANGER))
     for _ in range(3):
         await stranger.start(object_path(STRANGER), f"{INSTANCE}.{member}")
     turns = service._counts if member == "GetUsage" else service._lists
@@ -461,10 +455,9 @@ async def test_root_does_not_wait_for_others(
 async def test_counting_has_an_end(
     service: Service, backend: Backend, client: Client, monkeypatch: pytest.MonkeyPatch, member: str
 ) -> None:
-    monkeypatch.setattr(service_module, "ANSWER_TIMEOUT", 0.2)
+    monkeypatch.setattr(callers, "ANSWER_TIMEOUT", 0.2)
     counting = Counting(backend)
-    backend.shown[1002] = view(1002)
-    service.instance_new(1002)
+    backend.views.show(view(1002))
     name, text = await client.error(member, path=object_path(1002), interface=INSTANCE)
     assert (name, "not found within" in text) == ("org.polytmp1.Error.Failed", True)
     assert counting.cancelled == 1

@@ -15,7 +15,7 @@ from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE
 from polytmpd.bus.library import Variant
 from polytmpd.bus.service import Service
-from polytmpd.core.model import State
+from polytmpd.core.model import State, View
 from polytmpd.core.names import object_owner, object_path
 from tests.bus.world import PROPERTIES, STRANGER, Backend, Client, as_stranger, run, view
 from tests.unit.settled import eventually
@@ -34,8 +34,7 @@ def shown(service: Service, backend: Backend) -> Callable[..., str]:
     """Shows an instance, as the daemon does."""
 
     def show(uid: int = 1000, **more: Any) -> str:
-        backend.shown[uid] = view(uid, **more)
-        service.instance_new(uid)
+        backend.views.show(view(uid, **more))
         return object_path(uid)
 
     return show
@@ -144,12 +143,13 @@ async def test_signals_of_an_instances_life(
 ) -> None:
     await client.listen(f"type='signal',sender='{SERVICE}'")
     path = object_path(1000)
-    backend.shown[1000] = view(1000, state=State.PREPARING)
-    service.instance_new(1000)
-    backend.shown[1000] = view(1000)
-    service.instance_changed(1000, ["State", "Directories", "CreatedUSec"])
-    service.instance_removed(1000)
-    service.manager_changed(["Directories"])
+    made = view(1000)
+    backend.views.show(View(1000, "alice", State.PREPARING, control_group=made.control_group))
+    backend.views.show(made)
+    backend.views.show(made)  # nothing is new
+    backend.views.hide(1000)
+    backend.views.hide(1000)
+    backend.views.show_directories(("/srv",))
     await eventually(lambda: len(client.named("PropertiesChanged")) == 2)
     seen = [
         (signal.member, signal.path) for signal in client.signals if signal.sender == connection.unique_name
@@ -170,12 +170,18 @@ async def test_signals_of_an_instances_life(
     changed, manager = client.named("PropertiesChanged")
     assert (changed.body[0], plain(changed.body[1]), changed.body[2]) == (
         INSTANCE,
-        {"State": "active", "CreatedUSec": 11},
+        {
+            "State": "active",
+            "CreatedUSec": 11,
+            "CreatedUSecMonotonic": 22,
+            "NamespaceID": 4026532000,
+            "SharedPaths": ["/tmp/.X11-unix"],
+        },
         ["Directories"],
     )
     assert (manager.body[0], plain(manager.body[1]), manager.body[2]) == (
         MANAGER,
-        {"Directories": ["/tmp", "/var/tmp"]},
+        {"Directories": ["/srv"]},
         [],
     )
     assert client.named("InterfacesRemoved")[0].body == [path, [INSTANCE]]
@@ -190,7 +196,7 @@ async def test_a_property_that_is_not_declared_is_an_error_of_ours(
 ) -> None:
     shown()
     with pytest.raises(KeyError):
-        service.instance_changed(1000, ["Sate"])
+        service._server.changed(object_path(1000), INSTANCE, ["Sate"])
 
 
 # Methods
@@ -337,7 +343,7 @@ async def test_an_answer_that_cannot_be_sent(
 async def test_the_name_is_ours_alone(
     service: Service, connect: Callable[[], Any], backend: Backend
 ) -> None:
-    second = Service(await connect(), backend)
+    second = Service(await connect(), backend.views, backend, backend)
     with pytest.raises(BusError, match="running twice"):
         await second.publish()
 

@@ -11,7 +11,9 @@ from typing import Any
 from polytmpd.bus.contract import MANAGER, PATH, SERVICE
 from polytmpd.bus.library import Message, MessageBus, MessageFlag, MessageType, Variant
 from polytmpd.core.model import Directory, InstanceDirectory, Lifetime, State, View
+from polytmpd.core.views import Views
 from polytmpd.errors import NotPolyinstantiatedError
+from polytmpd.kernel.descriptor import Descriptor
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +41,11 @@ class Backend:
     """Says what it is told to say."""
 
     def __init__(self) -> None:
-        self.shown: dict[int, View] = {}
-        self.fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        self.acquired: list[tuple[int, int]] = []
-        self.acquire_with: Callable[[], Any] | None = None
+        self.views = Views(("/tmp", "/var/tmp"))
+        self.fd = Descriptor.open("/proc/self/ns/mnt", os.O_RDONLY)
+        self.acquired: list[int] = []
+        self.callers: list[int] = []
+        self.acquire_with: Callable[[], Descriptor] | None = None
         self.error: Exception | None = None
         self.refusal: Exception | None = None
         self.gate: asyncio.Event | None = None
@@ -50,7 +53,7 @@ class Backend:
         self.removed: list[tuple[int, bool]] = []
 
     def close(self) -> None:
-        os.close(self.fd)
+        self.fd.close()
 
     async def _may_fail(self) -> None:
         if self.gate is not None:
@@ -58,10 +61,13 @@ class Backend:
         if self.error is not None:
             raise self.error
 
-    async def acquire(self, uid: int, caller: int) -> int:
-        self.acquired.append((uid, caller))
+    def require_known_namespace(self, pid: int) -> None:
+        self.callers.append(pid)
+
+    async def acquire(self, uid: int) -> Descriptor:
+        self.acquired.append(uid)
         await self._may_fail()
-        return os.dup(self.fd) if self.acquire_with is None else self.acquire_with()
+        return self.fd.dup() if self.acquire_with is None else self.acquire_with()
 
     async def reload(self) -> None:
         await self._may_fail()
@@ -88,25 +94,17 @@ class Backend:
         await self._may_fail()
         return [("/tmp", 1 << 40, 3)]
 
-    def views(self) -> list[View]:
-        return list(self.shown.values())
-
-    def view(self, uid: int) -> View | None:
-        return self.shown.get(uid)
-
     async def uid_of_process(self, pid: int) -> int:
         await self._may_fail()
-        if pid == os.getpid() and self.shown:
-            return next(iter(self.shown))
+        shown = [view.uid for view in self.views]
+        if pid == os.getpid() and shown:
+            return shown[0]
         raise NotPolyinstantiatedError(f"process {pid} lives in no instance")
 
     async def resolve(self, uid: int, path: str) -> str:
         if self.error is not None:
             raise self.error
         return f"/host{path}"
-
-    def directories(self) -> list[str]:
-        return ["/tmp", "/var/tmp"]
 
 
 def lists(value: Any) -> Any:

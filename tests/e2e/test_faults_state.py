@@ -236,7 +236,7 @@ def test_no_room_for_the_state(host: Host) -> None:
     host.wait_gone()
 
 
-@pytest.mark.parametrize("step", ["mountns.unshare", "mountns.open_tree", "Executor._watch_sentinel"])
+@pytest.mark.parametrize("step", ["mountns.unshare", "mountns.open_tree", "Sentinels.watch"])
 def test_a_limit_of_the_kernels(host: Host, step: str) -> None:
     """user.max_mnt_namespaces, fs.mount-max, fs.inotify.max_user_watches.
 

@@ -25,9 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from polytmpd import executor, sdnotify
-from polytmpd.blocking import barriers, deletion, instances, shared, storage
+from polytmpd import sdnotify
+from polytmpd.blocking import barriers, deletion, instances, restoration, shared, storage
 from polytmpd.blocking.state import StateDirectory
+from polytmpd.executor.actions import Executor
+from polytmpd.executor.sentinels import Sentinels
 from polytmpd.kernel import descriptor, host, inside, mountinfo, mountns, processes
 
 DIRECTORY: Final = Path("/run/polytmp-faults")
@@ -41,7 +43,8 @@ CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (deletion, "os", ("unlink", "rmdir", "fchown", "fchmod")),
     (sdnotify, "", ("store", "remove")),
     (StateDirectory, "", ("save", "forget")),
-    (executor.Executor, "", ("_watch_sentinel", "hand_over", "let_go")),
+    (Sentinels, "", ("watch",)),
+    (Executor, "", ("hand_over", "let_go")),
 )
 """The steps that change something: (where, the module that it uses, functions)."""
 
@@ -54,7 +57,7 @@ READS: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (barriers, "syscalls", ("openat2",)),
     (storage, "os", ("fstat", "getxattr", "readlink")),
     (shared, "os", ("fstat",)),
-    (executor, "os", ("fstat",)),
+    (restoration, "os", ("fstat",)),
     (instances, "os", ("fstat",)),
     (processes, "os", ("fstat",)),
 )

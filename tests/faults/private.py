@@ -19,15 +19,19 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, cast
 
 from polytmpd.blocking.state import StateDirectory
 from polytmpd.core.model import Directory, Instance, Lifetime
-from polytmpd.executor import Executor
+from polytmpd.executor.actions import Executor
+from polytmpd.executor.fdstore import Stored
 from polytmpd.kernel import mountinfo
-from polytmpd.kernel.inotify import Inotify, living_watches
+from polytmpd.kernel.inotify import Inotify
 from polytmpd.kernel.syscalls import MNT_DETACH, MS_PRIVATE, MS_REC, mount, umount2
 from tests.faults.launcher import CHANGES, Faults, Plan, install
+
+if TYPE_CHECKING:
+    from polytmpd.displays.displaylocks import DisplayLocks
 
 UID: Final = 1001
 PLACE: Final = Path("/mnt")
@@ -61,21 +65,41 @@ def set_up() -> None:
         subprocess.run(command.split(), check=True)
 
 
+class NoDisplays:
+    """Display locks never fail a login; their own faults are tested in tests/kernel/displays."""
+
+    def follow(self, share_again: object) -> None:
+        pass
+
+    async def start(self, directories: object, instances: object) -> None:
+        pass
+
+    async def instance_came(self, instance: Instance) -> None:
+        pass
+
+    def instance_gone(self, uid: int) -> None:
+        pass
+
+
 class World:
     """One executor, with looks at what it has made."""
 
     def __init__(self) -> None:
         self.faults = Faults()
         self.ended = asyncio.Event()
-        self.executor = Executor(StateDirectory(PLACE / "state"), "0" * 32, lambda _: self.ended.set())
-        self.executor.restore(())
+        state, displays = StateDirectory(PLACE / "state"), cast("DisplayLocks", NoDisplays())
+        self.executor = Executor(state, "0" * 32, Stored(), displays)
+        self.executor.follow(lambda _: self.ended.set())
+
+    async def start(self) -> None:
+        await self.executor.restore(())
         self.executor.start()
 
     def look(self) -> dict[str, object]:
         """Return everything that may be left."""
         return {
             "fds": _descriptors(),
-            "watches": len(living_watches(self.executor._sentinels.fd)),
+            "watches": len(self.executor._sentinels.living()),
             "mounts": [mount.mount_point for mount in mountinfo.read("1")],
             "disk": sorted(str(path) for path in PLACE.rglob("*")),
             "namespaces": len(_namespaces()),
@@ -298,7 +322,9 @@ OPERATIONS: Final = {
 
 
 async def main() -> None:
-    await OPERATIONS[sys.argv[1]](World())
+    world = World()
+    await world.start()
+    await OPERATIONS[sys.argv[1]](world)
 
 
 if __name__ == "__main__":

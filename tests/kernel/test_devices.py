@@ -19,9 +19,12 @@ class Heard:
     def __init__(self) -> None:
         self.gone: list[BlockDevice] = []
         self.missed = 0
-        self.devices = Devices(self.gone.append, self.miss)
+        self.devices = Devices(self.go, self.miss)
 
-    def miss(self) -> None:
+    async def go(self, device: BlockDevice) -> None:
+        self.gone.append(device)
+
+    async def miss(self) -> None:
         self.missed += 1
 
 
@@ -34,7 +37,7 @@ async def heard() -> AsyncIterator[Heard]:
     made = Heard()
     made.devices.start()
     yield made
-    made.devices.close()
+    await made.devices.close()
     send("add")
     os.close(turn)
 
@@ -53,7 +56,7 @@ async def test_a_device_goes_away(heard: Heard) -> None:
     send("remove")
     await eventually(lambda: ours(heard))
     assert ours(heard) == [BlockDevice((LOOP / "dev").read_text().strip(), f"/dev/{LOOP.name}")]
-    assert heard.missed == 0
+    assert heard.missed == 1, "at start"
 
 
 async def test_more_than_the_socket_holds(heard: Heard) -> None:
@@ -61,7 +64,7 @@ async def test_more_than_the_socket_holds(heard: Heard) -> None:
     heard.devices._monitor.set_receive_buffer_size(4096)
     for _ in range(100):
         send("change")
-    await eventually(lambda: heard.missed == 1)
+    await eventually(lambda: heard.missed == 2)
     send("remove")
     await eventually(lambda: ours(heard))
 
@@ -72,7 +75,7 @@ async def test_close_leaves_no_descriptor() -> None:
         heard = Heard()
         heard.devices.start()
         await asyncio.sleep(0)
-        heard.devices.close()
+        await heard.devices.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -12,9 +12,9 @@ _PACKAGE: Final = "usr/lib/python3/dist-packages/polytmpd"
 # name → (file, what it contains, what replaces that)
 FAULTS: Final[dict[str, tuple[str, str, str]]] = {
     "never-remove": (
-        "executor.py",
-        "aside = await asyncio.to_thread(instances.set_aside, instance)",
-        "aside: list[tuple[str, str]] = []",
+        "executor/actions.py",
+        "aside = await asyncio.to_thread(removal.set_aside, instance) if known else []",
+        "aside: list[removal.Place] = []",
     ),
     "set-aside-only": (
         "blocking/deletion.py",
@@ -22,23 +22,26 @@ FAULTS: Final[dict[str, tuple[str, str, str]]] = {
         "complete = False",
     ),
     "too-early": (
-        "executor.py",
-        "os.close(self._held.pop(uid))",
-        "os.close(self._held.pop(uid)); asyncio.get_running_loop().call_soon(self._ended, uid)",
+        "executor/actions.py",
+        "self._namespaces.let_go(uid)",
+        (
+            "self._namespaces.let_go(uid); "
+            "asyncio.get_running_loop().call_soon(self._sentinels._followers[0], uid)"
+        ),
     ),
-    "leak-namespace": ("executor.py", "os.close(self._held.pop(uid))", "self._held.pop(uid)"),
+    "leak-namespace": ("executor/fdstore.py", "self._held.pop(uid).close()", "self._held.pop(uid)"),
     "leak-descriptor": (
-        "executor.py",
-        "return os.dup(self._held[uid])",
-        "os.dup(0); return os.dup(self._held[uid])",
+        "executor/fdstore.py",
+        "return self._held[uid].dup()",
+        "self._held[uid].dup(); return self._held[uid].dup()",
     ),
     "leak-store": (
-        "executor.py",
-        "sdnotify.remove(_stored_name(uid))\n        os.close(self",
-        "os.close(self",
+        "executor/fdstore.py",
+        "sdnotify.remove(_name(uid))\n        self._held",
+        "self._held",
     ),
     "namespace-per-login": (
-        "executor.py",
+        "executor/actions.py",
         "fd = await asyncio.to_thread(instances.open_living, instance)",
         "fd = None",
     ),
@@ -49,8 +52,8 @@ FAULTS: Final[dict[str, tuple[str, str, str]]] = {
     ),
     "one-for-all": (
         "daemon.py",
-        "self._executor.hand_over(uid)",
-        "self._executor.hand_over(min(self._executor._held))",
+        "self._executor.hand_over(record.uid)",
+        "self._executor.hand_over(min(self._executor._namespaces._held))",
     ),
 }
 

@@ -2,6 +2,7 @@
 """The documentation agrees with the code."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,41 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_architecture_shows_the_transition_table() -> None:
-    text = (ROOT / "docs/ARCHITECTURE.md").read_text()
+def test_the_lifecycle_page_shows_the_transition_table() -> None:
+    text = (ROOT / "docs/lifecycle.md").read_text()
     shown = re.findall(r"^\| (\w+) \| (\w+) \| (\w+) \| ([\w, ]*) ?\|$", text, re.MULTILINE)
     rows = {
         (state.value, event.name, following.value, ", ".join(action.name for action in actions))
         for (state, event), (following, actions) in TABLE.items()
     }
     assert {tuple(cell.strip() for cell in row) for row in shown if row[0] != "state"} == rows
+
+
+def test_the_architecture_names_every_directory() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = [Path(line) for line in files.splitlines()]
+    tree = (ROOT / "docs/ARCHITECTURE.md").read_text().split("```")[1]
+    top = {path.parts[0] for path in tracked if len(path.parts) > 1 and not path.parts[0].startswith(".")}
+    assert set(re.findall(r"([\w-]+)/", tree)) == top
+    tests = {path.parts[1] for path in tracked if path.parts[0] == "tests" and len(path.parts) > 2}
+    assert tests <= set(re.findall(r"\w+", tree))
+
+
+def test_every_module_and_test_that_the_architecture_names_exists() -> None:
+    """The rooms of the table are checked in test_floors.py."""
+    text = (ROOT / "docs/ARCHITECTURE.md").read_text().partition("## The way of one login")[2]
+    modules = re.findall(r"`(\w+(?:/\w+)?)(?:\.([\w.]+))?`", text)
+    wrong = []
+    for name, member in modules:
+        path = ROOT / "polytmpd" / name
+        file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path
+        words = member.split(".") if member else []
+        if not file.exists() or (file.is_file() and not all(word in file.read_text() for word in words)):
+            wrong.append(f"{name}.{member}")
+    assert set(wrong) <= {"pam_polytmp.", "pam_systemd."}
+    paths = re.findall(r"(tests/[\w/.*]+)", text)
+    assert len(paths) > 8
+    assert [path for path in paths if not list(ROOT.glob(path.rstrip(".")))] == []
 
 
 def test_every_make_target_that_the_readme_names_exists() -> None:

@@ -7,21 +7,27 @@ Not here: what it makes and removes (tests/kernel, tests/e2e).
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from polytmpd import executor, sdnotify
-from polytmpd.blocking import instances, recovery
+from polytmpd.blocking import instances, recovery, removal, tmpfiles
 from polytmpd.blocking.recovery import Living
+from polytmpd.blocking.removal import Place
 from polytmpd.blocking.state import StateDirectory
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
-from polytmpd.executor import Executor
-from polytmpd.kernel import mountns
+from polytmpd.executor import sentinels
+from polytmpd.executor.actions import Executor
+from polytmpd.executor.fdstore import Stored
+from polytmpd.kernel import inside
+from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.mountinfo import Mount, parse_line
 from tests.unit.settled import eventually
+
+if TYPE_CHECKING:
+    from polytmpd.displays.displaylocks import DisplayLocks
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 
@@ -32,9 +38,31 @@ TMP = Directory("/tmp", Lifetime.INSTANCE)
 INSTANCE = Instance(UID, "alice", 0, 0, (InstanceDirectory(TMP, BARRIER),), namespace=42)
 
 
-def namespace(*_: object) -> int:
+def namespace(*_: object) -> Descriptor:
     """What stands for a descriptor of the instance's namespace."""
-    return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    return Descriptor.open("/dev/null", os.O_RDONLY)
+
+
+class FakeDisplays:
+    """Remembers to whose instances displays are shown."""
+
+    def __init__(self) -> None:
+        self.shown: set[int] = set()
+
+    def follow(self, share_again: object) -> None:
+        pass
+
+    async def start(self, directories: Sequence[Directory], instances: Sequence[Instance]) -> None:
+        self.shown = {instance.uid for instance in instances}
+
+    async def instance_came(self, instance: Instance) -> None:
+        self.shown.add(instance.uid)
+
+    def instance_gone(self, uid: int) -> None:
+        self.shown.discard(uid)
+
+    async def close(self) -> None:
+        pass
 
 
 class World:
@@ -46,7 +74,14 @@ class World:
         self.mounted: dict[str, int] = {}
         self.looks = 0
         self.failures: list[Exception] = []
-        self.executor = Executor(self.state, "a" * 32, self.ended.append)
+        self.displays = FakeDisplays()
+        self.executor = self.start()
+
+    def start(self, stored: Stored = Stored()) -> Executor:  # noqa: B008  # it is frozen
+        """Another daemon, with what the FD store has for it."""
+        self.executor = Executor(self.state, "a" * 32, stored, cast("DisplayLocks", self.displays))
+        self.executor.follow(self.ended.append)
+        return self.executor
 
     def mounted_barriers(self, *_: object) -> dict[str, int]:
         self.looks += 1
@@ -58,8 +93,9 @@ class World:
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     made = World(tmp_path / "instances")
-    monkeypatch.setattr(StateDirectory, "lock", lambda _: None)  # which is for the life of the process
     monkeypatch.setattr(recovery, "living", lambda _: [])
+    monkeypatch.setattr(removal, "find_leftovers", lambda *_: [])
+    monkeypatch.setattr(tmpfiles, "write", lambda _: None)
     monkeypatch.setattr(recovery, "mounted_barriers", made.mounted_barriers)
     monkeypatch.setattr(instances, "open_living", namespace)
     monkeypatch.setattr(instances, "require_same_user", lambda _: None)
@@ -81,19 +117,44 @@ async def test_a_stored_namespace_that_cannot_be_looked_into(
 
     table = (parse_line(f"36 35 0:30 /{BARRIER}/tmp /tmp rw - tmpfs tmpfs rw".encode()),)
     stored = namespace()
-    monkeypatch.setattr(sdnotify, "take_stored", lambda: [(f"ns-{UID}", stored)])
-    monkeypatch.setattr(mountns, "namespace_inode", lambda _: 43)
-    monkeypatch.setattr(mountns, "mounts_in", mounts_in)
-    monkeypatch.setattr(mountns, "renew_sentinel", lambda *_: 1)
+    await world.executor.close()
+    world.start(Stored({UID: stored}))
+    monkeypatch.setattr(inside, "mounts_in", mounts_in)
+    monkeypatch.setattr(inside, "renew_sentinel", lambda *_: 1)
     if lives:
         monkeypatch.setattr(recovery, "living", lambda _: [Living(UID, 42, table)])
-    restored = world.executor.restore([TMP])
+    restored = await world.executor.restore([TMP])
     world.executor.start()
     assert [entry.namespace for entry in restored.draining] == ([42] if lives else [])
     assert restored.held == []
-    assert "letting it go" in caplog.text
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(stored)
+    assert "is not polytmpd's" in caplog.text
+    assert stored.closed
+
+
+# What is left over
+
+
+async def test_what_no_living_instance_has_is_left_over(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[set[str]] = []
+    deleted: list[Place] = []
+
+    def find_leftovers(_: object, barriers: set[str]) -> list[Place]:
+        known.append(barriers)
+        return [Place("/tmp", "left"), Place("/tmp", "mounted")]
+
+    monkeypatch.setattr(inside, "renew_sentinel", lambda *_: 1)
+    monkeypatch.setattr(removal, "find_leftovers", find_leftovers)
+    monkeypatch.setattr(removal, "delete_leftover", lambda place, _: deleted.append(place))
+    world.mounted = {"mounted": NOBODY}
+    world.state.save(INSTANCE)
+    restored = await world.executor.restore([TMP])
+    assert [entry.uid for entry in restored.draining] == [UID]
+    assert known == [{BARRIER}]
+    assert world.displays.shown == {UID}
+    world.executor.start()
+    await eventually(lambda: deleted == [Place("/tmp", "left")])
 
 
 # A removal that was interrupted
@@ -106,9 +167,9 @@ async def test_an_instance_that_is_set_aside_already(
     """The daemon ended before it forgot it. A login would be refused: nothing is there to be joined."""
     if not lives:
         monkeypatch.setattr(instances, "open_living", lambda _: None)
-    monkeypatch.setattr(mountns, "renew_sentinel", lambda *_: 1)
+    monkeypatch.setattr(inside, "renew_sentinel", lambda *_: 1)
     world.state.save(INSTANCE)
-    restored = world.executor.restore([TMP])
+    restored = await world.executor.restore([TMP])
     world.executor.start()
     assert [entry.uid for entry in restored.draining] == ([UID] if lives else [])
     assert set(world.state.load()[0]) == ({UID} if lives else set())
@@ -124,9 +185,9 @@ async def unwatched(world: World, monkeypatch: pytest.MonkeyPatch) -> Executor:
     def fail(*_: object) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(mountns, "renew_sentinel", fail)
+    monkeypatch.setattr(inside, "renew_sentinel", fail)
     world.state.save(INSTANCE)
-    restored = world.executor.restore([TMP])
+    restored = await world.executor.restore([TMP])
     assert [entry.uid for entry in restored.draining] == [UID]
     world.executor.start()
     return world.executor
@@ -158,7 +219,7 @@ async def test_a_descriptor_is_no_watch(unwatched: Executor) -> None:
 async def test_a_new_namespace_is_watched(
     world: World, unwatched: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rebuild(instance: Instance, watch: Any) -> tuple[Instance, int, int]:
+    def rebuild(instance: Instance, watch: Any) -> tuple[Instance, Descriptor, int]:
         return instance, namespace(), watch(str(tmp_path))
 
     monkeypatch.setattr(instances, "open_living", lambda _: None)
@@ -167,14 +228,14 @@ async def test_a_new_namespace_is_watched(
     unwatched.let_go(UID)
     assert not unwatched.has_ended(UID)
     (watch,) = held.watches
-    del unwatched._watches[watch]  # as its end does
+    del unwatched._sentinels._owners[watch]  # as its end does
     assert unwatched.has_ended(UID)
 
 
 async def test_what_root_removed_is_not_there_any_more(
     unwatched: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instances, "set_aside", lambda _: [])
+    monkeypatch.setattr(removal, "set_aside", lambda _: [])
     await unwatched.remove(INSTANCE)
     assert unwatched.has_ended(UID)
 
@@ -183,13 +244,13 @@ async def test_what_root_removed_is_not_there_any_more(
 
 
 @pytest.fixture
-def ended(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+async def ended(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """At start, nobody is found in the namespace."""
     monkeypatch.setattr(instances, "open_living", lambda _: None)
-    monkeypatch.setattr(instances, "is_set_aside", lambda _: False)
+    monkeypatch.setattr(removal, "is_set_aside", lambda _: False)
     world.state.save(INSTANCE)
     world.mounted = {BARRIER: NOBODY}
-    assert world.executor.restore([TMP]).draining
+    assert (await world.executor.restore([TMP])).draining
     world.looks = 0
     return world
 
@@ -197,8 +258,8 @@ def ended(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
 async def test_processes_that_follow_one_another(
     ended: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(executor, "_REST", 0.02)
-    monkeypatch.setattr(executor, "_LOOK_AGAIN", 0.2)
+    monkeypatch.setattr(sentinels, "_REST", 0.02)
+    monkeypatch.setattr(sentinels, "_LOOK_AGAIN", 0.2)
     caplog.set_level("INFO")
     ended.executor.start()  # the process is gone whenever it is looked for
     await asyncio.sleep(0.5)  # the test counts the looks in this time
@@ -210,7 +271,7 @@ async def test_processes_that_follow_one_another(
 
 
 async def test_one_that_stays_is_waited_for(ended: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "_REST", 0.001)
+    monkeypatch.setattr(sentinels, "_REST", 0.001)
     process = await asyncio.create_subprocess_exec("sleep", "infinity")
     try:
         ended.mounted = {BARRIER: process.pid}
@@ -231,8 +292,8 @@ async def test_one_that_stays_is_waited_for(ended: World, monkeypatch: pytest.Mo
 async def test_what_cannot_be_found_out_now_is_later(
     ended: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    monkeypatch.setattr(executor, "_REST", 0.01)
-    monkeypatch.setattr(executor, "_LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(sentinels, "_REST", 0.01)
+    monkeypatch.setattr(sentinels, "_LOOK_AGAIN", 0.01)
     failures: list[Exception] = [error, error]
 
     def pidfd_open(pid: int) -> int:

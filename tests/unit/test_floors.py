@@ -4,6 +4,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,22 @@ IMPURE = {"os", "asyncio", "time", "datetime", "threading", "subprocess", "socke
 LIBRARIES = {"dbus_next", "dbus_fast"}
 
 
-def drawn() -> dict[str, int]:
-    """Module or package (below polytmpd) → floor, from the table."""
-    floors: dict[str, int] = {}
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A row of the table. modules: those of a package, each of which may import the ones after it."""
+
+    floor: int
+    modules: tuple[str, ...]
+
+
+def drawn() -> dict[str, Room]:
+    """The rooms below polytmpd, by name, as ARCHITECTURE.md has them."""
+    rooms: dict[str, Room] = {}
     for line in (ROOT / "docs/ARCHITECTURE.md").read_text().splitlines():
-        if row := re.match(r"\| (\d+) \| ([^|]*) \|", line):
-            for name in re.findall(r"`([\w/]+)`", row[2]):
-                assert name not in floors, f"{name} stands on two floors"
-                floors[name.rstrip("/")] = int(row[1])
-    return floors
+        if row := re.match(r"\| (\d+) \| `(\w+)/?` \|([^|]*)\|", line):
+            assert row[2] not in rooms, f"{row[2]} stands on two floors"
+            rooms[row[2]] = Room(int(row[1]), tuple(re.findall(r"`(\w+)`", row[3])))
+    return rooms
 
 
 def part(module: str) -> str:
@@ -55,24 +63,34 @@ def own_imports(module: str) -> set[str]:
 
 
 def test_the_walk_sees_what_is_there() -> None:
-    assert "polytmpd.kernel.syscalls" in own_imports("polytmpd.blocking.storage")
-    assert "polytmpd.kernel.host" in own_imports("polytmpd.daemon"), "from polytmpd.kernel import host"
+    assert "polytmpd.kernel.syscalls" in own_imports("polytmpd.blocking.barriers")
+    assert "polytmpd.blocking.accounts" in own_imports("polytmpd.daemon"), "from polytmpd.blocking import …"
     assert len(NAMES) > 20
 
 
-def test_every_module_is_on_a_floor_and_every_floor_is_of_modules() -> None:
-    assert {part(name) for name in NAMES} - {""} == set(drawn())
+def test_every_file_is_in_a_room_and_every_room_has_its_files() -> None:
+    files: dict[str, set[str]] = {}
+    for name in NAMES:
+        _, _, rest = name.partition(".")
+        room, _, module = rest.partition(".")
+        if room:
+            files.setdefault(room, set()).update({module} - {""})
+    assert {name: set(room.modules) for name, room in drawn().items()} == files
 
 
 @pytest.mark.parametrize("module", [name for name in NAMES if part(name)])
 def test_nothing_is_imported_from_above_or_from_the_side(module: str) -> None:
-    floors = drawn()
-    wrong = [
-        name
-        for name in own_imports(module)
-        if part(name) != part(module) and floors[part(name)] >= floors[part(module)]
-    ]
-    assert wrong == []
+    rooms = drawn()
+    others = [name for name in own_imports(module) if part(name) != part(module)]
+    assert [name for name in others if rooms[part(name)].floor >= rooms[part(module)].floor] == []
+
+
+@pytest.mark.parametrize("module", [name for name in NAMES if name.count(".") == 2])
+def test_within_a_room_imports_go_one_way(module: str) -> None:
+    order = drawn()[part(module)].modules
+    here = order.index(module.rpartition(".")[2])
+    inside = [name for name in own_imports(module) if part(name) == part(module) and name.count(".") == 2]
+    assert [name for name in inside if order.index(name.rpartition(".")[2]) <= here] == []
 
 
 @pytest.mark.parametrize("module", [name for name in NAMES if part(name) == "core"])
@@ -81,7 +99,7 @@ def test_the_core_is_pure(module: str) -> None:
     assert {part(name) for name in own_imports(module)} <= {"core"}
 
 
-@pytest.mark.parametrize("module", [name for name in NAMES if part(name) == "blocking"])
+@pytest.mark.parametrize("module", [name for name in NAMES if part(name) in {"blocking", "kernel"}])
 def test_what_blocks_knows_no_event_loop(module: str) -> None:
     assert "asyncio" not in {name.partition(".")[0] for name in imports(module)}
 

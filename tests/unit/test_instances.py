@@ -12,7 +12,8 @@ import pytest
 
 from polytmpd.blocking import accounts, instances
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
-from polytmpd.kernel import mountinfo, mountns, processes
+from polytmpd.kernel import inside, mountinfo, mountns, processes
+from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.mountinfo import Mount, parse_line
 
 pytestmark = pytest.mark.unit
@@ -34,7 +35,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What stands for the namespace that processes are found in; a file, so that a leak shows."""
     path = tmp_path / "namespace"
     path.touch()
-    monkeypatch.setattr(processes, "open_namespace", lambda _: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    monkeypatch.setattr(processes, "open_namespace", lambda _: Descriptor.open(path, os.O_RDONLY))
     return path
 
 
@@ -44,7 +45,7 @@ def test_a_namespace_without_proc_is_none_of_ours(namespace: Path, monkeypatch: 
     def mounts_in(_: int) -> list[Mount]:
         raise FileNotFoundError(2, "No such file or directory", "/proc/thread-self/mountinfo")
 
-    monkeypatch.setattr(mountns, "mounts_in", mounts_in)
+    monkeypatch.setattr(inside, "mounts_in", mounts_in)
     monkeypatch.setattr(mountns, "is_privileged", lambda _: True)
     assert instances.open_living(INSTANCE) is None
     assert opened(namespace) == []
@@ -65,7 +66,7 @@ def test_a_namespace_is_ours_by_its_mounts(
     """The kernel gives inode numbers out again."""
     slash = "35 1 8:1 / / rw {} - ext4 /dev/sda1 rw"
     table = [parse_line(line.encode()) for line in (slash.format(peer), LINE.format(root))]
-    monkeypatch.setattr(mountns, "mounts_in", lambda _: table)
+    monkeypatch.setattr(inside, "mounts_in", lambda _: table)
     monkeypatch.setattr(mountns, "is_privileged", lambda _: privileged)
     monkeypatch.setattr(mountinfo, "read", lambda _: [parse_line(slash.format("shared:7").encode())])
     fd = instances.open_living(INSTANCE)

@@ -34,8 +34,8 @@ async def heard() -> Heard:
 
 
 @pytest.fixture
-async def watched(heard: Heard) -> AsyncIterator[Slices]:
-    made = Slices(heard)
+async def watched() -> AsyncIterator[Slices]:
+    made = Slices()
     yield made
     made.close()
 
@@ -65,8 +65,8 @@ async def test_parse_populated(text: str, populated: bool) -> None:
 
 async def test_now_and_at_each_change(cgroups: Path, watched: Slices, heard: Heard) -> None:
     first, second = cgroup(cgroups, "user-1000.slice", 1), cgroup(cgroups, "user-1001.slice", 0)
-    watched.watch(1000, "/user-1000.slice")
-    watched.watch(1001, "/user-1001.slice")
+    watched.watch(1000, "/user-1000.slice", heard)
+    watched.watch(1001, "/user-1001.slice", heard)
     assert heard == [(1000, True), (1001, False)]
     second.write_text("populated 1\n")
     await eventually(lambda: heard[-1] == (1001, True))
@@ -76,7 +76,7 @@ async def test_now_and_at_each_change(cgroups: Path, watched: Slices, heard: Hea
 
 async def test_beside_version_1(cgroups: Path, watched: Slices, heard: Heard) -> None:
     cgroup(cgroups.parent / "unified", "user-1000.slice", 1)
-    watched.watch(1000, "/user-1000.slice")
+    watched.watch(1000, "/user-1000.slice", heard)
     assert heard == [(1000, True)]
 
 
@@ -84,20 +84,20 @@ async def test_beside_version_1(cgroups: Path, watched: Slices, heard: Heard) ->
 async def test_without_a_cgroup_nobody_is_there(
     cgroups: Path, watched: Slices, heard: Heard, group: str
 ) -> None:
-    watched.watch(1000, group)
+    watched.watch(1000, group, heard)
     assert heard == [(1000, False)]
 
 
 async def test_a_cgroup_that_goes_away(cgroups: Path, watched: Slices, heard: Heard) -> None:
     file = cgroup(cgroups, "user-1000.slice", 1)
-    watched.watch(1000, "/user-1000.slice")
+    watched.watch(1000, "/user-1000.slice", heard)
     with file.open("a") as open_file:  # a change, and the file is gone when it is looked at
         open_file.write("frozen 0\n")
         open_file.flush()
         shutil.rmtree(file.parent)
     await eventually(lambda: heard[-1] == (1000, False))
     cgroup(cgroups, "user-1000.slice", 1)
-    watched.watch(1000, "/user-1000.slice")
+    watched.watch(1000, "/user-1000.slice", heard)
     assert heard[-1] == (1000, True)
     file.write_text("populated 0\n")
     await eventually(lambda: heard[-1] == (1000, False))
@@ -107,8 +107,8 @@ async def test_a_slice_that_moved_is_heard_of_no_longer(
     cgroups: Path, watched: Slices, heard: Heard
 ) -> None:
     old, new = cgroup(cgroups, "old.slice", 1), cgroup(cgroups, "new.slice", 1)
-    watched.watch(1000, "/old.slice")
-    watched.watch(1000, "/new.slice")
+    watched.watch(1000, "/old.slice", heard)
+    watched.watch(1000, "/new.slice", heard)
     heard.clear()
     old.write_text("populated 0\n")
     new.write_text("populated 0\n")
@@ -123,7 +123,7 @@ async def test_after_lost_events_all_are_looked_at(
 ) -> None:
     for uid in (1000, 1001):
         cgroup(cgroups, f"user-{uid}.slice", 1)
-        watched.watch(uid, f"/user-{uid}.slice")
+        watched.watch(uid, f"/user-{uid}.slice", heard)
     heard.clear()
     monkeypatch.setattr(watched._inotify, "read", lambda: [Event(-1, IN_Q_OVERFLOW, "")])
     watched._on_readable()
@@ -164,7 +164,7 @@ async def test_a_slice_that_cannot_be_watched_is_tried_again(
     populated: int,
 ) -> None:
     file = cgroup(cgroups, "user-1000.slice", populated)
-    watched.watch(1000, "/user-1000.slice")
+    watched.watch(1000, "/user-1000.slice", heard)
     await eventually(lambda: len(heard) > 3)
     assert set(heard) == {(1000, True)}, "whoever may be there is not to lose anything"
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
@@ -182,7 +182,7 @@ async def test_a_slice_that_cannot_be_watched_is_tried_again(
 @pytest.mark.usefixtures("soon", "no_watches")
 async def test_one_that_cannot_be_watched_goes_away(cgroups: Path, watched: Slices, heard: Heard) -> None:
     file = cgroup(cgroups, "user-1000.slice", 1)
-    watched.watch(1000, "/user-1000.slice")
+    watched.watch(1000, "/user-1000.slice", heard)
     assert heard == [(1000, True)]
     shutil.rmtree(file.parent)
     await eventually(lambda: heard[-1] == (1000, False))
@@ -196,9 +196,9 @@ async def test_one_that_moved_where_it_cannot_be_watched(
     no_watches.append("one")
     old = cgroup(cgroups, "old.slice", 1)
     cgroup(cgroups, "new.slice", 1)
-    watched.watch(1000, "/old.slice")
+    watched.watch(1000, "/old.slice", heard)
     no_watches.clear()
-    watched.watch(1000, "/new.slice")
+    watched.watch(1000, "/new.slice", heard)
     old.write_text("populated 0\n")
     watched._on_readable()
     assert heard[-1] == (1000, True)
@@ -209,7 +209,7 @@ async def test_one_that_cannot_be_read(
     cgroups: Path, watched: Slices, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = cgroup(cgroups, "user-1000.slice", 1)
-    watched.watch(1000, "/user-1000.slice")
+    watched.watch(1000, "/user-1000.slice", heard)
     with monkeypatch.context() as context:
 
         def fail(path: Path) -> str:

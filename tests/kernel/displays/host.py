@@ -63,8 +63,13 @@ class Host:
         self.shared_again = 0
         self.updates = 0
         self.failures: list[Exception] = []
-        self.locks = DisplayLocks(self._share_again)
+        self.locks = self._locks()
         self.directory = Directory(str(base), Lifetime.INSTANCE, (SOCKETS,))
+
+    def _locks(self) -> DisplayLocks:
+        locks = DisplayLocks()
+        locks.follow(self._share_again)
+        return locks
 
     async def _share_again(self, base: str) -> None:
         assert base == str(self.base)
@@ -86,7 +91,7 @@ class Host:
 
     async def again(self, *uids: int) -> None:
         """Start another daemon. The former one is closed already."""
-        self.locks = DisplayLocks(self._share_again)
+        self.locks = self._locks()
         await self.start(*uids)
 
     async def updated(self, times: int) -> None:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Finds the instances that a former daemon left: in the FD store, in the state files, and in /proc.
+
+Any of the three may be missing. systemd of Debian 12 drops the FD store when the unit is stopped, and a
+state file can be lost.
+Not here: what is done with what is found (executor).
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from polytmpd.blocking import instances, recovery
+from polytmpd.core.model import Directory, Instance
+from polytmpd.kernel import inside
+from polytmpd.kernel.descriptor import Descriptor
+
+log = logging.getLogger(__name__)
+
+
+def left(
+    stored: Mapping[int, Descriptor],
+    recorded: Mapping[int, Instance],
+    directories: Sequence[Directory],
+    discard: Callable[[int, Descriptor], None],
+) -> Iterator[tuple[Instance, Descriptor | None]]:
+    """Each instance that a former daemon left, with the stored descriptor of its namespace, if there is one.
+
+    discard(uid, descriptor) is called for a stored namespace that is not ours.
+    """
+    living = {entry.uid: entry for entry in recovery.living(directories)}
+    for uid in sorted({*stored, *recorded, *living}):
+        fd = stored.get(uid)
+        instance = recorded.get(uid)
+        if fd is not None and (instance is None or _inode(fd) != instance.namespace):
+            recognised = _recognise(uid, fd, directories)
+            if recognised is None:
+                log.warning("The FD store's namespace of UID %d is not polytmpd's, closing it", uid)
+                discard(uid, fd)
+                fd = None
+            else:
+                instance = recognised
+        if instance is None and uid in living:
+            entry = living[uid]
+            instance = recovery.reconstruct(uid, entry.namespace, entry.mounts, directories)
+        if instance is not None:
+            yield instance, fd
+
+
+def renew_sentinel(instance: Instance, stored: Descriptor | None, watch: Callable[[str], int]) -> int | None:
+    """A watch on a new sentinel in the instance's namespace; None if nobody is in it. Raises OSError."""
+    fd = stored if stored is not None else instances.open_living(instance)
+    if fd is None:
+        return None
+    first = instance.directories[0].directory
+    try:
+        return inside.renew_sentinel(fd, first.path, first.shared, watch)
+    finally:
+        if stored is None:
+            fd.close()
+
+
+def _recognise(uid: int, fd: Descriptor, directories: Sequence[Directory]) -> Instance | None:
+    """The instance that a stored namespace is, by its mounts. None without a /proc there that lists them."""
+    try:
+        mounts = inside.mounts_in(fd)
+    except OSError as error:
+        log.warning("Failed to read the mounts of the FD store's namespace of UID %d: %s", uid, error)
+        return None
+    return recovery.reconstruct(uid, _inode(fd), mounts, directories)
+
+
+def _inode(fd: Descriptor) -> int:
+    return os.fstat(fd).st_ino

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Does what the lifecycle asks for: makes instances, holds and lets go their namespaces, removes them.
+
+One operation runs at a time for each user; what blocks runs in threads.
+Not here: when anything is to be done (daemon, core/lifecycle), the work of those threads (blocking/), and
+noticing the end of an instance (sentinels).
+"""
+
+import asyncio
+import errno
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from polytmpd import devices
+from polytmpd.blocking import instances, removal, restoration, tmpfiles
+from polytmpd.blocking.state import StateDirectory
+from polytmpd.core.model import Directory, Instance
+from polytmpd.devices import BlockDevice
+from polytmpd.displays.displaylocks import DisplayLocks
+from polytmpd.executor.fdstore import Namespaces, Stored
+from polytmpd.executor.removals import Removals
+from polytmpd.executor.sentinels import Sentinels
+from polytmpd.executor.workers import Workers
+from polytmpd.journal import MessageId, fields
+from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.mountinfo import Mount
+from polytmpd.tasks import Tasks
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[Descriptor, Instance], list[str]]
+"""Work in the namespace of an instance; returns what it changed. Raises OSError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What was there at start. draining: also instances that may have ended; start() confirms it."""
+
+    held: list[Instance] = field(default_factory=list)
+    draining: list[Instance] = field(default_factory=list)
+
+
+class Executor:
+    """One for a daemon; its methods are called in the event loop."""
+
+    def __init__(self, state: StateDirectory, boot_id: str, stored: Stored, displays: DisplayLocks) -> None:
+        """stored and displays belong to this object from now on. Raises OSError."""
+        self._state = state
+        self._boot_id = boot_id
+        self._stored = stored
+        self._instances: dict[int, Instance] = {}
+        self._locks: dict[int, asyncio.Lock] = {}
+        self._searchers = Workers(1, "search")
+        self._displays = displays
+        self._removals = Removals()
+        self._leftovers: list[removal.Place] = []
+        self._tasks = Tasks()
+        self._namespaces = Namespaces(state)
+        self._sentinels = Sentinels(stored.inotify, self._instances, self._lock, self._searchers)
+        displays.follow(self.share_again)
+
+    # Start and stop
+
+    def follow(self, ended: Callable[[int], None]) -> None:
+        """Call ended(uid) in the event loop when a user's instance has ended, after start()."""
+        self._sentinels.follow(ended)
+
+    async def restore(self, directories: Sequence[Directory]) -> Restored:
+        """Take over what a former daemon left, and find what is left over.
+
+        Once, before start() and before any instance is made: one would be taken for a leftover. Raises
+        OSError.
+        """
+        restored = await asyncio.to_thread(self._take_over, directories)
+        known = {entry.barrier for instance in self._instances.values() for entry in instance.directories}
+        self._leftovers = await asyncio.to_thread(removal.find_leftovers, directories, known)
+        await self.tell_age_cleaner(directories)
+        await self._displays.start(directories, (*restored.held, *restored.draining))
+        return restored
+
+    def _take_over(self, directories: Sequence[Directory]) -> Restored:
+        living = self._sentinels.living()
+        recorded, problems = self._state.load()
+        for problem in problems:
+            log.warning("%s", problem)
+        restored = Restored()
+        for instance, fd in restoration.left(
+            self._stored.namespaces, recorded, directories, self._stored.discard
+        ):
+            self._restore_one(instance, fd, instance.watches & living, restored)
+        return restored
+
+    def _restore_one(
+        self, instance: Instance, fd: Descriptor | None, watches: frozenset[int], restored: Restored
+    ) -> None:
+        """watches: those of the instance that are still there. Their sentinels live, and so does the
+        namespace.
+        """
+        uid = instance.uid
+        if not watches:
+            try:
+                watch = restoration.renew_sentinel(instance, fd, self._sentinels.watch)
+            except OSError as error:
+                log.error(
+                    "Cannot notice the end of the instance of user %s any more, keeping it until the next "
+                    "boot: %s",
+                    instance.user,
+                    error,
+                    extra=fields(uid=uid),
+                )
+                self._sentinels.cannot_watch(uid)
+            else:
+                if watch is None and removal.is_set_aside(instance):
+                    # A former daemon began to remove it, and the rest are leftovers. A login would find
+                    # nothing to join, and be refused.
+                    self._namespaces.forget(uid)
+                    return
+                if watch is None:
+                    self._instances[uid] = instance
+                    self._sentinels.may_have_ended(uid)
+                    restored.draining.append(instance)
+                    return
+                watches = frozenset({watch})
+        if watches:
+            self._sentinels.add(uid, watches)
+        instance = replace(instance, watches=watches)
+        self._instances[uid] = instance
+        self._namespaces.record(instance)
+        if fd is not None:
+            self._namespaces.take_over(uid, fd)
+            restored.held.append(instance)
+        else:
+            restored.draining.append(instance)
+
+    def start(self) -> None:
+        """Report the ends of instances, also those that came before, and delete what is left over."""
+        self._sentinels.start()
+        self._tasks.start(self._removals.delete_leftovers(self._leftovers, self._searchers))
+
+    async def close(self) -> None:
+        """Close everything but what the FD store holds.
+
+        Deletions stop where they are; the next start of the daemon continues.
+        """
+        await self._tasks.close()
+        await self._displays.close()
+        self._removals.close()
+        self._searchers.close()
+        self._sentinels.close()
+        self._namespaces.close()
+
+    # Actions
+
+    async def prepare(self, uid: int, user: str, directories: Sequence[Directory]) -> Instance:
+        """Make directories and namespace, and hold the namespace.
+
+        Raises OSError; nothing is left behind then.
+        """
+        async with self._lock(uid):
+            made = await asyncio.to_thread(
+                instances.prepare, uid, user, directories, self._boot_id, self._sentinels.watch
+            )
+            instance = self._hold(*made)
+        await self._displays.instance_came(instance)
+        log.info(
+            "New instance of user %s: %s",
+            user,
+            ", ".join(entry.host_path for entry in instance.directories),
+            extra=fields(MessageId.INSTANCE_NEW, uid, user),
+        )
+        return instance
+
+    async def rejoin(self, instance: Instance) -> Instance:
+        """Hold a draining namespace again, found through the processes in it. The files stay the same.
+
+        If no process is found, the namespace has ended, or is held by what cannot be entered: a descriptor
+        in flight, or a bind mount of the namespace. Then a new namespace is made over the same directories.
+        Raises OSError.
+        """
+        async with self._lock(instance.uid):
+            await asyncio.to_thread(instances.require_same_user, instance)
+            try:
+                fd = await asyncio.to_thread(instances.open_living, instance)
+            except TimeoutError as error:
+                log.warning("Found no process in the namespace of user %s: %s", instance.user, error)
+                fd = None
+            if fd is not None:
+                held = self._hold(instance, fd)
+            else:
+                held = self._hold(
+                    *await asyncio.to_thread(instances.rebuild, instance, self._sentinels.watch)
+                )
+        await self._displays.instance_came(held)
+        return held
+
+    def has_ended(self, uid: int) -> bool:
+        """Whether nobody is left in the user's instance. Never if that cannot be noticed."""
+        return self._sentinels.has_ended(uid)
+
+    def hand_over(self, uid: int) -> Descriptor:
+        """A second descriptor of a namespace that is held, the caller's. Raises OSError (EMFILE)."""
+        return self._namespaces.open(uid)
+
+    def let_go(self, uid: int) -> None:
+        """Hold the namespace no longer; from now on the processes in it keep it."""
+        self._namespaces.let_go(uid)
+
+    async def remove(self, instance: Instance) -> None:
+        """Delete what lives as long as the instance. It is set aside first, and a new instance waits for
+        that alone.
+
+        Raises OSError that names what is in the way; the next removal for the user, and the next start, try
+        again.
+        """
+        uid = instance.uid
+        self._displays.instance_gone(uid)
+        async with self._lock(uid):
+            self._sentinels.forget(uid)
+            known = uid in self._instances  # else it was set aside before, and could not be deleted
+            aside = await asyncio.to_thread(removal.set_aside, instance) if known else []
+            self._namespaces.forget(uid)
+            self._instances.pop(uid, None)
+        await self._removals.delete(uid, aside)
+        log.info(
+            "Removed instance of user %s",
+            instance.user,
+            extra=fields(MessageId.INSTANCE_REMOVED, uid, instance.user),
+        )
+
+    async def remove_persistent(self, uid: int, directories: Sequence[Directory]) -> bool:
+        """Delete what is kept of a user who has no instance, and what former removals left.
+
+        Returns whether there was anything. Raises OSError.
+        """
+        async with self._lock(uid):
+            if self._sentinels.is_alive(uid):
+                raise OSError(errno.EBUSY, "the user has just logged in")
+            aside = await asyncio.to_thread(removal.set_persistent_aside, uid, directories)
+        return await self._removals.delete(uid, aside)
+
+    def removed_entries(self, uid: int) -> int:
+        """How many entries the removal that runs for the user has deleted so far."""
+        return self._removals.entries(uid)
+
+    async def tell_age_cleaner(self, directories: Sequence[Directory]) -> None:
+        """Have the age cleaner spare the barriers in these directories, and those of living instances.
+
+        Logs what fails.
+        """
+        living = [entry.directory for instance in self._instances.values() for entry in instance.directories]
+        try:
+            await asyncio.to_thread(tmpfiles.write, (*directories, *living))
+        except OSError as error:
+            log.warning("systemd-tmpfiles may age the directories of instances: %s, ignoring", error)
+
+    # In every instance
+
+    async def share_again(self, path: str) -> None:
+        """Give the living instances the host's socket directories in path, which were made again.
+
+        Logs what it did, and what fails.
+        """
+
+        def share(namespace: Descriptor, instance: Instance) -> list[str]:
+            return instances.share_again(namespace, instance, path)
+
+        async for instance, changed in self._in_each_instance(share, f"share the new directories in {path}"):
+            log.info("User %s has the new %s", instance.user, ", ".join(changed))
+
+    async def device_gone(self, device: BlockDevice) -> None:
+        """Detach what was mounted from it in private directories, which nobody else sees."""
+        await self._detach(lambda mount: device.is_source_of(mount.device, mount.source))
+
+    async def devices_missed(self) -> None:
+        """Detach what is mounted from devices that do not exist: events were lost, or not heard yet."""
+        await self._detach(lambda mount: not devices.exists(mount.device))
+
+    async def _detach(self, chosen: Callable[[Mount], bool]) -> None:
+        def detach(namespace: Descriptor, instance: Instance) -> list[str]:
+            return instances.detach(namespace, instance, chosen)
+
+        async for instance, gone in self._in_each_instance(detach, "examine mounts"):
+            log.warning(
+                "Unmounted %s in the instance of user %s: the device is gone",
+                ", ".join(gone),
+                instance.user,
+                extra=fields(MessageId.DEVICE_GONE, instance.uid, instance.user),
+            )
+
+    async def _in_each_instance(self, work: Work, what: str) -> AsyncIterator[tuple[Instance, list[str]]]:
+        """The instances in which the work changed something, and what. Logs what fails."""
+
+        def enter(instance: Instance, held: Descriptor | None) -> list[str]:
+            with instances.entered(instance, held) as namespace:
+                return work(namespace, instance) if namespace is not None else []
+
+        for uid, instance in list(self._instances.items()):
+            async with self._lock(uid):
+                try:
+                    held = self._namespaces.open_if_held(uid)
+                    changed = await asyncio.to_thread(enter, instance, held)
+                except OSError as error:
+                    log.warning("Failed to %s in the instance of user %s: %s", what, instance.user, error)
+                    continue
+            if changed:
+                yield instance, changed
+
+    # Within
+
+    def _lock(self, uid: int) -> asyncio.Lock:
+        return self._locks.setdefault(uid, asyncio.Lock())
+
+    def _hold(self, instance: Instance, fd: Descriptor, watch: int | None = None) -> Instance:
+        """watch: on the sentinel, if the namespace is new."""
+        uid = instance.uid
+        if watch is not None:
+            self._sentinels.add(uid, (watch,))
+        # Not those that the instance had: a former namespace over the same files may have ended meanwhile.
+        instance = replace(instance, watches=self._sentinels.watches(uid))
+        self._instances[uid] = instance
+        self._namespaces.hold(instance, fd)
+        return instance

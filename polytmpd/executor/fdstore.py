@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What outlives the daemon: each namespace that it holds, and the inotify instance on the sentinels, with a
+copy of each in systemd's FD store (sd_pid_notify_with_fds(3)); and the state files, which say what the
+descriptors do not.
+
+Not here: when a namespace is held (actions), systemd's protocol (sdnotify), and how a state file is written
+(blocking/state).
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from polytmpd import sdnotify
+from polytmpd.blocking.state import StateDirectory
+from polytmpd.core.model import Instance
+from polytmpd.kernel import mountns
+from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.inotify import is_inotify
+
+log = logging.getLogger(__name__)
+
+SENTINELS: Final = "sentinels"
+_NAMESPACE: Final = "ns-"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a former daemon left in the FD store. The descriptors belong to the holder of this object."""
+
+    namespaces: Mapping[int, Descriptor] = field(default_factory=dict)
+    """By UID."""
+    inotify: Descriptor | None = None
+
+    @staticmethod
+    def discard(uid: int, namespace: Descriptor) -> None:
+        """Close a namespace that is not ours, and the FD store's descriptor."""
+        sdnotify.remove(_name(uid))
+        namespace.close()
+
+
+def take() -> Stored:
+    """What PID 1 kept for us, to be called once, at start. What we did not put there is closed."""
+    namespaces: dict[int, Descriptor] = {}
+    inotify: Descriptor | None = None
+    for name, fd in sdnotify.take_stored():
+        uid = name.removeprefix(_NAMESPACE)
+        if name == SENTINELS and inotify is None and is_inotify(fd):
+            inotify = fd
+        elif (
+            name.startswith(_NAMESPACE)
+            and uid.isdecimal()
+            and int(uid) not in namespaces
+            and _is_namespace(fd)
+        ):
+            namespaces[int(uid)] = fd
+        else:
+            log.warning("Found %s in the FD store, which polytmpd did not put there, closing it", name)
+            sdnotify.remove(name)
+            fd.close()
+    return Stored(namespaces, inotify)
+
+
+def store_sentinels(fd: int) -> None:
+    """Put a copy of the inotify instance into the FD store."""
+    sdnotify.store(SENTINELS, fd)
+
+
+class Namespaces:
+    """The namespaces that are held. Owns their descriptors. Logs what the state files do not take."""
+
+    def __init__(self, state: StateDirectory) -> None:
+        self._state = state
+        self._held: dict[int, Descriptor] = {}
+
+    def __contains__(self, uid: int) -> bool:
+        return uid in self._held
+
+    def take_over(self, uid: int, fd: Descriptor) -> None:
+        """Hold a namespace that the FD store has already. fd belongs to this object from now on."""
+        self._held[uid] = fd
+
+    def hold(self, instance: Instance, fd: Descriptor) -> None:
+        """Hold an instance's namespace in place of a former one, and record the instance.
+
+        fd belongs to this object from now on.
+        """
+        if (former := self._held.pop(instance.uid, None)) is not None:
+            former.close()
+        self._held[instance.uid] = fd
+        sdnotify.store(_name(instance.uid), fd)
+        self.record(instance)
+
+    def record(self, instance: Instance) -> None:
+        """Write the instance's state file."""
+        try:
+            self._state.save(instance)
+        except OSError as error:
+            log.warning("Failed to write the state of UID %d: %s, ignoring", instance.uid, error)
+
+    def forget(self, uid: int) -> None:
+        """Remove the state file of a user's instance."""
+        try:
+            self._state.forget(uid)
+        except OSError as error:
+            log.warning("Failed to remove the state of UID %d: %s, ignoring", uid, error)
+
+    def open(self, uid: int) -> Descriptor:
+        """A second descriptor of a namespace that is held, the caller's. Raises OSError (EMFILE)."""
+        return self._held[uid].dup()
+
+    def open_if_held(self, uid: int) -> Descriptor | None:
+        """The same, or None if it is not held."""
+        return self.open(uid) if uid in self._held else None
+
+    def let_go(self, uid: int) -> None:
+        """Close the descriptor, and the FD store's."""
+        sdnotify.remove(_name(uid))
+        self._held.pop(uid).close()
+
+    def close(self) -> None:
+        """Close all descriptors, but not the FD store's."""
+        for fd in self._held.values():
+            fd.close()
+        self._held.clear()
+
+
+def _name(uid: int) -> str:
+    return f"{_NAMESPACE}{uid}"
+
+
+def _is_namespace(fd: Descriptor) -> bool:
+    try:
+        return mountns.namespace_inode(fd) != 0
+    except OSError:
+        return False

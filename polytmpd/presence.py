@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who is here: combines what logind, systemd and the cgroups report into the claims of each user.
+
+Not here: what follows from a claim (daemon), and reading a cgroup (slices).
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from polytmpd.bus.connection import BusError
+from polytmpd.bus.logind import Logind, Session, User
+from polytmpd.bus.systemd1 import Systemd
+from polytmpd.core.policy import Claims, Exemptions
+from polytmpd.slices import Slices
+from polytmpd.tasks import Tasks
+
+log = logging.getLogger(__name__)
+
+_LOOK_TIMEOUT: Final = 1.0
+"""Seconds that a login waits at most for systemd to report the user's slice."""
+_LIST_AGAIN: Final = 30.0
+"""Seconds after which logind is asked again if it did not answer."""
+
+
+class Follower(Protocol):
+    """Hears of every change. user is the name that logind knows the UID by."""
+
+    def claims_changed(self, uid: int, user: str, claims: Claims) -> None: ...
+    def control_group_changed(self, uid: int, control_group: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Person:
+    """What is known of one user."""
+
+    user: str
+    claims: Claims = field(default_factory=Claims)
+    control_group: str = ""
+
+
+class Presence:
+    """The claims and the control group of every regular user, kept up to date; a listener of logind and
+    systemd.
+    """
+
+    def __init__(self, logind: Logind, systemd: Systemd, slices: Slices, exemptions: Exemptions) -> None:
+        """logind, systemd and slices belong to this object from now on."""
+        self.exemptions = exemptions
+        """Who is not to be followed. A reload of the configuration replaces it."""
+        self.logind_answered = False
+        """Whether logind has said who is logged in. Until then, nothing says that anybody has left."""
+        self._logind = logind
+        self._systemd = systemd
+        self._slices = slices
+        self._followers: list[Follower] = []
+        self._people: dict[int, _Person] = {}
+        self._tasks = Tasks()
+        self._listing = asyncio.Lock()
+        self._asks_again = False
+        self._ended_meanwhile: set[str] = set()
+        """Sessions that ended while logind was listing them."""
+
+    def follow(self, follower: Follower) -> None:
+        """Tell the follower of every change from now on."""
+        self._followers.append(follower)
+
+    async def start(self) -> None:
+        """Follow logind and systemd, and report who is here now. Raises BusError."""
+        await self._logind.subscribe(self)
+        await self._systemd.subscribe(self)
+        for uid in list(self._people):  # before logind is asked: processes in the slice claim what is held
+            await self._look_at_slice(uid)
+        # If logind does not answer, what is held stays held: not to hear of a session is not to have none.
+        await self._list_logind()
+
+    async def close(self) -> None:
+        """Report nothing more."""
+        await self._tasks.close()
+        self._slices.close()
+
+    def watch(self, uid: int, user: str) -> None:
+        """Follow a user whom neither logind nor systemd has reported."""
+        self._people.setdefault(uid, _Person(user))
+
+    def forget(self, uid: int) -> None:
+        """Follow the user no longer, until logind reports them again."""
+        self._people.pop(uid, None)
+
+    def look(self, uid: int) -> "asyncio.Task[None]":
+        """Examine the user's slice, and report what is new. The task ends with that, or after a second."""
+
+        async def look_for_a_while() -> None:
+            await asyncio.wait((self._tasks.start(self._look_at_slice(uid)),), timeout=_LOOK_TIMEOUT)
+
+        return self._tasks.start(look_for_a_while())
+
+    def acquired(self, uid: int) -> Claims:
+        """The user's claims, now that a login got their namespace. This is not reported."""
+        person = self._people[uid]
+        person.claims = person.claims.with_acquisition()
+        return person.claims
+
+    # What logind reports
+
+    def user_new(self, user: User) -> None:
+        self._claim(user, lambda claims: claims.with_user())
+
+    def user_removed(self, uid: int) -> None:
+        if uid in self._people:
+            self._change(uid, self._people[uid].claims.without_user())
+            self._tasks.start(self._look_at_slice(uid))
+
+    def session_new(self, session: Session) -> None:
+        self._claim(session.user, lambda claims: claims.with_session(session.id, login=session.is_login))
+
+    def session_removed(self, session_id: str) -> None:
+        if self._listing.locked():
+            self._ended_meanwhile.add(session_id)
+        for uid, person in list(self._people.items()):
+            if session_id in person.claims.sessions:
+                self._change(uid, person.claims.without_session(session_id))
+
+    def logind_changed(self) -> None:
+        self._tasks.start(self._list_logind())
+
+    # What systemd reports
+
+    def slice_changed(self, uid: int) -> None:
+        """The slice started or stopped: its cgroup may be another one now."""
+        if uid in self._people:
+            self._tasks.start(self._look_at_slice(uid))
+
+    def scope_changed(self, session_id: str) -> None:
+        """The session may be closing. Then it is over, even if processes live on in it."""
+        if any(session_id in person.claims.sessions for person in self._people.values()):
+            self._tasks.start(self._look_at_session(session_id))
+
+    def systemd_changed(self) -> None:
+        for uid, person in self._people.items():
+            self._tasks.start(self._look_at_slice(uid))
+            for session in person.claims.sessions:
+                self._tasks.start(self._look_at_session(session))
+
+    def slice_populated(self, uid: int, populated: bool) -> None:
+        person = self._people.get(uid)
+        if person is not None and person.claims.populated != populated:
+            self._change(uid, person.claims.with_slice(populated=populated))
+
+    # Within
+
+    def _claim(self, user: User, change: Callable[[Claims], Claims]) -> None:
+        if self.exemptions.reason(user.uid, user.name) is not None:
+            return
+        self.watch(user.uid, user.name)
+        self._change(user.uid, change(self._people[user.uid].claims))
+
+    def _change(self, uid: int, claims: Claims) -> None:
+        person = self._people[uid]
+        person.claims = claims
+        for follower in self._followers:
+            follower.claims_changed(uid, person.user, claims)
+
+    async def _list_logind(self) -> None:
+        """Compare with what logind says now: at start, and when it is back."""
+        async with self._listing:
+            answered = await self._compare_with_logind()
+        if not answered:
+            self._list_later()
+
+    def _list_later(self) -> None:
+        """A logind that is only slow never leaves the bus, so nothing says when it answers again."""
+        if not self._asks_again:
+            self._asks_again = True
+            self._tasks.start(self._list_until_answered())
+
+    async def _list_until_answered(self) -> None:
+        answered = False
+        try:
+            while not answered:
+                await asyncio.sleep(_LIST_AGAIN)
+                async with self._listing:
+                    answered = await self._compare_with_logind()
+        finally:
+            self._asks_again = False
+
+    async def _compare_with_logind(self) -> bool:
+        """Whether it answered.
+
+        A signal that arrives meanwhile is newer than the answer. So a user or session that appeared
+        meanwhile is left alone, and a session that ended meanwhile does not come back.
+        """
+        before = {uid: person.claims.sessions for uid, person in self._people.items()}
+        self._ended_meanwhile.clear()
+        try:
+            users, sessions = await self._logind.users(), await self._logind.sessions()
+        except BusError as error:
+            level = logging.DEBUG if self._asks_again else logging.WARNING
+            log.log(level, "systemd-logind does not answer, continuing without and retrying: %s", error)
+            return False
+        self.logind_answered = True
+        # A user without a session lingers: their manager asks by itself, and the slice holds what is there.
+        for session in sessions:
+            if session.id not in self._ended_meanwhile:
+                self.session_new(session)
+        listed = {session.id for session in sessions}
+        for known in before.values():
+            for gone in known - listed:
+                self.session_removed(gone)
+        for uid in set(before) - {user.uid for user in users}:
+            if uid in self._people and self._people[uid].claims.sessions <= before[uid]:
+                self.user_removed(uid)
+        for uid in list(self._people):
+            self._change(uid, self._people[uid].claims)
+        return True
+
+    async def _look_at_session(self, session_id: str) -> None:
+        try:
+            is_open = await self._logind.is_open(session_id)
+        except BusError as error:
+            log.debug("systemd-logind did not report session %s: %s", session_id, error)
+            self._list_later()
+            return
+        if not is_open:
+            self.session_removed(session_id)
+
+    async def _look_at_slice(self, uid: int) -> None:
+        try:
+            group = await self._systemd.control_group(uid)
+        except BusError as error:
+            group = f"/user.slice/user-{uid}.slice"  # see user@.service(5); it will be asked again
+            log.warning("systemd did not report the slice of UID %d, assuming %s: %s", uid, group, error)
+        person = self._people.get(uid)
+        if person is None:
+            return
+        if group and group != person.control_group:
+            person.control_group = group
+            for follower in self._followers:
+                follower.control_group_changed(uid, group)
+        self._slices.watch(uid, group, self.slice_populated)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Answers questions about instances: processes, holders, usage, paths, and whose a process is.
+
+A user decides how long some answers take to find, so these have threads of their own.
+Not here: who may ask, and how many at once (bus/service).
+"""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+from polytmpd.blocking import usage
+from polytmpd.bus.turns import QUESTIONS_AT_ONCE
+from polytmpd.core.model import InstanceDirectory, Lifetime, State, View
+from polytmpd.core.resolve import resolve
+from polytmpd.core.views import Views
+from polytmpd.errors import InvalidArgsError, NoSuchInstanceError, NotPolyinstantiatedError, PolytmpError
+from polytmpd.kernel import holders, host, processes
+from polytmpd.kernel.host import in_words
+from polytmpd.slices import CGROUP_ROOTS
+
+T = TypeVar("T")
+
+Cancelled = Callable[[], bool]
+"""Whether nobody waits for the answer any more."""
+_STOPPING: Final = "polytmpd is being stopped"
+_SET_ASIDE: Final = frozenset({State.REMOVING, State.FAILED})
+
+
+class Questions:
+    """Raises PolytmpError for what cannot be answered. A search whose caller is cancelled ends."""
+
+    def __init__(
+        self,
+        views: Views,
+        kept: Callable[[int], Awaitable[tuple[InstanceDirectory, ...]]],
+        removed_entries: Callable[[int], int],
+    ) -> None:
+        """kept(uid) finds what is kept of a user who has no instance; removed_entries(uid) is how far their
+        removal is.
+        """
+        self._views = views
+        self._kept = kept
+        self._removed_entries = removed_entries
+        # As many threads as there may be questions, so that none waits for the answer to another.
+        self._threads = ThreadPoolExecutor(QUESTIONS_AT_ONCE, "questions")
+        self._stopping = threading.Event()
+
+    def close(self) -> None:
+        """End the searches, and answer nothing more."""
+        self._stopping.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def processes(self, uid: int) -> list[tuple[int, str]]:
+        """(pid, command) of each process in the user's namespace or slice."""
+        view = self._view(uid)
+
+        def look(cancelled: Cancelled) -> list[processes.Process]:
+            living = processes.living_in(view.namespace, cancelled) if view.namespace else []
+            found = {process.pid: process for process in living}
+            for group in _cgroups(view):
+                found.update((process.pid, process) for process in processes.in_cgroup(group, cancelled))
+            return [found[pid] for pid in sorted(found)]
+
+        return [(process.pid, process.command) for process in await self._find_out(look)]
+
+    async def holders(self, uid: int) -> list[tuple[int, str, str, str]]:
+        """(pid, command, cgroup, how) of each process that keeps the user's instance."""
+        view = self._view(uid)
+
+        def look(cancelled: Cancelled) -> list[holders.Holder]:
+            barriers = {entry.barrier for entry in view.directories}
+            return holders.find(view.namespace, barriers, _cgroups(view), cancelled)
+
+        found = await self._find_out(look)
+        return [(entry.pid, entry.command, entry.control_group, entry.how.value) for entry in found]
+
+    async def usage(self, uid: int) -> list[tuple[str, int, int]]:
+        """(directory, bytes, inodes), also of what is kept of a user without an instance."""
+        directories = await self._directories(uid)
+        if not directories:
+            self._view(uid)
+
+        def count(cancelled: Cancelled) -> list[tuple[str, int, int]]:
+            result = []
+            for entry in directories:
+                try:
+                    directory = host.open_directory(entry.host_path)
+                except FileNotFoundError:  # set aside, and being deleted
+                    continue
+                with directory:
+                    used = usage.count(directory, cancelled)
+                result.append((entry.directory.path, used.bytes, used.inodes))
+            return result
+
+        try:
+            return await self._find_out(count)
+        except OSError as error:
+            raise PolytmpError(f"the usage cannot be counted: {in_words(error)}") from error
+
+    def removed_entries(self, uid: int) -> int:
+        """How many entries the removal that runs for the user has deleted so far; 0 if none runs."""
+        return self._removed_entries(uid)
+
+    async def uid_of_process(self, pid: int) -> int:
+        """Whose instance the process lives in."""
+        found = await self._find_out(lambda _: processes.namespaces(pid))
+        for view in self._views:
+            if view.namespace and view.namespace in found:
+                return view.uid
+        raise NotPolyinstantiatedError(f"process {pid} lives in no instance")
+
+    async def resolve(self, uid: int, path: str) -> str:
+        """What the user calls path, on the host; also in what is kept of a user without an instance."""
+        view = self._views.get(uid)
+        gone = view is not None and view.state in _SET_ASIDE
+        directories = await self._directories(uid)
+        if not path.startswith("/"):
+            raise InvalidArgsError(f"{path!r} is not an absolute path")
+        if gone:  # what is set aside has a name that says nobody's
+            directories = tuple(
+                entry for entry in directories if entry.directory.lifetime is not Lifetime.INSTANCE
+            )
+        found = resolve(directories, path)
+        if found is not None:
+            return found
+        if view is None or not view.directories or gone:
+            raise _no_instance(uid)
+        raise NotPolyinstantiatedError(f"{path} is in no private directory; it is the same on the host")
+
+    def require_known_namespace(self, pid: int) -> None:
+        """Raise NotPolyinstantiatedError if the process lives in a mount namespace of its own.
+
+        A login service that does would lose it, or see the wrong mounts.
+        """
+        known = {view.namespace for view in self._views if view.namespace}
+        try:
+            known.add(host.namespace_inode())
+            if not known.isdisjoint(processes.namespaces(pid)):
+                return
+        except OSError as error:
+            raise PolytmpError(
+                f"the mount namespace of process {pid} cannot be determined: {in_words(error)}"
+            ) from error
+        raise NotPolyinstantiatedError(
+            f"process {pid} lives in a mount namespace of its own; see PrivateTmp=, ProtectSystem= and such "
+            "in its service"
+        )
+
+    def _view(self, uid: int) -> View:
+        view = self._views.get(uid)
+        if view is None:
+            raise _no_instance(uid)
+        return view
+
+    async def _directories(self, uid: int) -> tuple[InstanceDirectory, ...]:
+        view = self._views.get(uid)
+        return view.directories if view is not None and view.directories else await self._kept(uid)
+
+    async def _find_out(self, look: Callable[[Cancelled], T]) -> T:
+        """What look(cancelled) returns, in a thread.
+
+        Ends when the thread does, even if cancelled: so there are never more threads at work than questions.
+        """
+        wanted = True
+
+        def cancelled() -> bool:
+            return not wanted or self._stopping.is_set()
+
+        if self._stopping.is_set():
+            raise PolytmpError(_STOPPING)
+        work = asyncio.get_running_loop().run_in_executor(self._threads, look, cancelled)
+        try:
+            found = await asyncio.shield(work)
+        finally:
+            wanted = False
+            await asyncio.wait((work,))
+        if self._stopping.is_set():  # the search may have ended half-way
+            raise PolytmpError(_STOPPING)
+        return found
+
+
+def _no_instance(uid: int) -> NoSuchInstanceError:
+    return NoSuchInstanceError(f"UID {uid} has no instance now")
+
+
+def _cgroups(view: View) -> list[str]:
+    return [root + view.control_group for root in CGROUP_ROOTS] if view.control_group else []

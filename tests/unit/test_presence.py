@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who is here, by what logind, systemd and the slices say."""
+
+import pytest
+
+from polytmpd.bus.logind import Session
+from polytmpd.core.model import State
+from tests.unit.settled import eventually
+from tests.unit.world import ALICE, World
+
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
+
+
+async def test_the_last_session_ends(world: World) -> None:
+    await world.active(session="1")
+    world.presence.session_new(Session("2", ALICE))
+    world.presence.session_removed("1")
+    assert world.state() is State.ACTIVE
+    world.presence.session_removed("2")
+    assert world.state() is State.DRAINING
+    assert world.executor.log[-1] == "let_go 1000"
+    world.presence.session_removed("2")
+    world.presence.session_removed("never")
+    assert world.executor.log.count("let_go 1000") == 1
+
+
+async def test_processes_outlive_the_session(world: World) -> None:
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    await world.active()
+    world.presence.session_removed("1")
+    world.presence.user_removed(1000)
+    await world.settle()
+    assert world.state() is State.DRAINING
+    assert 1000 in world.executor.held, "for new sessions to join"
+    assert next(iter(world.views)).control_group == "/user.slice/user-1000.slice"
+    world.presence.session_new(Session("2", ALICE))
+    assert world.state() is State.ACTIVE
+    world.presence.session_removed("2")
+    assert world.announced[-3:] == [("changed", (1000, ("state",)))] * 3
+    world.slices.say(1000, False)
+    assert world.state() is State.DRAINING
+    assert 1000 not in world.executor.held
+    assert len(world.announced.of("changed")) == 6, "still draining: nothing to tell"
+
+
+async def test_a_session_that_is_closing_is_over(world: World) -> None:
+    """logind keeps it while processes are left in it; systemd tells that its scope was abandoned."""
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    world.logind.listed_sessions = [Session("1", ALICE)]
+    await world.active()
+    world.presence.scope_changed("1")
+    await world.settle()
+    assert world.state() is State.ACTIVE
+    world.logind.listed_sessions = []
+    world.logind.away = True
+    world.presence.scope_changed("1")
+    await world.settle()
+    assert world.state() is State.ACTIVE, "nobody says otherwise"
+    world.logind.away = False
+    world.presence.scope_changed("1")
+    await eventually(lambda: world.state() is State.DRAINING)
+    assert 1000 in world.executor.held
+
+
+async def test_what_was_not_heard_while_the_service_manager_was_away(world: World) -> None:
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    await world.active()
+    world.presence.systemd_changed()
+    await eventually(lambda: world.state() is State.DRAINING)
+
+
+async def test_a_managers_session_is_nobodys_login(world: World) -> None:
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    await world.active()
+    world.presence.session_new(Session("2", ALICE, is_login=False))
+    world.presence.session_removed("1")
+    await world.settle()
+    assert world.state() is State.DRAINING
+    assert 1000 in world.executor.held
+
+
+async def test_linger_starts_without_a_session(world: World) -> None:
+    world.presence.user_new(ALICE)
+    await eventually(lambda: world.executor.waits("prepare"))
+    world.executor.answer("prepare")
+    await eventually(lambda: world.state() is State.ACTIVE)
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.say(1000, True)  # systemd makes /run/user/1000
+    world.slices.say(1000, False)
+    assert world.state() is State.ACTIVE
+    world.slices.populated[1000] = True  # not told yet when his manager asks
+    await world.handed_over(world.login())
+    assert world.state() is State.DRAINING, "nobody is logged in"
+    assert 1000 in world.executor.held
+    world.slices.say(1000, False)
+    assert 1000 not in world.executor.held
+
+
+async def test_a_manager_whose_instance_just_went(world: World) -> None:
+    """What the slice said while there was no instance was not heard."""
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    login = world.login()
+    await eventually(lambda: world.executor.waits("prepare"))
+    world.executor.answer("prepare")
+    await world.handed_over(login)
+    assert 1000 in world.executor.held
+
+
+async def test_a_user_who_starts_and_never_comes(world: World) -> None:
+    world.presence.user_new(ALICE)
+    await eventually(lambda: world.executor.waits("prepare"))
+    world.executor.answer("prepare")
+    await eventually(lambda: world.state() is State.ACTIVE)
+    world.presence.user_removed(1000)
+    await world.settle()
+    assert world.state() is State.DRAINING
+
+
+async def test_a_slice_of_nobody_we_know(world: World) -> None:
+    world.presence.slice_populated(1000, True)
+    world.presence.slice_changed(1000)
+    world.presence.user_removed(1000)
+    world.daemon.namespace_ended(1000)
+    await world.settle()
+    assert list(world.views) == []
+    assert world.executor.log == []
