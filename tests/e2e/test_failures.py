@@ -137,7 +137,7 @@ def test_an_instance_path_that_exists_already(machine: Machine, squatter: str) -
         assert machine.sh(f"stat -c '%F %a %u %i' {path}; ls -la /etc | md5sum").stdout == before
         assert not [found for found in observe.on_disk(machine) if "-1001-" in found]
         lines = machine.journal("-u", "polytmpd", "-n", "5").splitlines()
-        assert [line for line in lines if path in line and "gets no private directories" in line]
+        assert [line for line in lines if path in line and "Failed to make private directories" in line]
     finally:
         machine.sh(f"rm -rf {path}")
     assert machine.ssh("alice", "touch /var/tmp/x; ls /var/tmp").stdout.split() == ["x"]

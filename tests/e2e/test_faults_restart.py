@@ -170,7 +170,7 @@ def test_the_barrier_is_replaced_by_root(host: Host) -> None:
         assert alice.run("ls /tmp").split() == ["x"]
     eventually(lambda: host.state(ALICE) in {"failed", None}, 60, "alice's instance has ended")
     assert machine.run("ls", path).stdout.split() == ["precious"]
-    assert host.journal_of("cannot be deleted", path)
+    assert host.journal_of("Failed to delete the instance", path)
     assert host.login("alice", "touch /tmp/y; ls /tmp").stdout.split() == ["y"]
     machine.run("rm", "-rf", path, "/tmp/moved")
     host.wait_gone()

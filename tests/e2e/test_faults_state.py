@@ -154,7 +154,7 @@ def test_the_fd_store_holds_what_makes_no_sense(host: Host, name: str, path: str
         host.machine.run("kill", "-KILL", str(before))
         # the next daemon stores it and dies, and the one after that finds it
         eventually(lambda: host.running() not in {0, before}, 60, "the daemon runs again")
-        assert host.journal_of("FD store", "letting it go")
+        assert host.journal_of("FD store", "closing it")
         assert_found_again(host, bob)
         assert host.traces().stored == 2
 
@@ -166,7 +166,7 @@ def assert_refused(host: Host, *words: str) -> None:
     result = host.login("alice", "true", check=False)
     assert result.returncode
     assert "polytmp: cannot give you a private /tmp" in result.stdout + result.stderr
-    assert host.journal_of("User alice gets no private directories", *words)
+    assert host.journal_of("Failed to make private directories for user alice", *words)
     host.wait_gone("nothing is left of the refused login")
 
 
@@ -224,7 +224,7 @@ def test_no_room_for_the_state(host: Host) -> None:
     machine.sh(f"mount -t tmpfs -o nr_inodes=1,mode=0700 tmpfs {STATES}")
     try:
         with resident(machine) as bob:
-            assert host.journal_of(f"State of UID {BOB} cannot be written", "No space left on device")
+            assert host.journal_of(f"Failed to write the state of UID {BOB}", "No space left on device")
             machine.run("kill", "-KILL", str(host.pid()))
             eventually(lambda: host.state(BOB) == "active", 60, "bob's instance is active again")
             bob.check()

@@ -14,7 +14,14 @@ from tests.bed import Machine
 from . import proc
 
 _CALL = ("busctl", "--json=short", "--timeout=10", "call", "org.polytmp1", "/org/polytmp1")
-TROUBLE = ("Internal error", "IllegalEvent", "cannot be deleted", "stays until", "cannot be told")
+TROUBLE = (
+    "Internal error",
+    "IllegalEvent",
+    "Failed to delete",
+    "Cannot determine whether the instance",
+    "Cannot yet determine whether the instance",
+    "Cannot notice the end",
+)
 """What polytmpd must not log."""
 _PYTHON_TROUBLE = ("Traceback", "never retrieved")
 
