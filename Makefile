@@ -43,6 +43,15 @@ SHELL_FILES := .ci/run completions/polytmpctl.bash $(wildcard debian/polytmp.pos
 help: ## Show this
 	@echo "polytmp $(VERSION)"
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '%s\n' '' 'After a change of           run make check, and then' \
+		'  polytmpd/ctl              make test-e2e FILES="ctl tour"' \
+		'  polytmpd/bus              make test-e2e FILES="polkit attacks_bus"' \
+		'  polytmpd/kernel, blocking make test-kernel test-e2e FILES="mounts private attacks"' \
+		'  polytmpd/displays         make test-kernel test-e2e FILES=x11' \
+		'  daemon, executor, core    make test-kernel test-e2e FILES="lifetime faults faults_restart faults_state"' \
+		'  pam                       make test-pam test-e2e FILES="private failures"' \
+		'  units, debian, Makefile   make test-e2e FILES="package bed"' \
+		'  docs, README              nothing; the tour of the README: make test-e2e FILES=tour'
 
 setup: $(VENV)/.stamp ## Install what the tests need (apt, as root) and make .venv
 
@@ -97,9 +106,9 @@ test-pam: setup build-pam ## The PAM module through pamtester; root
 	$(PYTEST) tests/pam -n $(WORKERS) $(PYTEST_ARGS)
 
 # The trees first: no test's time is to depend on the mirror, which gets a second chance.
-test-e2e: setup ## Booted Debian systems; root
+test-e2e: setup ## Booted Debian systems; root; FILES="ctl tour" for some of tests/e2e
 	$(VENV)/bin/python -m tests.bed trees || $(VENV)/bin/python -m tests.bed trees
-	$(PYTEST) tests/e2e -n $(E2E_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(PYTEST) $(or $(FILES:%=tests/e2e/test_%.py),tests/e2e) -n $(E2E_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 demo: setup ## The five objections, one after the other, on a booted Debian
 	$(VENV)/bin/python -m tests.demo
