@@ -2,5 +2,5 @@
 """The work that blocks: making, adopting, sharing, deleting, finding and recording instances.
 
 Every function may wait for a disk, a user database or /proc, so the event loop calls it in a thread. Nothing
-here knows of an event loop; a test keeps it so.
+here knows the event loop; a test enforces that.
 """

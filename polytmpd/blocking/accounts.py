@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who has a UID now, and who had it before.
 
-Not here: what becomes of a former user's files (executor).
+Not here: what becomes of a former user's files (instances).
 
 Hard facts
-- userdel and useradd give a UID to somebody else, usermod -l gives its owner another name. Afterwards the
-  user database looks the same: the old name is gone, the UID has a new one. Nothing tells the two apart.
-- getpwnam(3) finds nobody as well where a directory service does not answer.
-- Every function blocks, for as long as NSS takes.
+- After userdel, useradd may give the UID to another user. usermod -l gives its user another name. Either way
+  the old name is gone and the UID has a new one: the user database does not show which of the two happened.
+- getpwnam(3) also finds no user if a directory service does not answer.
+- Every function blocks for as long as NSS takes.
 """
 
 import pwd
@@ -22,16 +22,16 @@ def find_name(uid: int) -> str | None:
 
 
 def name_of(uid: int, told: str) -> str:
-    """The user's present name; told if the user database does not know the UID."""
+    """The user's current name; told if the user database does not know the UID."""
     return find_name(uid) or told
 
 
 def is_former(name: str, uid: int, present: str) -> bool:
-    """Whether a name is that of a user who had the UID before, not of him who has it now.
+    """Whether a name belongs to a former user of the UID, not to its present user.
 
-    Two names may be one user's. After usermod -l the old one is a former user's.
+    One user may have two names. After usermod -l, the old name counts as a former user's.
     """
-    if name in {present, str(uid)}:  # the UID for a name: when it was written nobody knew one
+    if name in {present, str(uid)}:  # recorded while the name was unknown
         return False
     try:
         return pwd.getpwnam(name).pw_uid != uid

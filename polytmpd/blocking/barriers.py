@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a barrier is, and how to open one in a directory where anyone may create names.
 
-A barrier is a directory of root's with mode 0700, on the file system of the base directory that it lies in.
+A barrier is a directory that belongs to root, with mode 0700, on the file system of its base directory.
 Not here: making one and what is in it (storage), and emptying one (deletion).
 
 Hard facts
-- In a sticky directory of root's, nobody else can rename or remove what belongs to root. So a barrier, once
-  it is made or judged, stays what its name says. A base directory without that property is refused.
+- In a sticky directory that belongs to root, only root can rename or remove what belongs to root. So once a
+  barrier is made or checked, it stays what its name says. Any other base directory is refused.
 - Neither O_PATH nor openat2(2) with RESOLVE_NO_XDEV reaches the code of a FIFO, a device, or a mounted file
-  system, so an unknown name is always opened that way first. stat(2) would enter a mount, and hang with it.
+  system, so an unknown name is always opened that way first. stat(2) would enter a mount, and could hang.
 """
 
 import errno
@@ -25,15 +25,15 @@ from polytmpd.kernel.descriptor import Descriptor
 MODE: Final = 0o700
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
 RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_XDEV | syscalls.RESOLVE_NO_MAGICLINKS
-"""One component below a descriptor: no mount is entered, and with O_PATH|O_NOFOLLOW a symbolic link is only
-looked at.
+"""For one component below a descriptor. No mount is entered. With O_PATH|O_NOFOLLOW, a symbolic link is
+opened, not followed.
 """
 
 
 def open_base(base_fd: int, fds: ExitStack) -> Descriptor:
-    """A readable descriptor of the base directory, which `fds` closes.
+    """Open the base directory for reading; `fds` closes the descriptor.
 
-    Raises OSError; PermissionError if others than root could rename what root puts there.
+    Raises OSError; PermissionError if users other than root could rename what root puts there.
     """
     where = path_of(base_fd)
     with naming(where):
@@ -41,15 +41,15 @@ def open_base(base_fd: int, fds: ExitStack) -> Descriptor:
         found = os.fstat(base)
         if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
             raise PermissionError(
-                errno.EPERM, "not root's, or writable for others without the sticky bit", where
+                errno.EPERM, "not owned by root, or writable by others without the sticky bit", where
             )
     return base
 
 
 def open_barrier(base: int, name: str, fds: ExitStack) -> Descriptor:
-    """A readable descriptor of a barrier, which `fds` closes.
+    """Open a barrier for reading; `fds` closes the descriptor.
 
-    Raises OSError: FileNotFoundError, or FileExistsError that says why it is none of ours.
+    Raises OSError: FileNotFoundError, or FileExistsError that says why polytmpd did not make it.
     """
     where = path_in(base, name)
     with naming(where):
@@ -57,24 +57,24 @@ def open_barrier(base: int, name: str, fds: ExitStack) -> Descriptor:
             fd = fds.enter_context(open_path(base, name))
         except OSError as error:
             if error.errno == errno.EXDEV:
-                raise FileExistsError(errno.EEXIST, f"not ours: {why(error)}", where) from None
+                raise FileExistsError(errno.EEXIST, f"not made by polytmpd: {why(error)}", where) from None
             raise
         found = os.fstat(fd)
         require_barrier(found, where)
         if found.st_dev != os.fstat(base).st_dev:
-            raise FileExistsError(errno.EEXIST, "on another file system than its base directory", where)
+            raise FileExistsError(errno.EEXIST, "not on the file system of its base directory", where)
         return reopen(fd, fds)
 
 
 def require_barrier(found: os.stat_result, where: str) -> None:
-    """Raises FileExistsError that says what is wrong."""
+    """Raise FileExistsError, which says what is wrong, unless it is a barrier."""
     reason = objection(found)
     if reason is not None:
-        raise FileExistsError(errno.EEXIST, f"not ours: {reason}", where)
+        raise FileExistsError(errno.EEXIST, f"not made by polytmpd: {reason}", where)
 
 
 def objection(found: os.stat_result) -> str | None:
-    """Why this is no barrier of ours; None if it is one."""
+    """Why this is not a barrier; None if it is one."""
     if stat.S_ISLNK(found.st_mode):
         return "a symbolic link"
     if not stat.S_ISDIR(found.st_mode):
@@ -87,23 +87,23 @@ def objection(found: os.stat_result) -> str | None:
 
 
 def why(error: OSError) -> str:
-    """The reason for which a name could not be opened, for people."""
-    return "something is mounted on it" if error.errno == errno.EXDEV else str(error.strerror)
+    """The reason why a name could not be opened, for messages."""
+    return "is a mount point" if error.errno == errno.EXDEV else str(error.strerror)
 
 
 def look(dirfd: int, name: str) -> os.stat_result:
-    """lstat(2) that does not enter a mount: OSError EXDEV instead."""
+    """lstat(2), but raises OSError EXDEV instead of entering a mount."""
     with open_path(dirfd, name) as fd:
         return os.fstat(fd)
 
 
 def open_path(dirfd: int, name: str) -> Descriptor:
-    """An O_PATH descriptor of a directory entry, whatever it is; the caller's to close."""
+    """Open a directory entry of any type with O_PATH; the caller closes the descriptor."""
     return syscalls.openat2(dirfd, name, os.O_PATH | os.O_NOFOLLOW, RESOLVE)
 
 
 def reopen(fd: int, fds: ExitStack) -> Descriptor:
-    """The same directory for reading: its owner and mode cannot be set through an O_PATH descriptor."""
+    """Open the same directory for reading: an O_PATH descriptor cannot set its owner and mode."""
     return fds.enter_context(Descriptor.open(".", DIRECTORY, dir_fd=fd))
 
 
@@ -128,7 +128,7 @@ def path_of(fd: int) -> str:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Puts the whole path into an OSError that knows only a name or a descriptor."""
+    """Put the full path into an OSError that has only a name or a descriptor."""
     try:
         yield
     except OSError as error:

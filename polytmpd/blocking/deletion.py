@@ -1,32 +1,33 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Removes a barrier with all that is in it: root at work in a tree that a hostile user made and may still
-hold open.
+"""Removes a barrier and everything in it: root at work in a tree that a hostile user made.
 
+The user may still hold parts of it open.
 Not here: when a tree may be removed, and renaming it aside first (storage.set_aside).
 
 The method
-- Take possession, then empty. A directory is opened, given to root, and closed to everybody else (0700)
+- Take possession, then empty. A directory is opened, given to root, and closed to everyone else (0700)
   before anything in it is touched. chown(2), create, and rename(2) all hold the directory's inode lock,
-  permission check included: once fchmod has returned no unprivileged process adds, renames or exchanges an
-  entry there, whatever descriptor it holds. As the barrier is like that from the start, so is every
-  directory on the way down: names stand still under our hands.
-- Depth first, by descriptor and one name, never a path and never "..". The chain of open directories has at
-  most _DEPTH links: a directory that lies deeper and is not empty is renamed up into the barrier and emptied
-  from there. So any depth takes a fixed number of descriptors, and an ordinary tree takes no rename at all.
-- The type of an entry is not asked but tried: unlinkat(2), on EISDIR unlinkat(2) with AT_REMOVEDIR, on
-  ENOTEMPTY open it. Neither follows a link or enters a mount, and neither can be fooled by exchanging one
-  thing for another.
+  permission check included. So once fchmod has returned, no unprivileged process can add, rename or exchange
+  an entry there, whatever descriptor it holds. The barrier is like that from the start, and so is every
+  directory on the way down: names stay put while we work.
+- Depth first, by descriptor and one name, never by a path and never through "..". The chain of open
+  directories has at most _DEPTH links: a directory that lies deeper and is not empty is renamed up into the
+  barrier and emptied there. So any depth takes a fixed number of descriptors, and an ordinary tree takes no
+  rename at all.
+- The type of an entry is not queried but tried: unlinkat(2), on EISDIR unlinkat(2) with AT_REMOVEDIR, on
+  ENOTEMPTY open it. None of these follows a link or enters a mount, and exchanging one thing for another
+  cannot fool them.
 
 Hard facts
-- unlink, rmdir and rename of a mount point fail with EBUSY in the mount namespace it is mounted in; in all
-  others they succeed and detach the mount there (Linux 3.18). So what users mounted in namespaces of their
-  own does not stop us.
-- RESOLVE_NO_XDEV refuses a bind mount of the same file system as well; comparing st_dev would not see it.
+- unlink, rmdir and rename of a mount point fail with EBUSY in the mount namespace that has the mount. In any
+  other they succeed, and detach the mount (Linux 3.18). So what users mount in their own namespaces does not
+  stop us.
+- RESOLVE_NO_XDEV also refuses a bind mount of the same file system; comparing st_dev would not notice it.
 - chmod 0700 sets the mask of a POSIX ACL to ---, which disables the entries of named users and groups
   (acl(5)).
-- Opening a regular file for reading waits for the holder of a lease, up to 45 s, unless O_NONBLOCK
+- Opening a regular file for reading waits for the holder of a lease, up to 45 s, unless O_NONBLOCK is set
   (fcntl(2)).
-- An immutable file cannot get another hard link; so a link count of 1 cannot rise while the flag is set.
+- An immutable file cannot get another hard link, so a link count of 1 cannot rise while the flag is set.
 """
 
 import errno
@@ -44,13 +45,13 @@ from polytmpd.kernel.descriptor import Descriptor
 
 # How many directories below the barrier are open at a time (two descriptors each: os.scandir has its own).
 _DEPTH: Final = 8
-# The same where renaming up fails, on a full disk say.
+# The same if renaming up fails, for example on a full disk.
 _DEPTH_IN_NEED: Final = 64
-# So many directories renamed up may wait in the barrier; then the next is emptied at once, depth first. It
-# keeps the barrier within one block on a full disk and far from the 65,000 subdirectories of ext4 without
-# dir_nlink.
+# How many directories that were renamed up may wait in the barrier. The next one is emptied at once, depth
+# first. This keeps the barrier within one block on a full disk, and far below the 65,000 subdirectories of
+# ext4 without dir_nlink.
 _WAITING: Final = 64
-# So often a directory is listed again that is not empty although all its entries were removed.
+# How often a directory is listed again if it is not empty although all its entries were removed.
 _ROUNDS: Final = 64
 _ATTEMPTS: Final = 8
 _REPORT_EVERY: Final = 1024
@@ -63,7 +64,7 @@ _NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """How many directory entries were removed. Not `complete`: it was cancelled, and may be called again."""
+    """How many directory entries were removed. If not `complete`, the removal was cancelled."""
 
     entries: int
     complete: bool
@@ -76,12 +77,12 @@ def remove_tree(
     report: Callable[[int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Removed:
-    """Removes the barrier `name` (root's, 0700) from the base directory. Blocks, for as long as the tree is
-    large.
+    """Remove the barrier `name` from the base directory. Blocks; a large tree takes long.
 
-    `report` is told every now and then how many entries are gone. What cannot be removed does not stop the
-    rest: at the end OSError names the first such entry and says how many there are. It can then be called
-    again. FileNotFoundError where there is no barrier; FileExistsError where it is not one of ours.
+    `report` is called now and then with the number of entries removed. What cannot be removed does not stop
+    the rest: at the end, OSError names the first such entry and says how many there are. After that, or if
+    cancelled, it may be called again. Raises FileNotFoundError if there is no barrier, FileExistsError if
+    polytmpd did not make it.
     """
     where = barriers.path_in(base_fd, name)
     with ExitStack() as fds:
@@ -99,7 +100,7 @@ def remove_tree(
 
 
 class _Frame:
-    """An open directory that is being emptied. The one at the bottom is the barrier."""
+    """An open directory that is being emptied. The bottom frame is the barrier."""
 
     __slots__ = ("_names", "fd", "name", "rounds", "stuck", "unprotected")
 
@@ -148,7 +149,7 @@ class _Removal:
     # --- the loop ---
 
     def run(self) -> bool:
-        """Empties the barrier; False: cancelled. OSError where something is in the way."""
+        """Empty the barrier; False if cancelled. Raises OSError if something is in the way."""
         bottom = self._frames[0]
         listed = 0
         progress = (self.entries, self._lifted)
@@ -170,8 +171,8 @@ class _Removal:
             elif not listed:
                 return True
             else:
-                # What was in the way may have lacked space only. So it is tried again while other things go;
-                # but things that come again as often as they go must not keep us for ever.
+                # What was in the way may only have lacked space, so it is tried again while other things go.
+                # But things that come back as fast as they go must not keep us here forever.
                 entries, lifted = progress
                 progress = (self.entries, self._lifted)
                 if progress == (entries, lifted) or (
@@ -196,7 +197,7 @@ class _Removal:
         self.entries += 1
 
     def close(self) -> None:
-        """Closes everything but the barrier itself."""
+        """Close everything but the barrier itself."""
         self._abandon()
         self._frames[0].close_listing()
 
@@ -223,10 +224,10 @@ class _Removal:
             else:
                 self._gone(frame)
                 return
-        # Somebody exchanges it faster than we try: the next listing will show it again.
+        # A process exchanges it faster than we try: the next listing will show it again.
 
     def _finish(self, frame: _Frame) -> None:
-        """At the end of a listing: removes the directory, or has it listed again."""
+        """At the end of a listing: remove the directory, or have it listed again."""
         parent = self._frames[-2]
         unprotected = False
         while True:
@@ -254,7 +255,7 @@ class _Removal:
     # --- down, and up ---
 
     def _descend(self, frame: _Frame, name: str) -> None:
-        """Goes on in the directory `name` of the topmost frame, or has it renamed up."""
+        """Continue in the directory `name` of the topmost frame, or rename it up."""
         if len(self._frames) > _DEPTH:
             error = self._lift(frame, name)
             if error is None:
@@ -268,7 +269,7 @@ class _Removal:
             return  # exchanged meanwhile: the next listing will show it again
         except OSError as error:
             if error.errno == errno.EXDEV:
-                self._blocked(frame, OSError(errno.EBUSY, "something is mounted on it"), name)
+                self._blocked(frame, OSError(errno.EBUSY, "is a mount point"), name)
             elif error.errno in _NO_DESCRIPTOR and frame is not self._frames[0]:
                 lift_error = self._lift(frame, name)
                 if lift_error is not None:
@@ -289,7 +290,7 @@ class _Removal:
         return child
 
     def _possess(self, fd: int) -> None:
-        """From the return of this on nobody but root changes the directory, whatever he holds open of it."""
+        """Once this returns, only root can change the directory, whatever descriptors others hold."""
         found = os.fstat(fd)
         if (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 0, 0o700):
             return
@@ -302,7 +303,7 @@ class _Removal:
         os.fchmod(fd, 0o700)
 
     def _lift(self, frame: _Frame, name: str) -> OSError | None:
-        """Renames a directory up into the barrier. Returns the error where that cannot be."""
+        """Rename a directory up into the barrier. Returns the error if that fails."""
         bottom = self._frames[0]
         unprotected = False
         for _attempt in range(_ATTEMPTS):
@@ -321,8 +322,8 @@ class _Removal:
             self._lifted += 1
             self._waiting += 1
             if self._waiting > _WAITING:
-                # Leave this branch as it is, the next listing of the barrier comes to it again. As each of
-                # the directories emptied in this way lay _DEPTH deeper than the last, there are few of them.
+                # Leave this branch as it is: the next listing of the barrier returns to it. Each directory
+                # that is emptied this way lay _DEPTH deeper than the last, so there are few of them.
                 self._abandon()
                 self._descend(bottom, new)
             return None
@@ -340,7 +341,7 @@ class _Removal:
     # --- immutable and append-only ---
 
     def _unprotect(self, frame: _Frame, name: str) -> bool:
-        """Clears the flags of an entry and of its directory; False where there were none."""
+        """Clear the flags of an entry and of its directory; False if there were none."""
         cleared = False
         if not frame.unprotected:
             frame.unprotected = True
@@ -351,15 +352,15 @@ class _Removal:
             return cleared
         with path_fd, suppress(OSError):
             found = os.fstat(path_fd)
-            # A file that has another name, perhaps outside, is not ours to change: its protection may be the
-            # administrator's, and the link older than it. Anything but a file or directory is never opened.
+            # A file that has another name, perhaps outside, is not ours to change: an administrator may have
+            # protected it after the user made the link. Only files and directories are ever opened.
             if stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
-                # Through /proc it is the very inode that was looked at, whatever the name means by now.
+                # Through /proc this is the inode that was examined, whatever the name means by now.
                 with Descriptor.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_NONBLOCK) as fd:
                     return _clear_flags(fd) or cleared
         return cleared
 
-    # --- the books ---
+    # --- progress and failures ---
 
     def _gone(self, frame: _Frame) -> None:
         self.entries += 1
@@ -379,7 +380,7 @@ class _Removal:
     def _give_up(self) -> None:
         error = self._in_the_way
         if error is None:
-            raise OSError(errno.ENOTEMPTY, "somebody keeps putting new entries into it", self._where)
+            raise OSError(errno.ENOTEMPTY, "a process keeps creating entries in it", self._where)
         if self._in_the_way_count > 1:
             more = self._in_the_way_count - 1
             error.strerror = f"{error.strerror} (and {more} more could not be removed)"
@@ -387,12 +388,12 @@ class _Removal:
 
 
 def _clear_flags(fd: int) -> bool:
-    """True where the descriptor's file was immutable or append-only and no longer is."""
+    """True if the file was immutable or append-only and no longer is."""
     try:
         flags = syscalls.get_inode_flags(fd)
         if not flags & _PROTECTED:
             return False
         syscalls.set_inode_flags(fd, flags & ~_PROTECTED)
-    except OSError:  # a file system without flags, or without the capability: the first error says it better
+    except OSError:  # no flags on this file system, or no capability: the first error says more
         return False
     return True

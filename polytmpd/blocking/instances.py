@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes an instance, its directories and its namespace, and finds or changes one that lives.
+"""Makes an instance, its directories and its namespace, and finds or changes a living one.
 
 Nothing is kept here: what is made goes to the caller, or is removed again.
-Not here: removing an instance (removal), whose turn it is, and who holds what was made (executor).
+Not here: removing an instance (removal), which operation runs when, and who holds what was made (executor).
 """
 
 import contextlib
@@ -37,13 +37,13 @@ def prepare(
 ) -> tuple[Instance, Descriptor, int]:
     """Make directories and namespace: (instance, descriptor of the namespace, watch on its sentinel).
 
-    watch(path) is called for the sentinel, before anybody can enter. The descriptor is the caller's. Raises
-    OSError; nothing is left behind then.
+    watch(path) is called for the sentinel, before any process can enter. The caller closes the descriptor.
+    Raises OSError, and then leaves nothing behind.
     """
     made: list[InstanceDirectory] = []
     fresh: list[InstanceDirectory] = []
     places: list[mountns.PrivateDirectory] = []
-    user = accounts.name_of(uid, user)  # we may have been told of a former user
+    user = accounts.name_of(uid, user)  # logind may still have a former name
     try:
         for directory in effective(directories):
             with host.open_directory(directory.path) as base:
@@ -66,7 +66,7 @@ def prepare(
 
 
 def rebuild(instance: Instance, watch: Callable[[str], int]) -> tuple[Instance, Descriptor, int]:
-    """As prepare(), over the directories that the instance has. Raises OSError."""
+    """Like prepare(), but over the directories that the instance has. Raises OSError."""
     places = []
     for entry in instance.directories:
         with host.open_directory(entry.directory.path) as base:
@@ -76,26 +76,26 @@ def rebuild(instance: Instance, watch: Callable[[str], int]) -> tuple[Instance, 
 
 
 def require_same_user(instance: Instance) -> None:
-    """Raise OSError where the UID went to somebody else while a former user's instance lives on."""
+    """Raise OSError if the UID belongs to another user now and the former user's instance lives on."""
     present = accounts.name_of(instance.uid, instance.user)
     if accounts.is_former(instance.user, instance.uid, present):
-        text = f"processes live in the instance of {instance.user}, who had UID {instance.uid} before"
-        raise OSError(errno.EBUSY, f"{text}; end them, see polytmpctl ps {instance.uid}")
+        text = f"the instance of {instance.user}, a former user of UID {instance.uid}, is still in use"
+        raise OSError(errno.EBUSY, f"{text}; end its processes, see: polytmpctl ps {instance.uid}")
 
 
 def open_living(instance: Instance) -> Descriptor | None:
-    """A descriptor of the instance's namespace where somebody lives in it, or holds it open.
+    """Open the instance's namespace; None if no process lives in it or holds it open.
 
-    The kernel gives inode numbers out again, the lowest first: it may be another namespace by now, one that
-    the user made from his own even. So its mounts count. TimeoutError where it cannot be told, see
-    processes.open_namespace().
+    The kernel reuses inode numbers, the lowest first: the number may belong to another namespace by now,
+    even to one that the user made from their own. So the mounts decide. Raises TimeoutError if this cannot
+    be determined, see processes.open_namespace().
     """
     fd = processes.open_namespace(instance.namespace)
     if fd is None:
         return None
     try:
         mounts = inside.mounts_in(fd) if mountns.is_privileged(fd) else []
-    except OSError:  # another one by now, in which no /proc is mounted: a sandbox that is being made
+    except OSError:  # another namespace by now, without /proc: a sandbox that is being made
         mounts = []
     mounted = {recovery.barrier_of(mount) for mount in mounts}
     if recovery.is_host_peer(mounts) and all(entry.barrier in mounted for entry in instance.directories):
@@ -106,9 +106,10 @@ def open_living(instance: Instance) -> Descriptor | None:
 
 @contextlib.contextmanager
 def entered(instance: Instance, held: Descriptor | None) -> Iterator[Descriptor | None]:
-    """A descriptor of the instance's namespace; None if nobody lives in it. Raises OSError.
+    """A descriptor of the instance's namespace; None if no process lives in it. Raises OSError.
 
-    held: one that is there already, closed at the end. Without it the processes in the namespace are asked.
+    held: a descriptor that is already open; closed at the end. Without it, the namespace is found through
+    the processes in it.
     """
     fd = held if held is not None else open_living(instance)
     if fd is None:
@@ -119,7 +120,7 @@ def entered(instance: Instance, held: Descriptor | None) -> Iterator[Descriptor 
 
 
 def share_again(namespace: Descriptor, instance: Instance, path: str) -> list[str]:
-    """Bind the host's socket directories in path again. Returns those that were. Raises OSError."""
+    """Bind the host's socket directories in path again. Returns those that changed. Raises OSError."""
     changed: list[str] = []
     for entry in instance.directories:
         if entry.directory.path == path:
@@ -130,9 +131,9 @@ def share_again(namespace: Descriptor, instance: Instance, path: str) -> list[st
 
 
 def detach(namespace: Descriptor, instance: Instance, chosen: Callable[[Mount], bool]) -> list[str]:
-    """Detach the chosen mounts in the private directories. Returns where they were. Raises OSError.
+    """Detach the chosen mounts in the private directories. Returns their paths. Raises OSError.
 
-    What makes the directories private always stays: the user would be in the shared ones.
+    What makes the directories private always stays: without it the user would be in the shared ones.
     """
 
     def others(mount: Mount) -> bool:
@@ -142,7 +143,7 @@ def detach(namespace: Descriptor, instance: Instance, chosen: Callable[[Mount], 
 
 
 def kept(uid: int, directories: Sequence[Directory]) -> tuple[InstanceDirectory, ...]:
-    """What is kept of a user between instances."""
+    """What is kept for a user between instances."""
     entries = [
         InstanceDirectory(directory, names.kept_barrier(uid))
         for directory in effective(directories)
@@ -152,7 +153,7 @@ def kept(uid: int, directories: Sequence[Directory]) -> tuple[InstanceDirectory,
 
 
 def effective(directories: Sequence[Directory]) -> list[Directory]:
-    """The directories by their real paths, each once: /var/tmp is a link to /tmp on some hosts."""
+    """The directories by their real paths, each once: on some hosts /var/tmp is a link to /tmp."""
     found: dict[str, Directory] = {}
     for directory in directories:
         real = os.path.realpath(directory.path)
@@ -162,7 +163,7 @@ def effective(directories: Sequence[Directory]) -> list[Directory]:
 
 
 def _is_ours(instance: Instance, mount: Mount) -> bool:
-    """Whether the mount is a part of the instance, and none that was made in it."""
+    """Whether the mount is part of the instance, not one that was made in it later."""
     for entry in instance.directories:
         path = entry.directory.path
         if mount.mount_point == path:
@@ -175,7 +176,7 @@ def _is_ours(instance: Instance, mount: Mount) -> bool:
 def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> tuple[Descriptor, bool]:
     """(descriptor of the inner directory, whether it is new).
 
-    Only what persists is ever found there and taken again.
+    Only what persists is ever found there and adopted.
     """
     if entry.directory.lifetime is not Lifetime.PERSISTENT:
         return storage.make(base, entry.barrier, entry.directory.shared), True
@@ -186,19 +187,18 @@ def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> 
 
 
 def _keep_for_a_former_user(base: int, entry: InstanceDirectory, uid: int, user: str) -> None:
-    """Set aside what somebody else left who had the UID before, for root to find."""
+    """Set aside what a former user of the UID left, for root to find."""
     former = storage.remembered(base, entry.barrier)
     if former is None or not accounts.is_former(former, uid, user):
         return
     aside = names.former(uid, _random())
     storage.set_aside(base, entry.barrier, aside)
     log.warning(
-        "UID %d was %s's and is %s's now, who gets a new %s; what %s kept there is in %s/%s",
+        "UID %d belonged to %s and now belongs to %s: moved the former files in %s to %s/%s",
         uid,
         former,
         user,
         entry.directory.path,
-        former,
         entry.directory.path,
         aside,
         extra=fields(MessageId.FORMER_USER, uid, user),
@@ -221,7 +221,8 @@ def _shareable(base: int, directory: Directory) -> tuple[str, ...]:
         try:
             shared.ensure(base, name)
         except OSError as error:
-            log.warning("%s/%s is not shared with new instances: %s", directory.path, name, error.strerror)
+            where = f"{directory.path}/{name}"
+            log.warning("Failed to share %s with new instances, ignoring: %s", where, error.strerror)
         else:
             names.append(name)
     return tuple(names)
@@ -241,4 +242,4 @@ def _roll_back(entries: Sequence[InstanceDirectory]) -> None:
             with host.open_directory(entry.directory.path) as base:
                 deletion.remove_tree(base, entry.barrier)
         except OSError as error:
-            log.error("Half-made instance directory stays until the next start: %s", error)
+            log.error("Failed to delete a half-made instance, retrying at the next start: %s", error)

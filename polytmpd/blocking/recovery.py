@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Knows an instance by what it has mounted: for a daemon that lost its descriptors, its state, or both.
+"""Identifies instances by their mounts, for a daemon that lost its descriptors, its state, or both.
 
-Not here: what is done with what is found (executor).
+Not here: what follows from what is found (executor).
 """
 
 import errno
@@ -22,14 +22,14 @@ from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.mountinfo import Mount
 
 _BARRIERS: Final = f"/{names.PREFIX}".encode()
-"""What each line has that is about one."""
+"""Occurs in every line of mountinfo about a barrier."""
 _LINES_BETWEEN: Final = 4096
-"""So many lines are read before it is asked whether to go on."""
+"""How many lines are read between checks for cancellation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Living:
-    """A namespace of ours that a process lives in, whose it is, and its mounts."""
+    """A namespace that polytmp made and a process lives in: its user, its inode, and its mounts."""
 
     uid: int
     namespace: int
@@ -37,7 +37,7 @@ class Living:
 
 
 def barrier_of(mount: Mount) -> str | None:
-    """The barrier's name where the mount is the inner directory of an instance, or lies in it."""
+    """The barrier's name if the mount is the inner directory of an instance or is in it; else None."""
     parts = mount.root.split("/")
     for name, inner in itertools.pairwise(parts):
         if inner == INNER and names.owner(name) is not None:
@@ -48,7 +48,7 @@ def barrier_of(mount: Mount) -> str | None:
 def _private(mounts: Sequence[Mount], directories: Sequence[Directory]) -> dict[str, str]:
     """Path → barrier of the directories that are private in a namespace.
 
-    The last mount at a path is the one seen.
+    If a path has several mounts, the last one is visible.
     """
     paths = {os.path.realpath(directory.path) for directory in directories}
     found: dict[str, str] = {}
@@ -60,9 +60,9 @@ def _private(mounts: Sequence[Mount], directories: Sequence[Directory]) -> dict[
 
 
 def is_host_peer(mounts: Sequence[Mount]) -> bool:
-    """Whether the table is that of a namespace to which the host's mounts propagate, and back.
+    """Whether the host's mounts propagate to the namespace with this table, and back.
 
-    So are those that polytmp makes; one that is made from them (unshare, bwrap, a unit's) is not any more.
+    This holds for namespaces that polytmp makes, not for those made from them (unshare, bwrap, a unit's).
     """
     return bool(_peers(mounts) & _peers(mountinfo.read("1")))
 
@@ -72,11 +72,11 @@ def _peers(mounts: Sequence[Mount]) -> set[int | None]:
 
 
 def living(directories: Sequence[Directory]) -> Iterator[Living]:
-    """The namespaces that polytmp made and somebody lives in; not those that users made from them.
+    """The namespaces that polytmp made and a process lives in, without those that users made from them.
 
-    A user's own (unshare, bwrap) has the same directories mounted, but is not in the host's peer group any
-    more. Blocking: reads all of /proc, but of no table that a user makes without privilege: he decides how
-    long it is.
+    A user's own (unshare, bwrap) has the same directories mounted, but is no longer in the host's peer
+    group. Blocks: reads the mounts of every process in /proc, except in namespaces that a user can make
+    without privilege, because users decide how long those tables are.
     """
     peers = _peers(mountinfo.read("1"))
     hosts_own = host.namespace_inode()
@@ -95,7 +95,7 @@ def _privileged_mounts(process: str) -> list[Mount]:
 def reconstruct(
     uid: int, namespace: int, mounts: Sequence[Mount], directories: Sequence[Directory]
 ) -> Instance | None:
-    """The instance that a namespace is, by its mounts. None where it is not that user's."""
+    """The instance that has these mounts; None if it is not that user's."""
     points = {mount.mount_point for mount in mounts}
     entries = []
     for directory in directories:
@@ -107,7 +107,7 @@ def reconstruct(
         entries.append(InstanceDirectory(replace(directory, path=path, shared=shared), barrier))
     if not entries:
         return None
-    # When it was made is not known any more: now is when we know of it.
+    # When it was made is no longer known: this is when it was found.
     now, monotonic = time.time_ns() // 1000, time.monotonic_ns() // 1000
     return Instance(uid, accounts.name_of(uid, str(uid)), now, monotonic, tuple(entries), namespace)
 
@@ -115,12 +115,12 @@ def reconstruct(
 def mounted_barriers(
     places: Iterable[tuple[str, str]], cancelled: Callable[[], bool] = lambda: False
 ) -> dict[str, int]:
-    """Which of the barriers, (directory, name) each, are mounted in whatever namespace: name → a process.
+    """Which of the barriers, each (directory, name), are mounted in any namespace: name → a process.
 
-    Theirs is a mount of the instance or of something in it: a bind mount of his /tmp that a user took along
-    into a namespace of his own, say. A file system of his own with somebody else's barrier in its path is
-    none. Not counted: our own threads, which make namespaces. Raises OSError, ECANCELED where it was.
-    Blocking, for as long as users make their tables long: no login may wait for it.
+    A mount counts if it is of the instance or of something in it, for example a bind mount of the user's
+    /tmp in another namespace. A user's own file system with another user's barrier in its path does not
+    count. Nor do our own threads, which make namespaces. Raises OSError; ECANCELED if cancelled. Blocks for
+    longer the longer users make their tables: no login may wait for it.
     """
     wanted: dict[tuple[str, str], set[str]] = {}
     for path, name in places:
@@ -136,14 +136,14 @@ def mounted_barriers(
 
 
 def _identity(path: str) -> tuple[str, str]:
-    """Device and root of a directory of the host, as mountinfo has them of a mount of it."""
+    """Device and root of a directory of the host, as mountinfo shows them for a mount of it."""
     with host.open_directory(path) as fd:
         mount_id = mountinfo.mount_id_of(fd)
     for entry in mountinfo.read("1"):
         if entry.mount_id == mount_id:
             below = os.path.relpath(path, entry.mount_point)
             return entry.device, os.path.normpath(f"{entry.root.rstrip('/')}/{below}")
-    raise OSError(errno.EAGAIN, "its mount is gone", path)
+    raise OSError(errno.EAGAIN, "the mount that contains it is gone", path)
 
 
 def _mounted(

@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Where a barrier lies: its name in a base directory of the host."""
+    """A barrier's place: a base directory of the host, and the name in it."""
 
     base: str
     barrier: str
 
 
 def set_aside(instance: Instance) -> list[Place]:
-    """Rename what does not persist. Raises OSError where one could not be renamed, after the others were."""
+    """Rename what does not persist. Raises OSError if nothing can be renamed; logs partial failures."""
     aside: list[Place] = []
     failure: OSError | None = None
     for entry in instance.directories:
@@ -39,18 +39,22 @@ def set_aside(instance: Instance) -> list[Place]:
             with host.open_directory(entry.directory.path) as base:
                 aside.append(Place(entry.directory.path, _set_aside(base, entry.barrier)))
         except FileNotFoundError:
-            log.warning("%s was gone already", entry.host_path)
+            log.warning("%s no longer exists, ignoring", entry.host_path)
         except OSError as error:
             failure = error
     if failure is not None and not aside:
         raise failure
     if failure is not None:
-        log.error("%s", failure)
+        log.error(
+            "Failed to rename a directory of the instance of user %s, retrying at the next start: %s",
+            instance.user,
+            failure,
+        )
     return aside
 
 
 def is_set_aside(instance: Instance) -> bool:
-    """Whether set_aside() has begun: something that does not persist is not in its place any more."""
+    """Whether set_aside() has begun: a directory that does not persist is no longer in its place."""
     return any(
         entry.directory.lifetime is Lifetime.INSTANCE and not os.path.lexists(host.path(entry.host_path))
         for entry in instance.directories
@@ -58,7 +62,7 @@ def is_set_aside(instance: Instance) -> bool:
 
 
 def set_persistent_aside(uid: int, directories: Sequence[Directory]) -> list[Place]:
-    """Rename what is kept of a user who has no instance. Raises OSError."""
+    """Rename what is kept for a user who has no instance. Raises OSError."""
     aside: list[Place] = []
     for directory in effective(directories):
         if directory.lifetime is Lifetime.PERSISTENT:
@@ -68,9 +72,9 @@ def set_persistent_aside(uid: int, directories: Sequence[Directory]) -> list[Pla
 
 
 def delete(aside: Sequence[Place], report: Callable[[int], None], cancelled: Callable[[], bool]) -> None:
-    """Delete what set_aside() gave; the first OSError is raised after all were tried.
+    """Delete what set_aside() returned. Raises the first OSError, after trying them all.
 
-    report is told how many entries are gone.
+    report(entries) is called with the number of entries deleted so far.
     """
     failures: list[OSError] = []
     done = 0
@@ -91,7 +95,7 @@ def delete(aside: Sequence[Place], report: Callable[[int], None], cancelled: Cal
 
 
 def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[Place]:
-    """(directory, barrier) of what is on disk and of no instance. Logs what cannot be read.
+    """The barriers on disk that belong to no instance. Logs what cannot be read.
 
     known: the barriers of instances.
     """
@@ -100,38 +104,36 @@ def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[Pl
         try:
             with host.open_directory(directory.path) as base:
                 found = storage.leftovers(base)
-        except OSError as error:  # whoever logs in is refused for it: no reason to end
-            log.error("%s cannot be looked into: %s", directory.path, error)
+        except OSError as error:  # logins are refused because of it, but the daemon goes on
+            log.error("Failed to search %s for what former instances left: %s", directory.path, error)
             continue
         leftovers += [Place(directory.path, name) for name in found.removable if name not in known]
         for name, reason in found.foreign:
-            log.warning(
-                "%s/%s has a name of polytmp's but is not: %s, ignoring", directory.path, name, reason
-            )
+            log.warning("%s/%s was not made by polytmpd, ignoring: %s", directory.path, name, reason)
     return leftovers
 
 
 def unused(leftovers: Sequence[Place], cancelled: Callable[[], bool]) -> list[Place]:
-    """Those that nobody has mounted. Raises OSError, where it was cancelled too."""
+    """The leftovers that no process has mounted. Raises OSError; ECANCELED if cancelled."""
     in_use = recovery.mounted_barriers(leftovers, cancelled)
     return [place for place in leftovers if place.barrier not in in_use]
 
 
 def delete_leftover(place: Place, cancelled: Callable[[], bool]) -> None:
-    """Logs what cannot be deleted."""
+    """Delete a leftover. Logs what cannot be deleted."""
     try:
         with host.open_directory(place.base) as base:
             deletion.remove_tree(base, place.barrier, cancelled=cancelled)
     except OSError as error:
         log.error(
-            "Left-over instance cannot be deleted, the next start tries again: %s",
+            "Failed to delete what a former instance left, retrying at the next start: %s",
             error,
             extra=fields(MessageId.REMOVE_FAILED),
         )
 
 
 def who_mounts(instance: Instance, cancelled: Callable[[], bool]) -> int | None:
-    """A process that has mounted what ends with the instance, in whatever namespace. Raises OSError."""
+    """A process that has mounted what ends with the instance, in any namespace. Raises OSError."""
     places = [
         Place(entry.directory.path, entry.barrier)
         for entry in instance.directories

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds the instances that a former daemon left: in the FD store, in the state files, and in /proc.
 
-Any of the three may be missing. systemd of Debian 12 drops the FD store when the unit is stopped, and a
+Any of the three may be missing. systemd in Debian 12 drops the FD store when the unit is stopped, and a
 state file can be lost.
-Not here: what is done with what is found (executor).
+Not here: what follows from what is found (executor).
 """
 
 import logging
@@ -26,7 +26,7 @@ def left(
 ) -> Iterator[tuple[Instance, Descriptor | None]]:
     """Each instance that a former daemon left, with the stored descriptor of its namespace, if there is one.
 
-    discard(uid, descriptor) is called for a stored namespace that is not ours.
+    discard(uid, descriptor) is called for a stored namespace that polytmp did not make.
     """
     living = {entry.uid: entry for entry in recovery.living(directories)}
     for uid in sorted({*stored, *recorded, *living}):
@@ -35,7 +35,7 @@ def left(
         if fd is not None and (instance is None or _inode(fd) != instance.namespace):
             recognised = _recognise(uid, fd, directories)
             if recognised is None:
-                log.warning("The FD store's namespace of UID %d is not polytmpd's, closing it", uid)
+                log.warning("The namespace of UID %d in the FD store is not polytmpd's, closing it", uid)
                 discard(uid, fd)
                 fd = None
             else:
@@ -48,7 +48,7 @@ def left(
 
 
 def renew_sentinel(instance: Instance, stored: Descriptor | None, watch: Callable[[str], int]) -> int | None:
-    """A watch on a new sentinel in the instance's namespace; None if nobody is in it. Raises OSError."""
+    """A watch on a new sentinel in the instance's namespace; None if no process is in it. Raises OSError."""
     fd = stored if stored is not None else instances.open_living(instance)
     if fd is None:
         return None
@@ -61,11 +61,11 @@ def renew_sentinel(instance: Instance, stored: Descriptor | None, watch: Callabl
 
 
 def _recognise(uid: int, fd: Descriptor, directories: Sequence[Directory]) -> Instance | None:
-    """The instance that a stored namespace is, by its mounts. None without a /proc there that lists them."""
+    """The instance of a stored namespace, identified by its mounts; None if its /proc does not list them."""
     try:
         mounts = inside.mounts_in(fd)
     except OSError as error:
-        log.warning("Failed to read the mounts of the FD store's namespace of UID %d: %s", uid, error)
+        log.warning("Failed to read the mounts of the namespace of UID %d in the FD store: %s", uid, error)
         return None
     return recovery.reconstruct(uid, _inode(fd), mounts, directories)
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The directories in /tmp that stay the host's own in every instance: X11's and others' sockets.
+"""The directories in /tmp that stay the host's own in every instance: sockets of X11 and others.
 
 Not here: the bind mounts (kernel/mountns).
 
 Hard facts
-- systemd's tmpfiles.d/x11.conf makes them at boot, root's and 1777; X servers and compositors refuse a
-  directory that is not root's, not sticky, or a symbolic link. We hold them to the same.
-- Nobody but root can have put a directory of root's into a sticky directory.
+- systemd's tmpfiles.d/x11.conf makes them at boot, with mode 1777, and they belong to root. X servers and
+  compositors refuse a directory that is not root's, is not sticky, or is a symbolic link. So do we.
+- Only root can have put a directory that belongs to root into a sticky directory.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ _UNFINISHED: Final = 0o700
 
 
 def ensure(base_fd: int, name: str) -> None:
-    """Make the host's directory where it is missing, and finish one that was not made to its end.
+    """Make the host's directory if it is missing, and finish one that is half-made.
 
-    Raises OSError where what is there must not be shared.
+    Raises OSError if what is there must not be shared.
     """
     with contextlib.suppress(FileExistsError):
         os.mkdir(name, _UNFINISHED, dir_fd=base_fd)
@@ -39,15 +39,15 @@ def ensure(base_fd: int, name: str) -> None:
 def _finish(base_fd: int, name: str) -> None:
     with Descriptor.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=base_fd) as fd:
         with os.scandir(fd) as entries:
-            is_empty = next(entries, None) is None  # what root has filled, he closed on purpose
+            is_empty = next(entries, None) is None  # if root put something in it, the mode is on purpose
         if is_empty and _may_be_unfinished(os.fstat(fd)):
             os.fchown(fd, 0, 0)
             os.fchmod(fd, _MODE)
 
 
 def _may_be_unfinished(found: os.stat_result) -> bool:
-    """Whether it is as mkdir() leaves it: its maker may have been killed before it gave the mode."""
-    mode = stat.S_IMODE(found.st_mode) & ~stat.S_ISGID  # which comes from the directory that it is in
+    """Whether it is as mkdir() leaves it: its maker may have been killed before setting the mode."""
+    mode = stat.S_IMODE(found.st_mode) & ~stat.S_ISGID  # which it inherits from its parent directory
     return stat.S_ISDIR(found.st_mode) and found.st_uid == 0 and mode == _UNFINISHED
 
 
@@ -57,5 +57,5 @@ def _objection(found: os.stat_result) -> str | None:
     if found.st_uid != 0:
         return f"owned by UID {found.st_uid}, not by root"
     if found.st_mode & 0o002 and not found.st_mode & stat.S_ISVTX:
-        return "writable for all without the sticky bit"
+        return "world-writable without the sticky bit"
     return None

@@ -2,9 +2,10 @@
 """What the descriptors in the FD store do not say: one small JSON file for each instance in
 /run/polytmpd/instances/.
 
-Written in full and renamed into place, so a reader sees the old one or the new one. Everything in it can be
-lost: a file that makes no sense is reported and left out, and the instance is found again by its namespace.
-Not here: what is done with it at start (executor, daemon).
+A file is written in full and renamed into place, so a reader sees the old one or the new one. Any of them
+may be lost: one that makes no sense is reported and ignored, and its instance is found again by its
+namespace.
+Not here: what is done with the state at start (executor, daemon).
 """
 
 import contextlib
@@ -25,7 +26,7 @@ _BYTES_AT_MOST: Final = 65536
 
 
 class StateDirectory:
-    """The directory of state files, root's and 0700; made where it is missing."""
+    """The directory of state files. Made if it is missing, with mode 0700."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError."""
@@ -33,21 +34,21 @@ class StateDirectory:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def lock(self) -> None:
-        """Keep it to ourselves until this process ends.
+        """Lock it until this process ends.
 
-        Raises OSError where another process does: a second daemon would take the first one's instances for
-        left over.
+        Raises OSError if another process has locked it: a second daemon would take the first one's instances
+        for leftovers.
         """
         fd = Descriptor.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fd.close()
-            text = "another polytmpd is running, see systemctl status polytmpd"
+            text = "another polytmpd is running, see: systemctl status polytmpd.service"
             raise BlockingIOError(errno.EWOULDBLOCK, text, str(self._path)) from None
 
     def save(self, instance: Instance) -> None:
-        """Raises OSError (ENOSPC); the old file is untouched then."""
+        """Write the instance's file. On OSError, such as ENOSPC, the old file is untouched."""
         temporary = self._path / f".{instance.uid}.new"
         path = self._path / str(instance.uid)
         try:
@@ -63,7 +64,7 @@ class StateDirectory:
             raise
 
     def forget(self, uid: int) -> None:
-        """Raises OSError."""
+        """Remove the file of a user's instance. Raises OSError."""
         path = self._path / str(uid)
         try:
             path.unlink(missing_ok=True)
@@ -71,9 +72,9 @@ class StateDirectory:
             _put_away(path)
 
     def load(self) -> tuple[dict[int, Instance], list[str]]:
-        """What is recorded, and what was wrong with the rest. What is no file is taken away.
+        """What is recorded, and what is wrong with the rest. Puts away what is not a regular file.
 
-        Raises OSError where the directory cannot be read.
+        Raises OSError if the directory cannot be read.
         """
         found: dict[int, Instance] = {}
         problems: list[str] = []
@@ -87,19 +88,19 @@ class StateDirectory:
                     continue
                 instance = decode(_read(path))
                 if path.name != str(instance.uid):
-                    raise ValueError(f"is about UID {instance.uid}")
+                    raise ValueError(f"describes UID {instance.uid}")
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                problems.append(f"{path}: {type(error).__name__}: {error}; ignoring the file")
+                problems.append(f"{path}: {type(error).__name__}: {error}, ignoring the file")
                 continue
             found[instance.uid] = instance
         return found, problems
 
 
 def _put_away(path: Path) -> str:
-    """Frees the name of what is no file, and says how. Only root can have put it there.
+    """Free the name of what is not a regular file, and say how. Only root can have put it there.
 
-    A directory is his, with whatever is in it: it goes to /run/polytmpd. Raises OSError (EBUSY: a mount
-    point).
+    A directory may contain something that root needs, so it is moved to /run/polytmpd. Raises OSError (EBUSY
+    for a mount point).
     """
     try:
         path.unlink()
@@ -143,27 +144,27 @@ def encode(instance: Instance) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or "\0" in value:
-        raise ValueError(f"{value!r} is no text")
+        raise ValueError(f"{value!r} is not a string")
     value.encode()  # UnicodeEncodeError, a ValueError, for what no message on the bus can carry
     return value
 
 
 def _number(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 64:
-        raise ValueError(f"{value!r} is no natural number")
+        raise ValueError(f"{value!r} is not a natural number")
     return value
 
 
 def _uid(value: Any) -> int:
     if _number(value) >= (1 << 32) - 1:
-        raise ValueError(f"{value!r} is no UID")
+        raise ValueError(f"{value!r} is not a UID")
     return int(value)
 
 
 def _name(value: Any) -> str:
     text = _text(value)
     if not text or "/" in text or text in {".", ".."}:
-        raise ValueError(f"{text!r} is no name of a directory entry")
+        raise ValueError(f"{text!r} is not the name of a directory entry")
     return text
 
 
@@ -171,18 +172,16 @@ def _absolute(value: Any) -> str:
     text = _text(value)
     parts = text.split("/")[1:]
     if not text.startswith("/") or not all(parts) or {".", ".."} & set(parts):
-        raise ValueError(f"{text!r} is no normal absolute path")
+        raise ValueError(f"{text!r} is not a normalized absolute path")
     return text
 
 
 def decode(value: Any) -> Instance:
-    """Raises ValueError, KeyError or TypeError for what encode() never wrote."""
+    """Decode what encode() wrote. Raises ValueError, KeyError or TypeError for anything else."""
     if not isinstance(value, dict):
-        raise TypeError("no JSON object")
+        raise TypeError("not a JSON object")
     if value["version"] != VERSION:
-        raise ValueError(
-            f"version {value['version']!r} is not known to this polytmpd, which knows {VERSION}"
-        )
+        raise ValueError(f"version {value['version']!r} is not supported, only {VERSION}")
     directories = tuple(
         InstanceDirectory(
             Directory(

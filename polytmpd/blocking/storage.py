@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Instance directories on disk: makes one, adopts a kept one, sets one aside, finds what is left over.
 
-The base directory, for example /tmp, holds the barrier (barriers), which only root passes. The barrier holds
-the inner directory `tmp`, a copy of the base directory's owner, mode, ACL and label. The user gets it as
-their /tmp. A barrier that is kept also holds the name of its user.
+The base directory, for example /tmp, contains the barrier (barriers), which only root can pass. The barrier
+contains the inner directory `tmp`, with the owner, mode, ACL and label of the base directory. The user gets
+it as their /tmp. A barrier that is kept also contains the name of its user.
 
-Every function works from the caller's descriptor of the base directory, O_PATH is enough, and raises OSError
-alone.
+Every function takes a descriptor of the base directory, which stays the caller's (O_PATH is enough), and
+raises only OSError.
 Not here: emptying a tree (deletion), mounts (kernel/mountns), and which instance should exist.
 
 Hard facts
-- mkdir(2) applies the umask, or the parent's default ACL, and a set-group-ID parent hands its group down. So
+- mkdir(2) applies the umask or the parent's default ACL, and takes the group of a set-group-ID parent. So
   the owner and the mode are always set afterwards, by descriptor.
 """
 
@@ -30,10 +30,10 @@ from polytmpd.kernel import syscalls
 from polytmpd.kernel.descriptor import Descriptor
 
 MARK: Final = "user"
-"""A symbolic link in a kept barrier: it leads nowhere, and its text is the name of the user it was made for.
+"""A symbolic link in a kept barrier. It leads nowhere: its text is the name of the user it was made for.
 
-Unlike a file it is there whole or not at all, also after a crash; unlike an attribute every file system and
-every backup has it.
+Unlike a file, it is complete or absent, even after a crash. Unlike an extended attribute, every file system
+and every backup supports it.
 """
 
 _MOUNTPOINT_MODE: Final = 0o1777
@@ -48,10 +48,10 @@ _ATTEMPTS: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Leftovers:
-    """What lies in a base directory under names that are ours.
+    """What a base directory contains under the names of leftovers.
 
-    `foreign` are those that are not barriers (somebody squats there): the first few, each with the reason,
-    and in `foreign_count` how many there are in all.
+    `foreign` are those that polytmpd did not make: the first few, each with the reason. `foreign_count` is
+    how many there are in all.
     """
 
     removable: tuple[str, ...]
@@ -60,11 +60,11 @@ class Leftovers:
 
 
 def make(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") -> Descriptor:
-    """Makes the barrier `name` and what is in it; returns an O_PATH descriptor of the inner directory, the
-    caller's.
+    """Make the barrier `name` and what is in it; returns an O_PATH descriptor of the inner directory, which
+    the caller closes.
 
-    user: whom the barrier is to remember, if anybody. Whatever exists under that name already is never
-    adopted: FileExistsError. Where anything fails all that was made is removed again.
+    user: the name that the barrier is to remember, if any. Whatever already exists under `name` is never
+    adopted: raises FileExistsError. If anything fails, everything that was made is removed again.
     """
     with ExitStack() as fds, ExitStack() as undo:
         where = barriers.path_in(base_fd, name, *mountpoints)
@@ -86,13 +86,13 @@ def make(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") ->
 
 
 def adopt(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") -> Descriptor:
-    """Takes a kept barrier into use again; returns an O_PATH descriptor of the inner directory, the
-    caller's.
+    """Take a kept barrier into use again; returns an O_PATH descriptor of the inner directory, which the
+    caller closes.
 
-    FileNotFoundError where there is none. Anything that we would not have made is a squatter's:
-    FileExistsError with what is wrong with it. Inner directory and mount points that are missing (the age
-    cleaner may have had them) are made; what the user has put where a mount point must be is renamed to
-    `<mount point>.moved-<hex>`. One that remembers nobody remembers `user` from now on.
+    Raises FileNotFoundError if there is none, and FileExistsError, which says what is wrong, if polytmpd did
+    not make it. A missing inner directory or mount point (the age cleaner may have removed it) is made. What
+    the user has put where a mount point must be is renamed to `<mount point>.moved-<hex>`. A barrier that
+    remembers no user remembers `user` from now on.
     """
     with ExitStack() as fds, ExitStack() as undo:
         where = barriers.path_in(base_fd, name, *mountpoints)
@@ -101,16 +101,16 @@ def adopt(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") -
         inner_fd = _furnish(base, barrier, where, mountpoints, fds, undo)
         undo.pop_all()
         if user:
-            # EEXIST, mostly. A full disk must keep nobody out who needs nothing new: the next time will do.
+            # Usually EEXIST. A full disk must not keep out a user who needs nothing new: next time will do.
             with suppress(OSError):
                 os.symlink(user, MARK, dir_fd=barrier)
         return inner_fd
 
 
 def remembered(base_fd: int, name: str) -> str | None:
-    """The user whom a kept barrier remembers; None where nobody, as in those of polytmp 0.1.
+    """The user whom a kept barrier remembers; None if it remembers none, like those of polytmp 0.1.
 
-    FileNotFoundError where there is no barrier, FileExistsError where it, or the mark, is not ours.
+    Raises FileNotFoundError if there is no barrier, FileExistsError if polytmpd did not make it or the mark.
     """
     with ExitStack() as fds:
         where = barriers.path_in(base_fd, name)
@@ -124,13 +124,11 @@ def remembered(base_fd: int, name: str) -> str | None:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                raise FileExistsError(
-                    errno.EEXIST, "not a symbolic link with a user's name as polytmp makes it", MARK
-                ) from None
+                raise FileExistsError(errno.EEXIST, "not a symbolic link that polytmpd made", MARK) from None
 
 
 def set_aside(base_fd: int, name: str, new: str) -> None:
-    """Renames the barrier to a new name; the old one is free."""
+    """Rename the barrier; the old name is then free."""
     with ExitStack() as fds:
         where = barriers.path_in(base_fd, name, new)
         base = barriers.open_base(base_fd, fds)
@@ -140,7 +138,7 @@ def set_aside(base_fd: int, name: str, new: str) -> None:
 
 
 def leftovers(base_fd: int) -> Leftovers:
-    """Finds the barriers with names of left-over ones. Nothing is touched."""
+    """Find the barriers with the names of leftovers. Changes nothing."""
     removable: list[str] = []
     foreign: list[tuple[str, str]] = []
     foreign_count = 0
@@ -160,33 +158,32 @@ def leftovers(base_fd: int) -> Leftovers:
                     removable.append(entry.name)
                 else:
                     foreign_count += 1
-                    # Anybody may fill /tmp with such names: neither the memory nor the journal is theirs to
-                    # fill.
+                    # Any user can fill /tmp with such names, but must not fill our memory or the journal.
                     if len(foreign) < _FOREIGN_NAMED:
                         foreign.append((entry.name, reason))
     return Leftovers(tuple(removable), tuple(foreign), foreign_count)
 
 
-# --- what make and adopt have in common ---
+# --- common to make and adopt ---
 
 
 def _furnish(
     base: int, barrier: int, where: str, mountpoints: Sequence[str], fds: ExitStack, undo: ExitStack
 ) -> Descriptor:
-    """Brings the inside of a barrier into the state it should have, whatever of it exists already."""
+    """Bring the inside of a barrier into the state it should have, however much of it already exists."""
     path = f"{where}/{INNER}"
     with barriers.naming(path):
         wanted = os.fstat(base)
         inner = _open_or_make(barrier, INNER, fds, undo, uid=wanted.st_uid, gid=wanted.st_gid)
         if inner is None:
-            raise FileExistsError(errno.EEXIST, "not a directory that polytmp made", path)
-        # The owner first: until the mode is set nobody but root passes the barrier anyway.
+            raise FileExistsError(errno.EEXIST, "not a directory that polytmpd made", path)
+        # The owner first: until the mode is set, only root passes the barrier anyway.
         os.fchown(inner, wanted.st_uid, wanted.st_gid)
         for xattr in (*_ACLS, _LABEL):
             _copy_xattr(base, inner, xattr)
         os.fchmod(inner, stat.S_IMODE(wanted.st_mode))
         if os.fstat(inner).st_dev != wanted.st_dev:
-            raise FileExistsError(errno.EEXIST, "on another file system than its base directory", path)
+            raise FileExistsError(errno.EEXIST, "not on the file system of its base directory", path)
     for mountpoint in mountpoints:
         with barriers.naming(f"{path}/{mountpoint}"):
             _place_mountpoint(inner, mountpoint, fds, undo)
@@ -195,7 +192,7 @@ def _furnish(
 
 
 def _place_mountpoint(inner: int, name: str, fds: ExitStack, undo: ExitStack) -> None:
-    """In a kept directory the user's processes may still be at work, and put something else there."""
+    """Make a mount point, even if processes of the user keep putting something else in a kept directory."""
     for _attempt in range(_ATTEMPTS):
         with suppress(FileExistsError):
             directory = _open_or_make(inner, name, fds, undo, uid=0, gid=0)
@@ -207,19 +204,19 @@ def _place_mountpoint(inner: int, name: str, fds: ExitStack, undo: ExitStack) ->
         with suppress(FileNotFoundError, FileExistsError):
             moved = f"{name}.moved-{secrets.token_hex(4)}"
             syscalls.renameat2(inner, name, inner, moved, syscalls.RENAME_NOREPLACE)
-    raise OSError(errno.EBUSY, "somebody keeps putting something else where a mount point must be", name)
+    raise OSError(errno.EBUSY, "a process keeps putting something else where a mount point must be", name)
 
 
 def _open_or_make(
     dirfd: int, name: str, fds: ExitStack, undo: ExitStack, *, uid: int, gid: int
 ) -> int | None:
-    """A descriptor that `fds` closes; None where there is something else than a directory of that owner."""
+    """A descriptor that `fds` closes; None for anything other than a directory of that owner."""
     try:
         fd = fds.enter_context(barriers.open_path(dirfd, name))
     except FileNotFoundError:
         return _make_directory(dirfd, name, fds, undo)
     found = os.fstat(fd)
-    # Root's own is what a half-made directory is whose owner had not been set yet.
+    # A half-made directory whose owner was not set yet belongs to root.
     if not stat.S_ISDIR(found.st_mode) or (found.st_uid, found.st_gid) not in {(uid, gid), (0, 0)}:
         return None
     return barriers.reopen(fd, fds)
@@ -236,7 +233,7 @@ def _make_directory(dirfd: int, name: str, fds: ExitStack, undo: ExitStack) -> i
 
 
 def _rmdir_quietly(dirfd: int, name: str) -> None:
-    # The error that made us undo says more than one about the undoing. What stays is root's and 0700.
+    # The error that made us undo says more than one while undoing. What stays is root's, with mode 0700.
     with suppress(OSError):
         os.rmdir(name, dir_fd=dirfd)
 
@@ -252,13 +249,13 @@ def _set_owner_and_mode(fd: int, uid: int, gid: int, mode: int) -> None:
 
 
 def _copy_xattr(source: int | None, target: int, name: str) -> None:
-    """Gives the target what the source has; without a source, or where that has none, takes it away."""
+    """Give the target what the source has, or nothing if there is no source or it has nothing."""
     wanted = None if source is None else _xattr(source, name)
     if _xattr(target, name) == wanted:
         return
     if wanted is not None:
         os.setxattr(target, name, wanted)
-    elif name != _LABEL:  # an object without a label does not exist under SELinux: the policy's own stays
+    elif name != _LABEL:  # under SELinux everything has a label: keep the one from the policy
         os.removexattr(target, name)
 
 

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-r"""Keeps the age cleaner, systemd-tmpfiles --clean, from what root trusts in directories that only the
-configuration knows: lines of tmpfiles.d(5) in the host's /run, beside the package's own for the defaults.
+r"""Keeps systemd-tmpfiles --clean, the age cleaner, away from what root trusts in configured directories.
 
-Not here: the age, which is the administrator's to configure; the lines for the defaults (units/polytmp.conf,
-which says what each is for).
+It writes lines of tmpfiles.d(5) to the host's /run, beside the package's own for the default directories.
+Not here: the age, which administrators configure; the lines for the defaults (units/polytmp.conf, which says
+what each is for).
 
 Hard facts
-- Paths are patterns, % begins a specifier, and a field ends at white space unless it is quoted. The manual's
-  C-style escapes are not all understood: systemd 252 takes \x20 for x20. \\ and \" are, everywhere.
-- Of two lines with the same path one is ignored, whichever file they stand in, unless both say the same: so
-  ours spell each path in a way that no other is likely to.
-- The cleaner goes by the path in its own line, symbolic links in it or not.
+- Paths are patterns, % begins a specifier, and a field ends at white space unless it is quoted. Not all of
+  the manual's C-style escapes are understood: systemd 252 takes \x20 for x20. \\ and \" always are.
+- If two lines have the same path, one of them is ignored, whichever files they are in, unless both say the
+  same. So our lines spell each path in a way that no other is likely to.
+- The cleaner goes by the path as its own line spells it, with or without symbolic links.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _HEAD: Final = (
 
 
 def text(directories: Iterable[Directory]) -> str:
-    """The file for these directories; empty where the package's own has all that they need."""
+    """The file for these directories; empty if the package's own file covers them."""
     lines = dict.fromkeys(
         line
         for directory in directories
@@ -45,9 +45,9 @@ def text(directories: Iterable[Directory]) -> str:
 
 
 def write(directories: Iterable[Directory], where: Path = DIRECTORY) -> None:
-    """Write the file, or remove it where none is needed. A reader sees the old one or the new one.
+    """Write the file, or remove it if none is needed. A reader sees the old one or the new one.
 
-    Blocking, short. Raises OSError.
+    Blocks, but not for long. Raises OSError.
     """
     content = text(directories)
     path, temporary = where / NAME, where / f".{NAME}.new"
@@ -56,7 +56,7 @@ def write(directories: Iterable[Directory], where: Path = DIRECTORY) -> None:
         return
     with contextlib.suppress(FileExistsError):
         where.mkdir()
-        where.chmod(0o755)  # whatever the umask
+        where.chmod(0o755)  # regardless of the umask
     try:
         temporary.write_text(content, encoding="utf-8", errors="surrogateescape")
         temporary.chmod(0o644)
@@ -68,10 +68,11 @@ def write(directories: Iterable[Directory], where: Path = DIRECTORY) -> None:
 
 
 def _lines(path: str, directory: Directory) -> Iterator[str]:
-    if "\n" in path:  # no line can hold it, and so none can make the cleaner go there
+    if "\n" in path:  # no line can contain it, so none can send the cleaner there
         return
     place = _pattern(path)
-    # The package's file has /var/tmp's barriers, and /tmp's of this boot; its socket directories for /tmp.
+    # The package's file covers the barriers in /var/tmp, and for /tmp those of this boot and the socket
+    # directories.
     is_covered = path == "/tmp" and directory.lifetime is Lifetime.INSTANCE
     if not is_covered and path != "/var/tmp":
         yield f"x {_field(f'{place}/{CLEANER_PATTERN}')}"
@@ -85,12 +86,12 @@ def _lines(path: str, directory: Directory) -> Iterator[str]:
 
 
 def _pattern(path: str) -> str:
-    """What matches the path and nothing else."""
+    """A pattern that matches the path and nothing else."""
     return re.sub(r"[*?\[\\]", r"\\\g<0>", path).replace("%", "%%")
 
 
 def _respelled(name: str) -> str:
-    # A bracket takes bytes where the cleaner's locale has no UTF-8.
+    # In a locale without UTF-8, a bracket matches single bytes.
     return f"{_pattern(name[:-1])}[{name[-1]}]" if name[-1].isascii() else _pattern(name)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Counts the blocks and inodes of an instance, a tree that its user changes meanwhile.
+"""Counts the blocks and inodes of an instance, a tree that its user may change meanwhile.
 
 Not here: which instance, and for whom (questions).
 """
@@ -17,14 +17,14 @@ from polytmpd.kernel.descriptor import Descriptor
 
 _RESOLVE: Final = barriers.RESOLVE | syscalls.RESOLVE_NO_SYMLINKS
 _OPEN_LEVELS: Final = 8
-"""Directories that are kept open at a time."""
+"""How many directories are kept open at a time."""
 _HARD_LINKS: Final = 1 << 20
-"""Hard links that are remembered, so that each inode counts once."""
+"""How many hard links are remembered, so that each inode counts once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What du(1) counts. Not `complete`: cancelled, or something failed or changed meanwhile."""
+    """What du(1) counts. Not `complete` if cancelled, or if something failed or changed meanwhile."""
 
     bytes: int
     inodes: int
@@ -32,10 +32,10 @@ class Usage:
 
 
 def count(inner_fd: int, cancelled: Callable[[], bool] | None = None) -> Usage:
-    """Counts the blocks and inodes of a tree that changes meanwhile, with few descriptors at any depth.
+    """Count the blocks and inodes of a tree that changes meanwhile, with few descriptors at any depth.
 
-    Hard links count once, mounts are not entered, symbolic links not followed. What vanishes or cannot be
-    read is left out; only where the tree's own root cannot be read does this raise.
+    Hard links count once, mounts are not entered, symbolic links are not followed. What vanishes or cannot
+    be read is left out. Raises OSError only if the root of the tree cannot be read.
     """
     counting = _Count(cancelled or (lambda: False))
     try:
@@ -48,7 +48,7 @@ def count(inner_fd: int, cancelled: Callable[[], bool] | None = None) -> Usage:
 
 
 class _Level:
-    """A directory on the way from the tree's root to where the count stands."""
+    """A directory on the way from the root of the tree to the one being counted."""
 
     __slots__ = ("fd", "identity", "subdirectories")
 
@@ -59,13 +59,12 @@ class _Level:
 
 
 class _Count:
-    """Depth first. Each directory is read once and closed; of its entries only the subdirectories are
-    remembered.
+    """Depth first. Each directory is read once and closed; only its subdirectories are remembered.
 
-    Below a certain depth only the current directory stays open. The one above is found again through "..",
-    which is believed only if device and inode are those of the directory that we came through: if somebody
-    has moved us meanwhile, what remained to be counted in it is given up. Nothing is read before that, and
-    nothing is ever written.
+    Below a certain depth only the current directory stays open. Its parent is found again through "..",
+    which is trusted only if its device and inode are those of the directory that we came through. If a
+    process has moved us meanwhile, the rest of the parent is left out. Nothing is read before that check,
+    and nothing is ever written.
     """
 
     def __init__(self, cancelled: Callable[[], bool]) -> None:
@@ -94,7 +93,7 @@ class _Count:
                 self.enter(fd)
 
     def enter(self, fd: Descriptor) -> None:
-        """Counts a directory and reads it. The descriptor belongs to the count from here on."""
+        """Count a directory and read it. The descriptor belongs to the count from here on."""
         level = _Level(fd, (0, 0), [])
         self._levels.append(level)
         found = os.fstat(fd)

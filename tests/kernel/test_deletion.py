@@ -133,7 +133,7 @@ def test_what_is_not_ours_is_refused(base: Path, kind: str) -> None:
             os.chown(path, ATTACKER, 0)
         else:
             path.chmod(0o711)
-    with pytest.raises(FileExistsError, match="not ours"):
+    with pytest.raises(FileExistsError, match="not made by polytmpd"):
         remove(base)
     assert os.path.lexists(path)
 
@@ -395,7 +395,7 @@ def test_the_barrier_itself_is_a_mount(base: Path, sentinel: Path) -> None:
 
     def work() -> None:
         bind(other, inner.parent)
-        with pytest.raises(FileExistsError, match="not ours"):
+        with pytest.raises(FileExistsError, match="not made by polytmpd"):
             remove(base)
         assert (other / "file").exists()
 

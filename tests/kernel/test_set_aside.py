@@ -55,7 +55,7 @@ def test_foreign_leftovers(base: Path, kind: str) -> None:
         assert found.removable == ()
         assert found.foreign[0][0] == name
         assert found.foreign[0][1]
-        with pytest.raises(FileExistsError, match="not ours"):
+        with pytest.raises(FileExistsError, match="not made by polytmpd"):
             storage.set_aside(fd, name, ASIDE)
 
 
@@ -74,6 +74,6 @@ def test_mounted_leftovers(base: Path) -> None:
     def work() -> None:
         syscalls.mount("tmpfs", str(base / name), "tmpfs", 0, "mode=700")
         with opened(base) as fd:
-            assert storage.leftovers(fd).foreign == ((name, "something is mounted on it"),)
+            assert storage.leftovers(fd).foreign == ((name, "is a mount point"),)
 
     in_namespace(work)

@@ -212,7 +212,7 @@ def test_adopt_nothing(base: Path) -> None:
 def test_adopt_refuses_squatters(base: Path, kind: str) -> None:
     squat(base / NAME, kind)
     before = (base / NAME).lstat()
-    with pytest.raises(FileExistsError, match="not ours") as caught:
+    with pytest.raises(FileExistsError, match="not made by polytmpd") as caught:
         adopt(base)
     assert caught.value.filename == str(base / NAME)
     assert (base / NAME).lstat() == before
@@ -242,10 +242,10 @@ def test_adopt_and_set_aside_enter_no_mount(base: Path, place: str, kind: str) -
             syscalls.mount(str(other), str(target), None, 0x1000)
         else:
             syscalls.mount("tmpfs", str(target), "tmpfs", 0, "mode=700")
-        with pytest.raises(OSError, match=r"mounted|cross-device"):
+        with pytest.raises(OSError, match=r"mount point|cross-device"):
             adopt(base)
         if not place:
-            with opened(base) as fd, pytest.raises(FileExistsError, match="mounted"):
+            with opened(base) as fd, pytest.raises(FileExistsError, match="mount point"):
                 storage.set_aside(fd, NAME, ASIDE)
         assert os.listdir(target) == []
 

@@ -45,7 +45,7 @@ def only_problem(place: Path) -> str:
     assert found == {1000: INSTANCE}
     assert len(problems) == 1
     assert problems[0].startswith(f"{place}/")
-    assert problems[0].endswith("; ignoring the file")
+    assert problems[0].endswith(", ignoring the file")
     return problems[0]
 
 
@@ -119,20 +119,20 @@ def test_decode_raises_what_it_says(value: Any, key: str, inner: str) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": VERSION + 1}, "version 2 is not known"),
-        ({"version": None}, "version None is not known"),
-        ({"uid": "1000"}, "no natural number"),
-        ({"uid": True}, "no natural number"),
-        ({"uid": -1}, "no natural number"),
-        ({"uid": 4294967295}, "no UID"),
-        ({"uid": 1001}, "is about UID 1001"),
-        ({"user": 5}, "no text"),
-        ({"user": "a\0b"}, "no text"),
+        ({"version": VERSION + 1}, "version 2 is not supported"),
+        ({"version": None}, "version None is not supported"),
+        ({"uid": "1000"}, "is not a natural number"),
+        ({"uid": True}, "is not a natural number"),
+        ({"uid": -1}, "is not a natural number"),
+        ({"uid": 4294967295}, "not a UID"),
+        ({"uid": 1001}, "describes UID 1001"),
+        ({"user": 5}, "not a string"),
+        ({"user": "a\0b"}, "not a string"),
         ({"user": "\ud800"}, "surrogates"),
-        ({"created": 1 << 64}, "no natural number"),
-        ({"namespace": 1.0}, "no natural number"),
+        ({"created": 1 << 64}, "is not a natural number"),
+        ({"namespace": 1.0}, "is not a natural number"),
         ({"watches": 3}, "TypeError"),
-        ({"watches": ["a"]}, "no natural number"),
+        ({"watches": ["a"]}, "is not a natural number"),
         ({"directories": [{"path": "/tmp"}]}, "KeyError"),
         ({"directories": ["/tmp"]}, "TypeError"),
     ],
@@ -146,14 +146,14 @@ def test_a_file_that_says_something_else(place: Path, change: dict[str, Any], sa
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"barrier": "../etc"}, "no name of a directory entry"),
-        ({"barrier": ".."}, "no name of a directory entry"),
-        ({"barrier": ""}, "no name of a directory entry"),
-        ({"path": "tmp"}, "no normal absolute path"),
-        ({"path": "/"}, "no normal absolute path"),
-        ({"path": "/tmp/../etc"}, "no normal absolute path"),
-        ({"path": "/tmp//x"}, "no normal absolute path"),
-        ({"shared": ["a/b"]}, "no name of a directory entry"),
+        ({"barrier": "../etc"}, "is not the name of a directory entry"),
+        ({"barrier": ".."}, "is not the name of a directory entry"),
+        ({"barrier": ""}, "is not the name of a directory entry"),
+        ({"path": "tmp"}, "is not a normalized absolute path"),
+        ({"path": "/"}, "is not a normalized absolute path"),
+        ({"path": "/tmp/../etc"}, "is not a normalized absolute path"),
+        ({"path": "/tmp//x"}, "is not a normalized absolute path"),
+        ({"shared": ["a/b"]}, "is not the name of a directory entry"),
         ({"lifetime": "for ever"}, "not a valid Lifetime"),
     ],
 )
@@ -239,7 +239,7 @@ def test_a_directory_gives_way_to_a_state_file(place: Path) -> None:
 def test_a_stranger_among_the_files(place: Path) -> None:
     place.mkdir()
     (place / "notes.txt").write_text(json.dumps(encode(INSTANCE)))
-    assert "is about UID 1000" in only_problem(place)
+    assert "describes UID 1000" in only_problem(place)
 
 
 def test_a_write_that_was_cut_off_is_cleared(place: Path) -> None:
