@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The life of one user's instance, as a table: (state, event) → (next state, actions).
 
-This table is the specification: the tests go through all of it, and the diagram in docs/ARCHITECTURE.md is
+This table is the specification: the tests go through all of it, and the diagram in docs/lifecycle.md is
 checked against it.
-Not here: how an event is found out, how an action is done.
+Not here: how an event is noticed, how an action is done.
 
-An instance is *claimed* while something says that the user is here: a session, processes in his slice, his
-manager that starts. An ACTIVE instance holds a descriptor of its namespace, so that sessions can join.
-Unclaimed, it lets the descriptor go and drains: from then on the kernel alone decides, by the end of the
-namespace, when nobody is left.
+An instance is *claimed* while something says that the user is here: a session, processes in their slice,
+their service manager starting. An ACTIVE instance holds a descriptor of its namespace, so that sessions can
+join. An unclaimed one closes it and drains: from then on the kernel alone decides when no process is left,
+by ending the namespace.
 """
 
 from dataclasses import dataclass, replace
@@ -23,19 +23,19 @@ class Event(Enum):
     """What happens to an instance."""
 
     CLAIMED = auto()
-    """The user is here: logind knows a session, or his slice has processes."""
+    """The user is here: logind knows a session, or the slice has processes."""
     UNCLAIMED = auto()
     """No session, and no process in the slice."""
     ACQUIRED = auto()
     """A login asks for the namespace, and waits."""
     PREPARED = auto()
-    """The namespace is ready and its descriptor held."""
+    """The namespace is ready and its descriptor is held."""
     PREPARE_FAILED = auto()
-    """It could not be made; nothing is left of the attempt."""
+    """The namespace could not be made. Nothing is left of the attempt."""
     REJOIN_FAILED = auto()
-    """The draining namespace could not be held again; whoever lives in it lives on."""
+    """The draining namespace could not be held again. The processes in it live on."""
     NAMESPACE_ENDED = auto()
-    """The kernel reported the end of the namespace: no process, no descriptor holds it."""
+    """The kernel reported the end of the namespace: no process and no descriptor holds it."""
     REMOVED = auto()
     """The directories are gone."""
     REMOVE_FAILED = auto()
@@ -43,22 +43,22 @@ class Event(Enum):
 
 
 class Action(Enum):
-    """What the executor has to do, in the order given."""
+    """What the executor has to do, in the given order."""
 
     PREPARE = auto()
     """Make directories and namespace."""
     REJOIN = auto()
-    """Get hold of the draining namespace again."""
+    """Hold the draining namespace again."""
     HAND_OVER = auto()
-    """Answer every login that waits with the descriptor."""
+    """Answer every waiting login with the descriptor."""
     REFUSE = auto()
-    """Answer every login that waits with the error."""
+    """Answer every waiting login with the error."""
     LET_GO = auto()
-    """Close the descriptor, in the FD store too."""
+    """Close the descriptor, also in the FD store."""
     REMOVE = auto()
     """Rename the directories aside and delete them."""
     FORGET = auto()
-    """Nothing is left to show of this instance."""
+    """Stop showing this instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ TABLE: Final[dict[tuple[State, Event], Row]] = {
     (State.ABSENT, Event.CLAIMED): (State.PREPARING, (Action.PREPARE,)),
     (State.ABSENT, Event.UNCLAIMED): (State.ABSENT, ()),
     (State.ABSENT, Event.ACQUIRED): (State.PREPARING, (Action.PREPARE,)),
-    # One that nobody waited for any more.
+    # The end of a namespace that is no longer of interest.
     (State.ABSENT, Event.NAMESPACE_ENDED): (State.ABSENT, ()),
     (State.PREPARING, Event.CLAIMED): (State.PREPARING, ()),
     (State.PREPARING, Event.UNCLAIMED): (State.PREPARING, ()),
@@ -83,20 +83,19 @@ TABLE: Final[dict[tuple[State, Event], Row]] = {
     (State.PREPARING, Event.PREPARED): (State.ACTIVE, (Action.HAND_OVER,)),
     (State.PREPARING, Event.PREPARE_FAILED): (State.FAILED, (Action.REFUSE,)),
     (State.PREPARING, Event.REJOIN_FAILED): (State.DRAINING, (Action.REFUSE,)),
-    # A namespace that ends while it is joined again: the executor sees it and makes a new one over the same
+    # The namespace ends while it is being rejoined: the executor notices and makes a new one over the same
     # files.
     (State.PREPARING, Event.NAMESPACE_ENDED): (State.PREPARING, ()),
     (State.ACTIVE, Event.CLAIMED): (State.ACTIVE, ()),
     (State.ACTIVE, Event.UNCLAIMED): (State.ACTIVE, ()),
     (State.ACTIVE, Event.ACQUIRED): (State.ACTIVE, (Action.HAND_OVER,)),
-    # The descriptor that an active instance holds keeps the namespace: this can only be the end of an
-    # earlier one.
+    # The descriptor of an active instance keeps its namespace: this can only be the end of an earlier one.
     (State.ACTIVE, Event.NAMESPACE_ENDED): (State.ACTIVE, ()),
     (State.DRAINING, Event.CLAIMED): (State.PREPARING, (Action.REJOIN,)),
     (State.DRAINING, Event.UNCLAIMED): (State.DRAINING, ()),
     (State.DRAINING, Event.ACQUIRED): (State.PREPARING, (Action.REJOIN,)),
     (State.DRAINING, Event.NAMESPACE_ENDED): (State.REMOVING, (Action.REMOVE,)),
-    # The old directories were renamed aside: a login gets a new instance at once and does not wait for the
+    # The old directories were renamed: a login gets a new instance at once and does not wait for the
     # deletion.
     (State.REMOVING, Event.CLAIMED): (State.PREPARING, (Action.FORGET, Action.PREPARE)),
     (State.REMOVING, Event.UNCLAIMED): (State.REMOVING, ()),
@@ -109,13 +108,13 @@ TABLE: Final[dict[tuple[State, Event], Row]] = {
     (State.FAILED, Event.ACQUIRED): (State.PREPARING, (Action.FORGET, Action.PREPARE)),
     (State.FAILED, Event.NAMESPACE_ENDED): (State.FAILED, ()),
 }
-"""What is not in the table is illegal and raises: an executor that reports what it was not asked for."""
+"""Any other event is illegal and raises: the executor reported what it was not asked for."""
 
 
 def visible_state(standing: Standing, claims: Claims) -> State:
-    """The state that the world is told: where nobody is logged in any more, an instance drains.
+    """The state to show: an instance drains once its user is no longer logged in.
 
-    Processes in the slice may still hold it, as a lingering user's do, and sessions still join it.
+    Processes in the slice may still hold it, such as those of a lingering user, and sessions still join it.
     """
     if standing.state is State.ACTIVE and not claims.present:
         return State.DRAINING
@@ -127,14 +126,14 @@ class IllegalEventError(Exception):
 
 
 def advance(standing: Standing, event: Event) -> tuple[Standing, tuple[Action, ...]]:
-    """The next standing and what has to be done. Raises IllegalEventError and changes nothing."""
+    """The next standing and the actions to do. Raises IllegalEventError, and then changes nothing."""
     try:
         state, actions = TABLE[standing.state, event]
     except KeyError:
         raise IllegalEventError(f"{event.name} in state {standing.state}") from None
     claimed = {Event.CLAIMED: True, Event.UNCLAIMED: False}.get(event, standing.claimed)
     if state is State.ACTIVE and not claimed:
-        # Nobody but the logins just answered: they hold the descriptor by themselves now.
+        # Only the logins just answered wanted it, and they have their own descriptors now.
         state, actions = State.DRAINING, (*actions, Action.LET_GO)
     elif state is State.FAILED and not claimed and event is Event.PREPARE_FAILED:
         state, actions = State.ABSENT, (*actions, Action.FORGET)

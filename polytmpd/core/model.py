@@ -11,7 +11,7 @@ from polytmpd.core.names import INNER
 
 
 class State(StrEnum):
-    """Where an instance stands; part of the D-Bus contract, but for ABSENT, which has no object."""
+    """Where an instance stands. Part of the D-Bus contract, except ABSENT, which has no object."""
 
     ABSENT = "absent"
     PREPARING = "preparing"
@@ -22,10 +22,7 @@ class State(StrEnum):
 
 
 class Lifetime(StrEnum):
-    """How long the files of a directory live:
-
-    as long as the instance, or until systemd-tmpfiles ages them.
-    """
+    """How long files live: as long as the instance, or until systemd-tmpfiles ages them."""
 
     INSTANCE = "instance"
     PERSISTENT = "persistent"
@@ -55,10 +52,10 @@ class InstanceDirectory:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A user's instance as it was made. Times in microseconds, as systemd's tools have them.
+    """A user's instance as it was made. Times are in microseconds, as in systemd's tools.
 
-    namespace: the inode of the mount namespace. watches: the sentinels' watch descriptors; while one of them
-    is left, the namespace (or an earlier one over the same files) has not ended.
+    namespace: the inode of the mount namespace. watches: the watch descriptors of its sentinels. While one
+    of them is left, the namespace (or an earlier one over the same files) has not ended.
     """
 
     uid: int
@@ -72,10 +69,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An instance as it is shown:
-
-    what there is of it now, whatever its state. Zero and empty stand for not known yet.
-    """
+    """An instance as it is shown: what exists of it now, in any state. Zero and empty mean not known yet."""
 
     uid: int
     user: str

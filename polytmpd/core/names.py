@@ -7,7 +7,7 @@
     /var/tmp/polytmp-former-UID-RANDOM    in quarantine: left by a former user of the UID, for root to find
     /org/polytmp1/instance/_UID           an instance on the bus
 
-BOOTID is 32 lowercase hexadecimal digits, RANDOM is 16. The first path component is the *barrier*, which
+BOOTID is 32 lowercase hexadecimal digits, RANDOM is 16. The directory polytmp-… is the *barrier*, which
 belongs to root and has mode 0700. Nothing here touches the disk.
 Not here: which directories exist, and whose they are.
 """
@@ -17,13 +17,13 @@ from typing import Final
 
 PREFIX: Final = "polytmp-"
 INNER: Final = "tmp"
-"""The directory in the barrier that takes the place of the original."""
+"""The directory in the barrier that replaces the original."""
 SENTINEL: Final = "polytmp-sentinel"
 """The source of the tmpfs that ends with a namespace, as mountinfo shows it."""
 CLEANER_PATTERN: Final = f"{PREFIX}?*"
 """Matches every barrier, in the syntax of glob(7) that tmpfiles.d(5) uses."""
 REMOVING_PATTERN: Final = f"{PREFIX}removing-*"
-"""Matches what is set aside, for a person to read."""
+"""What is set aside, as a pattern for people to read."""
 RANDOM_BYTES: Final = 8
 
 _RANDOM: Final = "[0-9a-f]{16}"
@@ -46,7 +46,7 @@ def kept_barrier(uid: int) -> str:
 
 
 def owner(barrier_name: str) -> int | None:
-    """The UID in a barrier's name; None if the name is no barrier's."""
+    """The UID in a barrier's name; None for any other name."""
     match = _BARRIER.fullmatch(barrier_name)
     return int(match[1] or match[2]) if match else None
 
@@ -68,7 +68,7 @@ def former(uid: int, random: str) -> str:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a barrier of this name is left over at start, unless somebody lives in it."""
+    """Whether a barrier of this name is a leftover at start, unless a process lives in it."""
     return _LEFTOVER.fullmatch(name) is not None
 
 

@@ -14,16 +14,14 @@ UID_MAX_DEFAULT: Final = 60000
 
 @dataclass(frozen=True, slots=True)
 class Exemptions:
-    """Regular users are those of UID_MIN..UID_MAX, see login.defs(5), without the ones an administrator
-    names.
-    """
+    """Who gets no instance: UIDs outside UID_MIN..UID_MAX, see login.defs(5), and users that are named."""
 
     uid_min: int = UID_MIN_DEFAULT
     uid_max: int = UID_MAX_DEFAULT
     users: frozenset[str] = field(default_factory=frozenset)
 
     def reason(self, uid: int, name: str | None = None) -> str | None:
-        """Why the user is exempt, or None: he gets an instance. Root is exempt whatever the range says."""
+        """Why the user is exempt; None if they get an instance. Root is exempt whatever the range."""
         if uid == 0:
             return "root is never moved"
         if not self.uid_min <= uid <= self.uid_max:
@@ -39,11 +37,12 @@ class Exemptions:
 class Claims:
     """What says that a user is here. An empty one claims nothing.
 
-    sessions: without those that are closing; systemd keeps these while processes are left in them, which the
-    slice tells as well.
-    logins: the sessions by which somebody is logged in, neither a service manager's nor a background job's.
-    starting: logind announced the user, but neither a session of his was seen yet, nor did his service
-    manager ask for the namespace. Linger starts so; processes come and go in the slice before the manager.
+    sessions: those that are not closing. systemd keeps closing ones while processes are left in them, which
+    the slice shows too.
+    logins: the sessions through which the user is logged in, not those of a service manager or a job.
+    starting: logind announced the user, but no session of theirs was seen yet, and their service manager has
+    not asked for the namespace. Linger starts like this; processes come and go in the slice before the
+    manager.
     """
 
     sessions: frozenset[str] = frozenset()
@@ -53,30 +52,28 @@ class Claims:
 
     @property
     def claimed(self) -> bool:
-        """Whether an instance that is held goes on being held, for new sessions to join."""
+        """Whether an instance that is held stays held, for new sessions to join."""
         return self.calls or self.populated
 
     @property
     def calls(self) -> bool:
-        """Whether an instance is wanted where none is held.
+        """Whether an instance is wanted if none is held.
 
         Processes in the slice are not enough: the last thing that systemd runs there is the removal of
-        /run/user/UID, when everything is over. A login that comes without a session asks by itself.
+        /run/user/UID, when everything is over. A login without a session asks for itself.
         """
         return bool(self.sessions) or self.starting
 
     @property
     def present(self) -> bool:
-        """Whether somebody is logged in, or about to be; where not, an instance drains, whoever holds it."""
+        """Whether the user is logged in, or about to be. If not, an instance drains, whatever holds it."""
         return bool(self.logins) or self.starting
 
     def with_user(self) -> "Claims":
         return self if self.claimed else replace(self, starting=True)
 
     def without_user(self) -> "Claims":
-        """logind forgot the user, and with him all sessions; processes may be left in the slice all the
-        same.
-        """
+        """logind forgot the user and all their sessions. Processes may still be left in the slice."""
         return Claims(populated=self.populated)
 
     def with_session(self, session: str, *, login: bool = True) -> "Claims":
@@ -90,5 +87,5 @@ class Claims:
         return replace(self, populated=populated)
 
     def with_acquisition(self) -> "Claims":
-        """Somebody got the namespace: where it is his manager, the slice speaks for itself from now on."""
+        """A login got the namespace. If it was the user's manager, the slice shows it from now on."""
         return replace(self, starting=self.starting and not self.populated)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Translates a path as a user knows it into the host's path.
 
-Not here: whether anything exists there. Nothing looks at the disk, so symbolic links are not followed.
+Not here: whether anything exists there. Nothing touches the disk, so symbolic links are not followed.
 """
 
 import posixpath
@@ -11,7 +11,7 @@ from polytmpd.core.model import InstanceDirectory
 
 
 def resolve(directories: Iterable[InstanceDirectory], path: str) -> str | None:
-    """The host's path of what the user calls path; None if it lies in none of the private directories.
+    """The host's path of what the user calls path; None if it is not in a private directory.
 
     path must be absolute. A shared name, such as /tmp/.X11-unix, is the same path on the host.
     """

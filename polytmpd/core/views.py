@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the world is shown of the instances: one View for each, and who hears of changes.
+"""What is shown of the instances: one View for each, and listeners that hear of changes.
 
-Not here: how a view is drawn up (daemon), and how it is published (bus/service).
+Not here: how a view is put together (daemon), and how it is published (bus/service).
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from polytmpd.core.model import View
 
 
 class Listener(Protocol):
-    """Hears of every change, after it was made."""
+    """Hears of every change after it is made."""
 
     def instance_new(self, view: View) -> None: ...
     def instance_changed(self, before: View, view: View) -> None: ...
@@ -58,7 +58,7 @@ class Views:
                 listener.instance_changed(before, view)
 
     def hide(self, uid: int) -> None:
-        """Show the user's instance no longer, if it was shown."""
+        """Stop showing the user's instance, if it was shown."""
         if self._views.pop(uid, None) is not None:
             for listener in self._listeners:
                 listener.instance_removed(uid)
