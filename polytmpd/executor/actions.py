@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Does what the lifecycle asks for: makes instances, holds and lets go their namespaces, removes them.
+"""Does what the lifecycle asks for: makes instances, holds and releases their namespaces, removes them.
 
-One operation runs at a time for each user; what blocks runs in threads.
-Not here: when anything is to be done (daemon, core/lifecycle), the work of those threads (blocking/), and
-noticing the end of an instance (sentinels).
+For each user, one operation runs at a time. What blocks runs in threads.
+Not here: when to do anything (daemon, core/lifecycle), the work of those threads (blocking/), and noticing
+the end of an instance (sentinels).
 """
 
 import asyncio
@@ -35,14 +35,14 @@ Work = Callable[[Descriptor, Instance], list[str]]
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What was there at start. draining: also instances that may have ended; start() confirms it."""
+    """What existed at start. draining includes instances that may have ended; start() confirms it."""
 
     held: list[Instance] = field(default_factory=list)
     draining: list[Instance] = field(default_factory=list)
 
 
 class Executor:
-    """One for a daemon; its methods are called in the event loop."""
+    """One for the daemon. Its methods are called in the event loop."""
 
     def __init__(self, state: StateDirectory, boot_id: str, stored: Stored, displays: DisplayLocks) -> None:
         """stored and displays belong to this object from now on. Raises OSError."""
@@ -67,10 +67,10 @@ class Executor:
         self._sentinels.follow(ended)
 
     async def restore(self, directories: Sequence[Directory]) -> Restored:
-        """Take over what a former daemon left, and find what is left over.
+        """Take over what a former daemon left, and find leftovers.
 
-        Once, before start() and before any instance is made: one would be taken for a leftover. Raises
-        OSError.
+        Call it once, before start() and before any instance is made: a new one would be taken for a
+        leftover. Raises OSError.
         """
         restored = await asyncio.to_thread(self._take_over, directories)
         known = {entry.barrier for instance in self._instances.values() for entry in instance.directories}
@@ -94,16 +94,14 @@ class Executor:
     def _restore_one(
         self, instance: Instance, fd: Descriptor | None, watches: frozenset[int], restored: Restored
     ) -> None:
-        """watches: those of the instance that are still there. Their sentinels live, and so does the
-        namespace.
-        """
+        """watches: the instance's watches that still exist. While one does, the namespace lives."""
         uid = instance.uid
         if not watches:
             try:
                 watch = restoration.renew_sentinel(instance, fd, self._sentinels.watch)
             except OSError as error:
                 log.error(
-                    "Cannot notice the end of the instance of user %s any more, keeping it until the next "
+                    "Failed to watch for the end of the instance of user %s, keeping it until the next "
                     "boot: %s",
                     instance.user,
                     error,
@@ -112,7 +110,7 @@ class Executor:
                 self._sentinels.cannot_watch(uid)
             else:
                 if watch is None and removal.is_set_aside(instance):
-                    # A former daemon began to remove it, and the rest are leftovers. A login would find
+                    # A former daemon began to remove it, and the rest is leftovers. A login would find
                     # nothing to join, and be refused.
                     self._namespaces.forget(uid)
                     return
@@ -134,7 +132,7 @@ class Executor:
             restored.draining.append(instance)
 
     def start(self) -> None:
-        """Report the ends of instances, also those that came before, and delete what is left over."""
+        """Report the ends of instances, including earlier ones, and delete leftovers."""
         self._sentinels.start()
         self._tasks.start(self._removals.delete_leftovers(self._leftovers, self._searchers))
 
@@ -155,7 +153,7 @@ class Executor:
     async def prepare(self, uid: int, user: str, directories: Sequence[Directory]) -> Instance:
         """Make directories and namespace, and hold the namespace.
 
-        Raises OSError; nothing is left behind then.
+        Raises OSError, and then leaves nothing behind.
         """
         async with self._lock(uid):
             made = await asyncio.to_thread(
@@ -174,16 +172,20 @@ class Executor:
     async def rejoin(self, instance: Instance) -> Instance:
         """Hold a draining namespace again, found through the processes in it. The files stay the same.
 
-        If no process is found, the namespace has ended, or is held by what cannot be entered: a descriptor
-        in flight, or a bind mount of the namespace. Then a new namespace is made over the same directories.
-        Raises OSError.
+        If no process is found, the namespace has ended, or something that cannot be entered holds it: a
+        descriptor in flight, or a bind mount of the namespace. Then a new namespace is made over the same
+        directories. Raises OSError.
         """
         async with self._lock(instance.uid):
             await asyncio.to_thread(instances.require_same_user, instance)
             try:
                 fd = await asyncio.to_thread(instances.open_living, instance)
             except TimeoutError as error:
-                log.warning("Found no process in the namespace of user %s: %s", instance.user, error)
+                log.warning(
+                    "Failed to find a process in the namespace of user %s, making a new namespace: %s",
+                    instance.user,
+                    error,
+                )
                 fd = None
             if fd is not None:
                 held = self._hold(instance, fd)
@@ -195,22 +197,24 @@ class Executor:
         return held
 
     def has_ended(self, uid: int) -> bool:
-        """Whether nobody is left in the user's instance. Never if that cannot be noticed."""
+        """Whether no process is left in the user's instance. Always False if that cannot be noticed."""
         return self._sentinels.has_ended(uid)
 
     def hand_over(self, uid: int) -> Descriptor:
-        """A second descriptor of a namespace that is held, the caller's. Raises OSError (EMFILE)."""
+        """A second descriptor of a namespace that is held; the caller closes it.
+
+        Raises OSError, such as EMFILE.
+        """
         return self._namespaces.open(uid)
 
     def let_go(self, uid: int) -> None:
-        """Hold the namespace no longer; from now on the processes in it keep it."""
+        """Release the namespace. From now on only the processes in it keep it."""
         self._namespaces.let_go(uid)
 
     async def remove(self, instance: Instance) -> None:
-        """Delete what lives as long as the instance. It is set aside first, and a new instance waits for
-        that alone.
+        """Delete what lives as long as the instance. It is set aside first: a new one only waits for that.
 
-        Raises OSError that names what is in the way; the next removal for the user, and the next start, try
+        Raises OSError that names what is in the way. The next removal for the user, and the next start, try
         again.
         """
         uid = instance.uid
@@ -229,7 +233,7 @@ class Executor:
         )
 
     async def remove_persistent(self, uid: int, directories: Sequence[Directory]) -> bool:
-        """Delete what is kept of a user who has no instance, and what former removals left.
+        """Delete what is kept for a user who has no instance, and what former removals left.
 
         Returns whether there was anything. Raises OSError.
         """
@@ -244,36 +248,36 @@ class Executor:
         return self._removals.entries(uid)
 
     async def tell_age_cleaner(self, directories: Sequence[Directory]) -> None:
-        """Have the age cleaner spare the barriers in these directories, and those of living instances.
+        """Exclude the barriers in these directories, and those of living instances, from aging.
 
-        Logs what fails.
+        Logs failures.
         """
         living = [entry.directory for instance in self._instances.values() for entry in instance.directories]
         try:
             await asyncio.to_thread(tmpfiles.write, (*directories, *living))
         except OSError as error:
-            log.warning("systemd-tmpfiles may age the directories of instances: %s, ignoring", error)
+            log.warning("Failed to exclude instance directories from aging, ignoring: %s", error)
 
     # In every instance
 
     async def share_again(self, path: str) -> None:
         """Give the living instances the host's socket directories in path, which were made again.
 
-        Logs what it did, and what fails.
+        Logs what it does, and failures.
         """
 
         def share(namespace: Descriptor, instance: Instance) -> list[str]:
             return instances.share_again(namespace, instance, path)
 
         async for instance, changed in self._in_each_instance(share, f"share the new directories in {path}"):
-            log.info("User %s has the new %s", instance.user, ", ".join(changed))
+            log.info("Shared the new %s with the instance of user %s", ", ".join(changed), instance.user)
 
     async def device_gone(self, device: BlockDevice) -> None:
-        """Detach what was mounted from it in private directories, which nobody else sees."""
+        """Detach what was mounted from it in private directories, where only the user sees it."""
         await self._detach(lambda mount: device.is_source_of(mount.device, mount.source))
 
     async def devices_missed(self) -> None:
-        """Detach what is mounted from devices that do not exist: events were lost, or not heard yet."""
+        """Detach what is mounted from devices that do not exist: events were lost or not yet received."""
         await self._detach(lambda mount: not devices.exists(mount.device))
 
     async def _detach(self, chosen: Callable[[Mount], bool]) -> None:
@@ -289,7 +293,7 @@ class Executor:
             )
 
     async def _in_each_instance(self, work: Work, what: str) -> AsyncIterator[tuple[Instance, list[str]]]:
-        """The instances in which the work changed something, and what. Logs what fails."""
+        """The instances in which the work changed something, and what. Logs failures."""
 
         def enter(instance: Instance, held: Descriptor | None) -> list[str]:
             with instances.entered(instance, held) as namespace:
@@ -312,11 +316,11 @@ class Executor:
         return self._locks.setdefault(uid, asyncio.Lock())
 
     def _hold(self, instance: Instance, fd: Descriptor, watch: int | None = None) -> Instance:
-        """watch: on the sentinel, if the namespace is new."""
+        """watch: the watch on the sentinel, if the namespace is new."""
         uid = instance.uid
         if watch is not None:
             self._sentinels.add(uid, (watch,))
-        # Not those that the instance had: a former namespace over the same files may have ended meanwhile.
+        # Not the watches in instance: a former namespace over the same files may have ended meanwhile.
         instance = replace(instance, watches=self._sentinels.watches(uid))
         self._instances[uid] = instance
         self._namespaces.hold(instance, fd)

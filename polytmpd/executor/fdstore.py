@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What outlives the daemon: each namespace that it holds, and the inotify instance on the sentinels, with a
-copy of each in systemd's FD store (sd_pid_notify_with_fds(3)); and the state files, which say what the
-descriptors do not.
+"""What outlives the daemon: descriptors in systemd's FD store, and the state files.
 
+The FD store (sd_pid_notify_with_fds(3)) has a copy of each namespace that the daemon holds, and of the
+inotify instance on the sentinels. The state files say what the descriptors do not.
 Not here: when a namespace is held (actions), systemd's protocol (sdnotify), and how a state file is written
 (blocking/state).
 """
@@ -27,7 +27,7 @@ _NAMESPACE: Final = "ns-"
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a former daemon left in the FD store. The descriptors belong to the holder of this object."""
+    """What a former daemon left in the FD store. The owner of this object owns the descriptors."""
 
     namespaces: Mapping[int, Descriptor] = field(default_factory=dict)
     """By UID."""
@@ -35,13 +35,13 @@ class Stored:
 
     @staticmethod
     def discard(uid: int, namespace: Descriptor) -> None:
-        """Close a namespace that is not ours, and the FD store's descriptor."""
+        """Close a namespace that polytmp did not make, also in the FD store."""
         sdnotify.remove(_name(uid))
         namespace.close()
 
 
 def take() -> Stored:
-    """What PID 1 kept for us, to be called once, at start. What we did not put there is closed."""
+    """Take what PID 1 kept for us; call it once, at start. Closes what polytmpd did not put there."""
     namespaces: dict[int, Descriptor] = {}
     inotify: Descriptor | None = None
     for name, fd in sdnotify.take_stored():
@@ -56,7 +56,7 @@ def take() -> Stored:
         ):
             namespaces[int(uid)] = fd
         else:
-            log.warning("Found %s in the FD store, which polytmpd did not put there, closing it", name)
+            log.warning("Descriptor %s in the FD store is not polytmpd's, closing it", name)
             sdnotify.remove(name)
             fd.close()
     return Stored(namespaces, inotify)
@@ -68,7 +68,7 @@ def store_sentinels(fd: int) -> None:
 
 
 class Namespaces:
-    """The namespaces that are held. Owns their descriptors. Logs what the state files do not take."""
+    """The namespaces that are held. Owns their descriptors. Logs what cannot be written to a state file."""
 
     def __init__(self, state: StateDirectory) -> None:
         self._state = state
@@ -97,17 +97,20 @@ class Namespaces:
         try:
             self._state.save(instance)
         except OSError as error:
-            log.warning("Failed to write the state of UID %d: %s, ignoring", instance.uid, error)
+            log.warning("Failed to write the state file of UID %d, ignoring: %s", instance.uid, error)
 
     def forget(self, uid: int) -> None:
         """Remove the state file of a user's instance."""
         try:
             self._state.forget(uid)
         except OSError as error:
-            log.warning("Failed to remove the state of UID %d: %s, ignoring", uid, error)
+            log.warning("Failed to remove the state file of UID %d, ignoring: %s", uid, error)
 
     def open(self, uid: int) -> Descriptor:
-        """A second descriptor of a namespace that is held, the caller's. Raises OSError (EMFILE)."""
+        """A second descriptor of a namespace that is held; the caller closes it.
+
+        Raises OSError, such as EMFILE.
+        """
         return self._held[uid].dup()
 
     def open_if_held(self, uid: int) -> Descriptor | None:
@@ -115,12 +118,12 @@ class Namespaces:
         return self.open(uid) if uid in self._held else None
 
     def let_go(self, uid: int) -> None:
-        """Close the descriptor, and the FD store's."""
+        """Close the descriptor, also in the FD store."""
         sdnotify.remove(_name(uid))
         self._held.pop(uid).close()
 
     def close(self) -> None:
-        """Close all descriptors, but not the FD store's."""
+        """Close all descriptors, but not those in the FD store."""
         for fd in self._held.values():
             fd.close()
         self._held.clear()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The deletions that run: how far each is, and what one could not delete, for the next one to try again.
+"""The running deletions: how far each is, and what it could not delete, for the next one to try again.
 
-Not here: deleting (blocking/), and when it is time for it (executor).
+Not here: deleting (blocking/), and when to delete (daemon).
 """
 
 import logging
@@ -26,17 +26,17 @@ class Removals:
         self._progress: dict[int, int] = {}
 
     def close(self) -> None:
-        """Stop where the deletions are; the next start of the daemon continues."""
+        """Stop the deletions where they are. The next start of the daemon continues them."""
         self._deleters.close()
 
     def entries(self, uid: int) -> int:
-        """How many entries the deletion that runs for the user has deleted so far."""
+        """How many entries the user's running deletion has deleted so far."""
         return self._progress.get(uid, 0)
 
     async def delete(self, uid: int, aside: Sequence[Place]) -> bool:
         """Delete these, and what former attempts for the user left. Returns whether there was anything.
 
-        Raises OSError that names what is in the way; the next call tries again.
+        Raises OSError that names what is in the way. The next call tries again.
         """
         left = [*self._undeleted.pop(uid, ()), *aside]
 
@@ -53,7 +53,7 @@ class Removals:
         return bool(left)
 
     async def delete_leftovers(self, leftovers: Sequence[Place], searchers: Workers) -> None:
-        """Delete those that nobody has mounted. Logs what cannot be deleted."""
+        """Delete the leftovers that no process has mounted. Logs what cannot be deleted."""
         if not leftovers:
             return
         try:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reports the end of instances: watches the sentinel of each namespace, and confirms that nobody is left.
+"""Reports the end of instances: watches the sentinel of each namespace, and confirms that it is unused.
 
 A sentinel is a tmpfs that only one namespace has mounted. The kernel sends IN_UNMOUNT when the last process
 or descriptor that holds the namespace is gone.
 Not here: setting a sentinel (kernel/mountns), and what follows from an end (daemon).
 
 Hard facts
-- A mount namespace that somebody made from the instance's (unshare, bwrap) has a copy of the sentinel, which
-  keeps it. A bind mount of the instance in any other namespace has none: bwrap --bind /tmp /tmp, moved to
-  another cgroup so that the slice does not know of it. So whoever has the instance mounted is searched for.
-- Without a sentinel that is watched, silence means nothing. Such an instance never ends by itself.
+- A mount namespace made from the instance's (unshare, bwrap) has a copy of the sentinel, which keeps it. A
+  bind mount of the instance in any other namespace has none, for example after bwrap --bind /tmp /tmp. If
+  such a process is moved to another cgroup, the slice does not show it either. So polytmpd searches for
+  processes that have the instance mounted.
+- If no sentinel is watched, silence means nothing. Such an instance never ends by itself.
 """
 
 import asyncio
@@ -60,7 +61,7 @@ class Sentinels:
         self._owners: dict[int, int] = {}
         """Watch → UID."""
         self._unwatched: set[int] = set()
-        """Users of whose living namespace no sentinel is watched."""
+        """Users whose living namespace has no watched sentinel."""
         self._unconfirmed: set[int] = set()
         """Users whose instance seems to have ended before start()."""
         self._confirming: dict[int, asyncio.Task[None]] = {}
@@ -73,13 +74,13 @@ class Sentinels:
         self._followers.append(ended)
 
     def start(self) -> None:
-        """Report ends from now on, and those that came before."""
+        """Report ends from now on, and earlier ones."""
         asyncio.get_running_loop().add_reader(self._inotify.fd, self._on_readable)
         while self._unconfirmed:
             self._confirm(self._unconfirmed.pop())
 
     def close(self) -> None:
-        """Close the inotify instance; the FD store keeps its copy."""
+        """Close the inotify instance. The FD store keeps its copy."""
         for task in self._confirming.values():
             task.cancel()
         asyncio.get_running_loop().remove_reader(self._inotify.fd)
@@ -98,20 +99,20 @@ class Sentinels:
         return frozenset(watch for watch, owner in self._owners.items() if owner == uid)
 
     def add(self, uid: int, watches: Iterable[int]) -> None:
-        """These watches are on sentinels of the user's instance."""
+        """Add watches on sentinels of the user's instance."""
         self._owners.update(dict.fromkeys(watches, uid))
         self._unwatched.discard(uid)
 
     def cannot_watch(self, uid: int) -> None:
-        """The user's namespace lives, and no sentinel of it can be watched."""
+        """Note that the user's namespace lives, but none of its sentinels can be watched."""
         self._unwatched.add(uid)
 
     def may_have_ended(self, uid: int) -> None:
-        """Nobody was found in the user's namespace. start() confirms it."""
+        """Note that no process was found in the user's namespace. start() confirms it."""
         self._unconfirmed.add(uid)
 
     def forget(self, uid: int) -> None:
-        """The user's instance is being removed."""
+        """Forget the watches of an instance that is being removed."""
         for watch in self.watches(uid):
             del self._owners[watch]
         self._unwatched.discard(uid)
@@ -121,7 +122,7 @@ class Sentinels:
         return bool(self.watches(uid)) or uid in self._unwatched
 
     def has_ended(self, uid: int) -> bool:
-        """Whether no sentinel of the user's instance is left, and nobody is being waited for."""
+        """Whether no sentinel of the user's instance is left, and no process is being waited for."""
         return not self.is_alive(uid) and uid not in self._confirming and uid not in self._unconfirmed
 
     # Within
@@ -129,7 +130,7 @@ class Sentinels:
     def _on_readable(self) -> None:
         events = self._inotify.read()
         ended = {event.watch for event in events if event.mask & IN_UNMOUNT}
-        if any(event.mask & IN_Q_OVERFLOW for event in events):  # some were lost: ask which are left
+        if any(event.mask & IN_Q_OVERFLOW for event in events):  # some were lost: check which are left
             ended |= set(self._owners) - self.living()
         for watch in ended & set(self._owners):
             uid = self._owners.pop(watch)
@@ -174,13 +175,13 @@ class Sentinels:
         while True:
             looked = loop.time()
             instance = self._instances[uid]
-            # Without the lock, for which a login would wait.
+            # Not under the lock: a login would wait for it.
             pid = await self._searchers.run(removal.who_mounts, instance)
             async with self._lock(uid):  # a login may be making a new namespace over the same files
                 if self.watches(uid):
                     return
                 if self._instances[uid] is not instance:
-                    continue  # a login came and went: what it left was not there to be found
+                    continue  # a login came and went: the search missed what it left
                 if pid is None:
                     for ended in self._followers:
                         ended(uid)
@@ -190,7 +191,7 @@ class Sentinels:
                 log.info(
                     "Process %d has the instance of UID %d mounted in its own namespace, waiting", pid, uid
                 )
-            # The process may unmount it and live on, for example a shell of root's.
+            # The process may unmount it and live on, for example root's shell.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(_exit_of(pid), _LOOK_AGAIN)
             # A user can start such processes one after the other, and each search reads all of /proc.
@@ -199,7 +200,7 @@ class Sentinels:
 
 
 async def _exit_of(pid: int) -> None:
-    """Return when the process with that pid has ended, see pidfd_open(2). Raises OSError (EMFILE)."""
+    """Return when the process has ended, see pidfd_open(2). Raises OSError, such as EMFILE."""
     try:
         fd = Descriptor(os.pidfd_open(pid))
     except ProcessLookupError:
