@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who calls org.polytmp1, what they may do, and how long they are worked for.
+"""Who calls org.polytmp1, what they may do, and for how long polytmpd works for them.
 
-Root may do everything, users may read their own instance, and polkit decides about the rest. Work for a
-caller ends when they leave the bus.
+Root may do everything, users may read their own instance, and polkit decides the rest. Work for a caller
+ends when they leave the bus.
 Not here: the methods themselves (service), and the protocol of polkit (polkit).
 """
 
@@ -21,15 +21,15 @@ from polytmpd.errors import AccessDeniedError, PolytmpError
 T = TypeVar("T")
 
 ANSWER_TIMEOUT: Final = 20.0
-"""Seconds that an answer may take to find; below the 25 that callers wait by default."""
+"""How many seconds it may take to find an answer; less than the 25 that callers wait by default."""
 _TO_POLKIT_AT_MOST: Final = 64
-"""Open questions to polkit, for as long as people think. The bus takes no other question from a connection
-that waits for 128 answers (max_replies_per_connection), not even one to logind.
+"""How many questions to polkit may be open; a person may take long to answer. The bus accepts no other call
+from a connection that waits for 128 answers (max_replies_per_connection), not even one to logind.
 """
 
 
 class Callers:
-    """Those who call the methods of a server."""
+    """The callers of a server's methods."""
 
     def __init__(self, connection: Connection, views: Views) -> None:
         self._connection = connection
@@ -49,14 +49,14 @@ class Callers:
         try:
             return await question
         except BusError as error:
-            raise AccessDeniedError(f"the bus does not tell who is calling: {error}") from None
+            raise AccessDeniedError(f"failed to determine the caller: {error}") from None
 
     async def require_root(self, call: Call, what: str) -> None:
         if await self.uid(call) != 0:
-            raise AccessDeniedError(f"{what} is for root only")
+            raise AccessDeniedError(f"only root may call {what}")
 
     async def require(self, call: Call, action: PolkitAction, what: str, uid: int | None = None) -> None:
-        """Root may; others where polkit says so. Raises PolytmpError."""
+        """Allow root, and others if polkit allows them. Raises PolytmpError."""
         caller = await self.uid(call)
         if caller == 0:
             return
@@ -86,7 +86,7 @@ class Callers:
             await self.require_owner(call, uid, "the instance")
 
     async def may_list(self, sender: str, path: str) -> bool:
-        """Another user's paths and processes are not everybody's, and a list is no reason to ask polkit."""
+        """Whether a list shows the object: only to its user and to root. It is not worth asking polkit."""
         uid = object_owner(path)
         if uid is None:
             return True
@@ -100,7 +100,7 @@ class Callers:
         return view.user if view else f"UID {uid}"
 
     async def _while_there(self, call: Call, work: Awaitable[T]) -> T:
-        """What work gives; it is cancelled when the caller leaves the bus, who then needs no answer."""
+        """What work returns. It is cancelled when the caller leaves the bus and so needs no answer."""
         task = asyncio.ensure_future(work)
         try:
             async with self._connection.departure(call.sender) as gone:
@@ -108,12 +108,12 @@ class Callers:
                 if task.done():
                     return task.result()
         except BusError as error:
-            raise PolytmpError(f"the bus does not say whether the caller is still there: {error}") from None
+            raise PolytmpError(f"failed to check whether the caller is still on the bus: {error}") from None
         finally:
             if not task.done():
                 task.cancel()
                 await asyncio.wait((task,))
-        raise PolytmpError("the caller is gone")
+        raise PolytmpError("the caller has left the bus")
 
     async def ask(
         self,
@@ -123,8 +123,9 @@ class Callers:
         question: Callable[[], Awaitable[T]],
         advice: str = "",
     ) -> T:
-        """What question() gives, whose answer takes as long to find as some user likes: few at once, not for
-        long, for nobody who has left.
+        """What question() returns, which takes as long as users like.
+
+        So only a few run at once, not for long, and only while the caller is on the bus.
         """
 
         async def answer() -> T:
@@ -136,5 +137,5 @@ class Callers:
                 async with asyncio.timeout(ANSWER_TIMEOUT):
                     return await self._while_there(call, answer())
             except TimeoutError:
-                text = f"the answer was not found within {ANSWER_TIMEOUT:.0f} s"
+                text = f"found no answer within {ANSWER_TIMEOUT:.0f} s"
                 raise PolytmpError(f"{text}; {advice}" if advice else text) from None

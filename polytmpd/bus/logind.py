@@ -18,7 +18,7 @@ SERVICE: Final = "org.freedesktop.login1"
 PATH: Final = "/org/freedesktop/login1"
 MANAGER: Final = "org.freedesktop.login1.Manager"
 _NO_LOGINS: Final = ("manager", "background")
-"""Prefixes of the classes of sessions that are no logins, see sd_session_get_class(3)."""
+"""Prefixes of the classes of sessions that are not logins, see sd_session_get_class(3)."""
 _GONE: Final = ("org.freedesktop.login1.NoSuchSession", "org.freedesktop.DBus.Error.UnknownObject")
 
 
@@ -49,7 +49,7 @@ class SessionDetails:
 
 
 async def list_sessions(connection: Connection, uid: int | None = None) -> list[SessionDetails]:
-    """The sessions of one user or of all users: closing ones too, but none of a service manager.
+    """The sessions of one user or of all users, including closing ones, but not those of service managers.
 
     Starts logind if it is not running. Raises BusError.
     """
@@ -78,7 +78,7 @@ async def list_sessions(connection: Connection, uid: int | None = None) -> list[
 
 
 class Listener(Protocol):
-    """Hears what logind signals. logind_changed: it is (back) on the bus, list everything again."""
+    """Hears what logind signals. logind_changed: logind is on the bus (again), so list everything again."""
 
     def user_new(self, user: User) -> None: ...
     def user_removed(self, uid: int) -> None: ...
@@ -155,7 +155,7 @@ class Logind:
 
     def _on_owner(self, listener: Listener, owner: str | None) -> None:
         if owner is None:
-            log.info("systemd-logind went away, waiting for it to come back")
+            log.info("systemd-logind left the bus, waiting for it to return")
         else:
             listener.logind_changed()
 
@@ -169,7 +169,7 @@ class Logind:
             owner = self._connection.owner(SERVICE)
             name = await self._connection.get_property(owner, path, f"{SERVICE}.User", "Name")
         except BusError as error:
-            log.debug("User %d is gone again: %s", uid, error)
+            log.debug("User %d is already gone: %s", uid, error)
             return
         if uid not in self._removed:
             listener.user_new(User(uid, name))
@@ -187,7 +187,7 @@ class Logind:
         try:
             told = await self._session(session, path)
         except BusError as error:
-            log.debug("Session %s is gone again: %s", session, error)
+            log.debug("Session %s is already gone: %s", session, error)
             return
         if told is not None and session not in self._removed:
             listener.session_new(told)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """An object server on the library's messages: dispatch, introspection, properties, ObjectManager.
 
-The library has one of its own, and we would use it, but for what it cannot do: it tells methods nothing of
-their sender; it sends tracebacks to the caller; it never closes descriptors that it sent; its introspection
-has no EmitsChangedSignal and shows children that are none; InterfacesAdded comes from the wrong path. Each
-would have to be patched from outside, twice, once for each library. What is here is a table of interfaces
-and some 200 lines.
-
-Not here: what org.polytmp1 offers, see service.py.
+The library has an object server too, but it does not tell methods who calls them, sends tracebacks to the
+caller, and never closes descriptors that it sent. Its introspection lacks EmitsChangedSignal and shows
+children that do not exist, and InterfacesAdded comes from the wrong path. Each of these would have to be
+patched from outside, once for each of the two libraries. What is here is a table of interfaces and some 200
+lines.
+Not here: what org.polytmp1 offers (service).
 """
 
 import asyncio
@@ -33,9 +32,9 @@ _DOCTYPE: Final = (
     '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
     ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">\n'
 )
-_INTERNAL: Final = "internal error; the journal of polytmpd has the details"
+_INTERNAL: Final = "internal error, see: journalctl -u polytmpd.service"
 CALLS_AT_MOST: Final = 64
-"""Calls of one sender that may be under way; one more is refused."""
+"""How many calls of one sender may be in progress; one more is refused."""
 
 Arguments = tuple[tuple[str, str], ...]
 """(name, signature) of each."""
@@ -43,9 +42,7 @@ Arguments = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A method call: the unique name of its sender, as the bus wrote it, the object's path, and the
-    arguments.
-    """
+    """A method call: the unique name of its sender, set by the bus, the object's path, and the arguments."""
 
     sender: str
     path: str
@@ -57,7 +54,7 @@ class Call:
 class Method:
     """answer returns the values of outs.
 
-    A value of signature h is a descriptor that the server closes once it was sent.
+    A value of signature h is a descriptor that the server closes after sending it.
     """
 
     name: str
@@ -72,7 +69,7 @@ Emits = Literal["true", "invalidates", "const", "false"]
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """get must not raise and must not block. A private one is left out of signals, which everybody hears."""
+    """get must not raise or block. A private property is left out of signals, which every user can see."""
 
     name: str
     signature: str
@@ -95,7 +92,7 @@ class Interface:
     signals: tuple[Signal, ...] = ()
 
     def values(self, *, private: bool = True) -> dict[str, Variant]:
-        """The values of all properties, or of those that everybody may know."""
+        """The values of all properties, or only of those that every user may see."""
         return {
             str(entry.name): Variant(entry.signature, entry.get())
             for entry in self.properties
@@ -143,7 +140,7 @@ class _AnswerError(Exception):
 
 
 class Server:
-    """Serves objects on a connection. The object at root carries the ObjectManager of all others."""
+    """Serves objects on a connection. The object at root has the ObjectManager of all others."""
 
     def __init__(
         self,
@@ -154,8 +151,8 @@ class Server:
     ) -> None:
         """may_list(sender, path) says whether GetManagedObjects shows an object to a caller.
 
-        require_read(call) raises PolytmpError where the caller may not read an object's properties; it may
-        take as long as a person needs to type a password.
+        require_read(call) raises PolytmpError if the caller may not read an object's properties. It may take
+        as long as a person needs to type a password.
         """
         self._connection = connection
         self._may_list = may_list
@@ -169,14 +166,14 @@ class Server:
     # Objects
 
     def add(self, path: str, *interfaces: Interface) -> None:
-        """Show an object, and say so."""
+        """Show an object, and emit InterfacesAdded."""
         self._objects[path] = interfaces
         if path != self._root:
             values = {interface.name: interface.values(private=False) for interface in interfaces}
             self.emit(self._root, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", [path, values])
 
     def remove(self, path: str) -> None:
-        """Show it no longer, and say so."""
+        """Stop showing an object, and emit InterfacesRemoved."""
         interfaces = self._objects.pop(path, ())
         names = [interface.name for interface in interfaces]
         self.emit(self._root, OBJECT_MANAGER, "InterfacesRemoved", "oas", [path, names])
@@ -184,7 +181,7 @@ class Server:
     def changed(self, path: str, interface: str, names: Iterable[str]) -> None:
         """Emit PropertiesChanged.
 
-        Raises KeyError for a property that is not declared: the library would be silent.
+        Raises KeyError for a property that is not declared; the library would ignore it.
         """
         declared = {entry.name: entry for entry in self._find(path, interface).properties}
         values, invalidated = {}, []
@@ -197,7 +194,7 @@ class Server:
         self.emit(path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [interface, values, invalidated])
 
     def emit(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
-        """Emit a signal to all who listen."""
+        """Emit a signal to all listeners."""
         self._connection.send(Message.new_signal(path, interface, str(member), signature, body))
 
     # Calls
@@ -206,7 +203,7 @@ class Server:
         sender = message.sender or ""
         if self._under_way.get(sender, 0) >= CALLS_AT_MOST:
             self._send_error(
-                message, f"{DBUS_ERROR}.LimitsExceeded", "too many calls of this sender are under way"
+                message, f"{DBUS_ERROR}.LimitsExceeded", "too many calls from this sender are in progress"
             )
             return True
         self._under_way[sender] = self._under_way.get(sender, 0) + 1
@@ -222,7 +219,7 @@ class Server:
             del self._under_way[sender]
 
     async def _answer(self, message: Message) -> None:
-        """The one boundary: whatever happens becomes an answer, and never a traceback to the caller."""
+        """The one boundary: whatever happens becomes an answer, never a traceback to the caller."""
         try:
             signature, values = await self._dispatch(message)
         except PolytmpError as error:
@@ -230,7 +227,7 @@ class Server:
         except _AnswerError as error:
             self._send_error(message, error.name, str(error))
         except Exception:
-            log.exception("Call of %s.%s failed", message.interface, message.member)
+            log.exception("Failed to answer a call of %s.%s", message.interface, message.member)
             self._send_error(message, ErrorName.FAILED.value, _INTERNAL)
         else:
             self._send_answer(message, signature, values)
@@ -311,7 +308,7 @@ class Server:
         raise _AnswerError(f"{DBUS_ERROR}.UnknownProperty", f"no property {body[1]} in {body[0]}")
 
     def _any_interface(self, path: str, member: str, body: list[Any]) -> Sequence[Any]:
-        """An empty name is allowed. No two interfaces of an object have a property in common."""
+        """An empty interface name is allowed: no two interfaces of an object share a property."""
         values = {name: value for entry in self._objects[path] for name, value in entry.values().items()}
         if member == "GetAll":
             return [values]
@@ -360,7 +357,7 @@ class Server:
             self._connection.send(reply, lambda: _close(fds))
         except Exception:
             _close(fds)
-            log.exception("Answer to %s.%s cannot be sent", message.interface, message.member)
+            log.exception("Failed to send the answer to %s.%s", message.interface, message.member)
             self._send_error(message, ErrorName.FAILED.value, _INTERNAL)
 
 
@@ -375,7 +372,7 @@ def _machine_id() -> str:
         return Path("/etc/machine-id").read_text(encoding="ascii").strip()
     except OSError as error:
         raise _AnswerError(
-            f"{DBUS_ERROR}.Failed", f"/etc/machine-id cannot be read: {error.strerror}"
+            f"{DBUS_ERROR}.Failed", f"failed to read /etc/machine-id: {error.strerror}"
         ) from None
 
 

@@ -2,7 +2,7 @@
 """The service org.polytmp1: translates between the bus and the daemon.
 
 Not here: who may call (callers), decisions about instances (the daemon behind Backend), finding answers
-(Answers), and the mechanics of objects (server).
+(Answers), and how objects work (server).
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ from polytmpd.kernel.descriptor import Descriptor
 T = TypeVar("T")
 
 _NAMED_AT_MOST: Final = 5
-"""Processes that an error names."""
+"""How many processes an error names."""
 
 _USER: Final = (("uid", "u"),)
 
@@ -50,19 +50,20 @@ class Backend(Protocol):
     """What the daemon does for callers. Each method raises PolytmpError."""
 
     async def acquire(self, uid: int) -> Descriptor:
-        """A descriptor of the user's namespace, the caller's to close."""
+        """A descriptor of the user's namespace; the caller closes it."""
         ...
 
     async def reload(self) -> None: ...
 
     async def remove(self, uid: int, *, persistent: bool = False) -> None:
-        """persistent: also what is kept between logins."""
+        """Remove what is left of a failed instance; with persistent, also what is kept between logins."""
         ...
 
 
 class Answers(Protocol):
-    """What can be asked about instances. Each method raises PolytmpError. A search whose caller is cancelled
-    ends.
+    """What can be asked about instances. Each method raises PolytmpError.
+
+    A search ends if its caller is cancelled.
     """
 
     async def processes(self, uid: int) -> list[tuple[int, str]]:
@@ -74,21 +75,21 @@ class Answers(Protocol):
         ...
 
     async def usage(self, uid: int) -> list[tuple[str, int, int]]:
-        """(directory, bytes, inodes), also of what is kept without an instance."""
+        """(directory, bytes, inodes), also of files kept without an instance."""
         ...
 
     def removed_entries(self, uid: int) -> int:
-        """How far the removal that runs for the user is; 0 if none runs."""
+        """How many entries the user's running removal has deleted so far; 0 if none runs."""
         ...
 
     async def uid_of_process(self, pid: int) -> int: ...
 
     async def resolve(self, uid: int, path: str) -> str:
-        """The host's path, also in what is kept without an instance."""
+        """The host's path, also for files kept without an instance."""
         ...
 
     def require_known_namespace(self, pid: int) -> None:
-        """Raises NotPolyinstantiatedError for a process in a mount namespace of its own."""
+        """Raise NotPolyinstantiatedError for a process that has its own mount namespace."""
         ...
 
 
@@ -206,7 +207,7 @@ class Service:
         uid, flags = call.arguments[0], call.arguments[1] if len(call.arguments) > 1 else 0
         if flags & ~REMOVE_PERSISTENT:
             raise InvalidArgsError(
-                f"flags {flags:#x} are unknown; {REMOVE_PERSISTENT} stands for what persists"
+                f"unknown flags {flags:#x}; the only flag is {REMOVE_PERSISTENT}, for what persists"
             )
         caller = await self._callers.uid(call)
         action = PolkitAction.REMOVE_OWN if caller == uid else PolkitAction.REMOVE
@@ -218,7 +219,7 @@ class Service:
         return []
 
     async def _who_lives_there(self, call: Call, caller: int, uid: int) -> str:
-        """For the end of an error's text; empty where nobody does, or it cannot be told now."""
+        """The end of an error's text; empty if no process does, or if this cannot be determined now."""
         try:
             living = await self._callers.ask(call, caller, self._lists, lambda: self._answers.processes(uid))
         except PolytmpError:
@@ -249,7 +250,7 @@ class Service:
     def _view(self, uid: int) -> View:
         view = self._views.get(uid)
         if view is None:
-            raise NoSuchInstanceError(f"UID {uid} has no instance now")
+            raise NoSuchInstanceError(f"UID {uid} has no instance")
         return view
 
     def _instance(self, uid: int) -> Interface:
@@ -286,14 +287,14 @@ class Service:
         return [await self._count(call, await self._callers.require_owner(call, uid, "the disk usage"), uid)]
 
     async def _count(self, call: Call, caller: int, uid: int) -> list[list[Any]]:
-        advice = "du -x on the host's path takes the time it takes"
+        advice = "du -x on the host's path has no time limit"
         found = await self._callers.ask(call, caller, self._counts, lambda: self._answers.usage(uid), advice)
         return [list(entry) for entry in found]
 
     def _uid(self, call: Call) -> int:
         uid = object_owner(call.path)
         if uid is None:
-            raise NoSuchInstanceError(f"{call.path} is no instance")
+            raise NoSuchInstanceError(f"{call.path} is not an instance")
         return uid
 
 
@@ -311,7 +312,7 @@ def _shared_paths(view: View) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
-    """A property of an instance, as server.Property; value draws it from a view."""
+    """A property of an instance, like server.Property; value takes it from a view."""
 
     name: str
     signature: str

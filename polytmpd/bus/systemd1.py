@@ -70,8 +70,8 @@ class Systemd:
 
     async def subscribe(self, listener: Listener) -> None:
         """Report changes from now on. Raises BusError."""
-        # No match rule can say `user-UID.slice`. The bus filters on arg0 and the path's namespace only, so
-        # the handlers drop the rest.
+        # No match rule can express `user-UID.slice`: the bus filters only on arg0 and the path's namespace.
+        # The handlers drop the rest.
         for kind, handler in (("Slice", self._on_slice), ("Scope", self._on_scope)):
             rule = f"arg0='{SERVICE}.{kind}'"
             await self._connection.subscribe(
@@ -81,7 +81,7 @@ class Systemd:
         await self._subscribe()
 
     async def _subscribe(self) -> None:
-        """PID 1 sends signals only while somebody wants them; it forgets that when it leaves the bus."""
+        """PID 1 sends signals only while a client subscribes, and forgets clients when it leaves the bus."""
         try:
             await self._connection.ask(self._connection.owner(SERVICE), PATH, MANAGER, "Subscribe")
         except BusError as error:

@@ -459,5 +459,5 @@ async def test_counting_has_an_end(
     counting = Counting(backend)
     backend.views.show(view(1002))
     name, text = await client.error(member, path=object_path(1002), interface=INSTANCE)
-    assert (name, "not found within" in text) == ("org.polytmp1.Error.Failed", True)
+    assert (name, "found no answer within" in text) == ("org.polytmp1.Error.Failed", True)
     assert counting.cancelled == 1
