@@ -34,19 +34,20 @@ log = logging.getLogger("polytmpd")
 HELP: Final = """\
 polytmpd [OPTIONS...]
 
-Give each user a private /tmp and /var/tmp. It is run by systemd, see polytmpd.service(8); polytmpctl(1) is
-for people.
+Give each user a private /tmp and /var/tmp. systemd starts this daemon, see polytmpd.service(8). To manage
+instances, use polytmpctl(1).
 
   -h --help     Show this help
      --version  Show package version
-     --debug    Write more to the journal
+     --debug    Log debug messages
 """
 STATE: Final = Path("/run/polytmpd/instances")
 
 
 async def run() -> int:
-    """Serve until SIGTERM (0), or until the bus goes away (1): the service manager starts us again then, and
-    the FD store carries over what lives.
+    """Serve until SIGTERM (0), or until the bus goes away (1).
+
+    The service manager then starts us again, and the FD store carries over what lives.
     """
     loop = asyncio.get_running_loop()
     tasks = Tasks()
@@ -82,7 +83,7 @@ async def run() -> int:
     if stop.is_set():
         connection.close()
         return 0
-    log.error("The system bus went away; starting again")
+    log.error("Lost the connection to the system bus, exiting to be restarted")
     return 1
 
 
@@ -99,7 +100,7 @@ async def _feed_watchdog() -> None:
 
 
 def _boot_id() -> str:
-    # PID 1's own: the sandbox's /proc is another one, which has not got a container's boot id.
+    # PID 1's: the sandbox has another /proc, which lacks a container's boot ID.
     path = Path(host.path("/proc/sys/kernel/random/boot_id"))
     return path.read_text(encoding="ascii").strip().replace("-", "")
 
@@ -113,9 +114,7 @@ def main() -> int:
             print(HELP, end="")  # noqa: T201
             return 0
         if word != "--debug":
-            sys.stderr.write(
-                f"polytmpd: unrecognized argument '{word}'; polytmpd --help lists the options\n"
-            )
+            sys.stderr.write(f"polytmpd: unrecognized argument '{word}'\nSee: polytmpd --help\n")
             return 2  # INVALIDARGUMENT, see systemd.exec(5)
     journal.set_up(logging.DEBUG if "--debug" in sys.argv[1:] else logging.INFO)
     try:

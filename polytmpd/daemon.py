@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Lifecycle in, actions out: feeds what happens to an instance to the lifecycle, and has its actions done.
+"""Events in, actions out: feeds what happens to an instance to the lifecycle, and has its actions done.
 
-Not here: who is here (presence), how anything is done (executor), what follows from what (core/lifecycle),
+Not here: who is here (presence), how an action is done (executor), what follows from what (core/lifecycle),
 and answers to questions (questions).
 """
 
@@ -35,7 +35,7 @@ NAME_LOOKUP_TIMEOUT: Final = 10.0
 
 @dataclass(slots=True)
 class _Record:
-    """All that is known of one user's instance."""
+    """All that is known about one user's instance."""
 
     uid: int
     user: str
@@ -46,7 +46,7 @@ class _Record:
     instance: Instance | None = None
     error: PolytmpError | None = None
     generation: int = 0
-    """Tells the work for this instance from the work for a former one."""
+    """Distinguishes work for this instance from work for a former one."""
     waiting: list["asyncio.Future[Descriptor]"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,9 +60,9 @@ class _Record:
         return self.instance
 
     def view(self, *, logind_answered: bool) -> View:
-        """What the world is shown of it.
+        """What is shown of it.
 
-        Before logind has answered, what is held is active: nothing says that anybody has left.
+        Before logind has answered, what is held is active: nothing says that the user has left.
         """
         state = visible_state(self.standing, self.claims) if logind_answered else self.standing.state
         if self.instance is None:
@@ -101,7 +101,7 @@ class Daemon:
         executor.follow(self.namespace_ended)
 
     async def start(self) -> None:
-        """Take over what lives, delete what is left over, follow what happens. Raises OSError, BusError."""
+        """Take over what lives, delete leftovers, and follow events. Raises OSError, BusError."""
         restored = await self._executor.restore(self._config.directories)
         for instance in (*restored.held, *restored.draining):
             record = self._record(instance.uid, instance.user)
@@ -117,7 +117,7 @@ class Daemon:
         self._executor.start()
 
     async def stop(self) -> None:
-        """Begin nothing new. Unfinished work ends as far as it does so by itself; instances stay."""
+        """Begin nothing new, and cancel what is unfinished. Instances stay."""
         await self._presence.close()
         await self._tasks.close()
         await self._executor.close()
@@ -142,7 +142,7 @@ class Daemon:
     # What is asked for
 
     async def acquire(self, uid: int) -> Descriptor:
-        """A descriptor of the user's namespace, the caller's to close. Makes the instance if need be.
+        """A descriptor of the user's namespace; the caller closes it. Makes the instance if necessary.
 
         Raises PolytmpError.
         """
@@ -162,13 +162,13 @@ class Daemon:
         return await future
 
     async def reload(self) -> None:
-        """Read the configuration again, for new instances. Raises PolytmpError; nothing has changed then."""
+        """Read the configuration again, for new instances. Raises PolytmpError, and then changes nothing."""
         config, problems = await asyncio.to_thread(self._load_config)
-        # At start, such a directory makes logins fail, which is noticed. Here the old setting stays in
+        # At start, such a directory makes logins fail, which is noticed. Here the old setting remains in
         # force.
         problems += [
             Problem(
-                f"Directories=: {directory.path} is not a directory", remedy="make it, or name another one"
+                f"Directories=: {directory.path} is not a directory", remedy="create it or name another one"
             )
             for directory in config.directories
             if not await asyncio.to_thread(os.path.isdir, directory.path)
@@ -194,14 +194,12 @@ class Daemon:
         if view is not None and view.state is not State.FAILED:
             raise BusyError(f"the instance of {view.user} is {view.state}")
         if view is None and not persistent:
-            raise NoSuchInstanceError(f"UID {uid} has no instance now")
+            raise NoSuchInstanceError(f"UID {uid} has no instance")
         try:
             if persistent:
                 removed = await self._executor.remove_persistent(uid, self._config.directories)
                 if not removed and view is None:
-                    raise NoSuchInstanceError(
-                        f"UID {uid} has no instance, and nothing is kept of former ones"
-                    )
+                    raise NoSuchInstanceError(f"UID {uid} has no instance, and no files are kept for it")
             if record is None or self._records.get(uid) is not record:
                 return
             if record.standing.state is not State.FAILED:
@@ -210,12 +208,12 @@ class Daemon:
             if record.instance is not None:
                 await self._executor.remove(record.instance)
         except OSError as error:
-            raise PolytmpError(f"not everything can be removed: {in_words(error)}") from error
+            raise PolytmpError(f"failed to delete everything: {in_words(error)}") from error
         if self._records.get(uid) is record and record.generation == generation:
             self._feed(record, Event.UNCLAIMED)
 
     async def kept(self, uid: int) -> tuple[InstanceDirectory, ...]:
-        """What is kept of a user between instances."""
+        """What is kept for a user between instances."""
         return await asyncio.to_thread(instances.kept, uid, self._config.directories)
 
     # The lifecycle
@@ -224,7 +222,7 @@ class Daemon:
         is_held = record.standing.state in {State.PREPARING, State.ACTIVE}
         claimed = record.claims.claimed if is_held else record.claims.calls
         if not claimed and record.standing.state is State.FAILED and record.instance is not None:
-            return  # files are left: shown until remove() is asked for, or a login comes
+            return  # files are left: show it until remove() is called or a login comes
         self._feed(record, Event.CLAIMED if claimed else Event.UNCLAIMED)
 
     def _feed(self, record: _Record, event: Event) -> None:
@@ -266,18 +264,18 @@ class Daemon:
         look = self._presence.look(record.uid)
         try:
             instance = await make()
-        except Exception as error:  # a login waits: it gets an answer to "can't start new thread", too
+        except Exception as error:  # a login waits for an answer, even to "can't start new thread"
             self._failed(record, error, failed)
             if failed is Event.REJOIN_FAILED and self._executor.has_ended(record.uid):
-                self._feed(record, Event.NAMESPACE_ENDED)  # while it was tried
+                self._feed(record, Event.NAMESPACE_ENDED)  # meanwhile
         else:
             await asyncio.wait((look,))
             self._prepared(record, instance)
 
     def _prepared(self, record: _Record, instance: Instance) -> None:
         for other in self._records.values():
-            # The kernel gave out the number again. What is still shown of the instance that had it is being
-            # deleted, or mounted elsewhere: it has no namespace any more.
+            # The kernel reused the inode number. The instance that is still shown with it is being deleted,
+            # or is mounted elsewhere: it no longer has a namespace.
             if other is not record and other.instance and other.instance.namespace == instance.namespace:
                 other.instance = replace(other.instance, namespace=0)
                 self._publish(other)
@@ -294,7 +292,7 @@ class Daemon:
             exc_info=None if isinstance(error, OSError) else error,
             extra=fields(MessageId.PREPARE_FAILED),
         )
-        record.error = PolytmpError(f"the instance cannot be made: {in_words(error)}")
+        record.error = PolytmpError(f"failed to make the instance: {in_words(error)}")
         self._feed(record, event)
 
     def _hand_over(self, record: _Record) -> None:
@@ -305,7 +303,7 @@ class Daemon:
             try:
                 future.set_result(self._executor.hand_over(record.uid))
             except OSError as error:
-                future.set_exception(PolytmpError(f"the namespace cannot be handed over: {in_words(error)}"))
+                future.set_exception(PolytmpError(f"failed to hand over the namespace: {in_words(error)}"))
         if waiting:
             record.claims = self._presence.acquired(record.uid)
 
@@ -313,7 +311,7 @@ class Daemon:
         waiting, record.waiting = record.waiting, []
         for future in waiting:
             if not future.done():
-                future.set_exception(record.error or PolytmpError("the instance cannot be made"))
+                future.set_exception(record.error or PolytmpError("failed to make the instance"))
 
     async def _remove(self, record: _Record, instance: Instance, generation: int) -> None:
         event = Event.REMOVED
@@ -353,7 +351,7 @@ class Daemon:
             found = await asyncio.wait_for(asyncio.to_thread(accounts.find_name, uid), NAME_LOOKUP_TIMEOUT)
         except TimeoutError:
             raise PolytmpError(
-                f"the name of UID {uid} was not found within {NAME_LOOKUP_TIMEOUT:.0f} s"
+                f"failed to look up the name of UID {uid} within {NAME_LOOKUP_TIMEOUT:.0f} s"
             ) from None
         if found is None:
             raise InvalidArgsError(f"there is no user with UID {uid} on this host")

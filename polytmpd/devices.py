@@ -38,13 +38,13 @@ class BlockDevice:
     def is_source_of(self, number: str, source: str) -> bool:
         """Whether a mount with this device number and source, as in mountinfo, is from the device.
 
-        The number of btrfs, for one, is its own. The source is what the caller of mount(2) said.
+        Some file systems, such as btrfs, have their own number. The source is what was given to mount(2).
         """
         return self.number == number or (bool(self.node) and self.node == source)
 
 
 def exists(number: str) -> bool:
-    """Whether the kernel has a block device MAJOR:MINOR. Always true for major 0, which is no device's."""
+    """Whether the kernel has a block device MAJOR:MINOR. Always true for major 0: no device has it."""
     return number.startswith("0:") or Path("/sys/dev/block", number).exists()
 
 
@@ -106,6 +106,6 @@ class Devices:
                     text = f"{os.major(number)}:{os.minor(number)}"
                     self._tasks.start(self._gone(BlockDevice(text, device.device_node or "")))
         except OSError as error:
-            log.warning("Events of udev were lost, looking at all devices: %s", error)
+            log.warning("Lost events from udev, checking all devices: %s", error)
             self._stop_listening()
             self.start()

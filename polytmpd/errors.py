@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The errors that polytmpd answers with, each with its name on the bus.
 
-Not here: OSError, which the floors below raise; whoever answers a call turns it into one of these.
+Not here: OSError, which the floors below raise; the code that answers a call turns it into one of these.
 """
 
 from enum import StrEnum
 
 
 class ErrorName(StrEnum):
-    """D-Bus error names; part of the contract that others script against."""
+    """D-Bus error names. They are part of the contract: scripts depend on them."""
 
     NO_SUCH_INSTANCE = "org.polytmp1.Error.NoSuchInstance"
     EXEMPT = "org.polytmp1.Error.Exempt"
@@ -21,7 +21,7 @@ class ErrorName(StrEnum):
 
 
 class PolytmpError(Exception):
-    """Something the caller is told: what is wrong, and where there is one, the remedy."""
+    """An error for the caller to read: what is wrong and, if there is one, the remedy."""
 
     name = ErrorName.FAILED
 
@@ -51,6 +51,6 @@ class AccessDeniedError(PolytmpError):
 
 
 class InteractiveAuthorizationError(PolytmpError):
-    """It would be allowed after authentication; the call did not allow to ask for it."""
+    """It would be allowed after authentication, but the call did not allow that."""
 
     name = ErrorName.INTERACTIVE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who is here: combines what logind, systemd and the cgroups report into the claims of each user.
+"""Who is here: combines what logind, systemd and the cgroups report into each user's claims.
 
 Not here: what follows from a claim (daemon), and reading a cgroup (slices).
 """
@@ -20,13 +20,13 @@ from polytmpd.tasks import Tasks
 log = logging.getLogger(__name__)
 
 _LOOK_TIMEOUT: Final = 1.0
-"""Seconds that a login waits at most for systemd to report the user's slice."""
+"""How many seconds a login waits at most for systemd to report the user's slice."""
 _LIST_AGAIN: Final = 30.0
 """Seconds after which logind is asked again if it did not answer."""
 
 
 class Follower(Protocol):
-    """Hears of every change. user is the name that logind knows the UID by."""
+    """Hears of every change. user: the name by which logind knows the UID."""
 
     def claims_changed(self, uid: int, user: str, claims: Claims) -> None: ...
     def control_group_changed(self, uid: int, control_group: str) -> None: ...
@@ -34,7 +34,7 @@ class Follower(Protocol):
 
 @dataclass(slots=True)
 class _Person:
-    """What is known of one user."""
+    """What is known about one user."""
 
     user: str
     claims: Claims = field(default_factory=Claims)
@@ -42,16 +42,14 @@ class _Person:
 
 
 class Presence:
-    """The claims and the control group of every regular user, kept up to date; a listener of logind and
-    systemd.
-    """
+    """The claims and the control group of every regular user, kept up to date from logind and systemd."""
 
     def __init__(self, logind: Logind, systemd: Systemd, slices: Slices, exemptions: Exemptions) -> None:
         """logind, systemd and slices belong to this object from now on."""
         self.exemptions = exemptions
-        """Who is not to be followed. A reload of the configuration replaces it."""
+        """Who is not followed. A reload of the configuration replaces it."""
         self.logind_answered = False
-        """Whether logind has said who is logged in. Until then, nothing says that anybody has left."""
+        """Whether logind has said who is logged in. Until then, nothing says that a user has left."""
         self._logind = logind
         self._systemd = systemd
         self._slices = slices
@@ -73,7 +71,7 @@ class Presence:
         await self._systemd.subscribe(self)
         for uid in list(self._people):  # before logind is asked: processes in the slice claim what is held
             await self._look_at_slice(uid)
-        # If logind does not answer, what is held stays held: not to hear of a session is not to have none.
+        # If logind does not answer, what is held stays held: there may be sessions that we do not hear of.
         await self._list_logind()
 
     async def close(self) -> None:
@@ -86,11 +84,11 @@ class Presence:
         self._people.setdefault(uid, _Person(user))
 
     def forget(self, uid: int) -> None:
-        """Follow the user no longer, until logind reports them again."""
+        """Stop following the user, until logind reports them again."""
         self._people.pop(uid, None)
 
     def look(self, uid: int) -> "asyncio.Task[None]":
-        """Examine the user's slice, and report what is new. The task ends with that, or after a second."""
+        """Examine the user's slice and report what is new. The task ends then, or after a second."""
 
         async def look_for_a_while() -> None:
             await asyncio.wait((self._tasks.start(self._look_at_slice(uid)),), timeout=_LOOK_TIMEOUT)
@@ -98,7 +96,7 @@ class Presence:
         return self._tasks.start(look_for_a_while())
 
     def acquired(self, uid: int) -> Claims:
-        """The user's claims, now that a login got their namespace. This is not reported."""
+        """The user's claims, now that a login got their namespace. Followers do not hear of it."""
         person = self._people[uid]
         person.claims = person.claims.with_acquisition()
         return person.claims
@@ -129,12 +127,12 @@ class Presence:
     # What systemd reports
 
     def slice_changed(self, uid: int) -> None:
-        """The slice started or stopped: its cgroup may be another one now."""
+        """The slice started or stopped: it may have another cgroup now."""
         if uid in self._people:
             self._tasks.start(self._look_at_slice(uid))
 
     def scope_changed(self, session_id: str) -> None:
-        """The session may be closing. Then it is over, even if processes live on in it."""
+        """The session may be closing. If so it is over, even if processes live on in it."""
         if any(session_id in person.claims.sessions for person in self._people.values()):
             self._tasks.start(self._look_at_session(session_id))
 
@@ -171,7 +169,7 @@ class Presence:
             self._list_later()
 
     def _list_later(self) -> None:
-        """A logind that is only slow never leaves the bus, so nothing says when it answers again."""
+        """A slow logind never leaves the bus, so nothing signals that it answers again."""
         if not self._asks_again:
             self._asks_again = True
             self._tasks.start(self._list_until_answered())
@@ -187,10 +185,10 @@ class Presence:
             self._asks_again = False
 
     async def _compare_with_logind(self) -> bool:
-        """Whether it answered.
+        """Compare, and return whether logind answered.
 
-        A signal that arrives meanwhile is newer than the answer. So a user or session that appeared
-        meanwhile is left alone, and a session that ended meanwhile does not come back.
+        A signal that arrives meanwhile is newer than the answer. So a user or session that appears meanwhile
+        is left alone, and a session that ends meanwhile does not come back.
         """
         before = {uid: person.claims.sessions for uid, person in self._people.items()}
         self._ended_meanwhile.clear()
@@ -198,10 +196,10 @@ class Presence:
             users, sessions = await self._logind.users(), await self._logind.sessions()
         except BusError as error:
             level = logging.DEBUG if self._asks_again else logging.WARNING
-            log.log(level, "systemd-logind does not answer, continuing without and retrying: %s", error)
+            log.log(level, "systemd-logind does not answer, continuing without it and retrying: %s", error)
             return False
         self.logind_answered = True
-        # A user without a session lingers: their manager asks by itself, and the slice holds what is there.
+        # A user without a session lingers: their manager asks for itself, and the slice claims what is held.
         for session in sessions:
             if session.id not in self._ended_meanwhile:
                 self.session_new(session)
@@ -220,7 +218,7 @@ class Presence:
         try:
             is_open = await self._logind.is_open(session_id)
         except BusError as error:
-            log.debug("systemd-logind did not report session %s: %s", session_id, error)
+            log.debug("Failed to query session %s: %s", session_id, error)
             self._list_later()
             return
         if not is_open:
@@ -230,8 +228,8 @@ class Presence:
         try:
             group = await self._systemd.control_group(uid)
         except BusError as error:
-            group = f"/user.slice/user-{uid}.slice"  # see user@.service(5); it will be asked again
-            log.warning("systemd did not report the slice of UID %d, assuming %s: %s", uid, group, error)
+            group = f"/user.slice/user-{uid}.slice"  # see user@.service(5); it is queried again later
+            log.warning("Failed to query the slice of UID %d, assuming %s: %s", uid, group, error)
         person = self._people.get(uid)
         if person is None:
             return

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Answers questions about instances: processes, holders, usage, paths, and whose a process is.
+"""Answers questions about instances: processes, holders, usage, paths, and whose instance a process is in.
 
-A user decides how long some answers take to find, so these have threads of their own.
+Users decide how long some answers take to find, so these have their own threads.
 Not here: who may ask, and how many at once (bus/service).
 """
 
@@ -24,13 +24,13 @@ from polytmpd.slices import CGROUP_ROOTS
 T = TypeVar("T")
 
 Cancelled = Callable[[], bool]
-"""Whether nobody waits for the answer any more."""
-_STOPPING: Final = "polytmpd is being stopped"
+"""Whether the answer is no longer wanted."""
+_STOPPING: Final = "polytmpd is stopping"
 _SET_ASIDE: Final = frozenset({State.REMOVING, State.FAILED})
 
 
 class Questions:
-    """Raises PolytmpError for what cannot be answered. A search whose caller is cancelled ends."""
+    """Finds answers, or raises PolytmpError. A search ends if its caller is cancelled."""
 
     def __init__(
         self,
@@ -38,13 +38,14 @@ class Questions:
         kept: Callable[[int], Awaitable[tuple[InstanceDirectory, ...]]],
         removed_entries: Callable[[int], int],
     ) -> None:
-        """kept(uid) finds what is kept of a user who has no instance; removed_entries(uid) is how far their
-        removal is.
+        """kept(uid) finds what is kept for a user without an instance.
+
+        removed_entries(uid) is how many entries the user's running removal has deleted.
         """
         self._views = views
         self._kept = kept
         self._removed_entries = removed_entries
-        # As many threads as there may be questions, so that none waits for the answer to another.
+        # As many threads as there may be questions, so that none waits for another.
         self._threads = ThreadPoolExecutor(QUESTIONS_AT_ONCE, "questions")
         self._stopping = threading.Event()
 
@@ -78,7 +79,7 @@ class Questions:
         return [(entry.pid, entry.command, entry.control_group, entry.how.value) for entry in found]
 
     async def usage(self, uid: int) -> list[tuple[str, int, int]]:
-        """(directory, bytes, inodes), also of what is kept of a user without an instance."""
+        """(directory, bytes, inodes), also of what is kept for a user without an instance."""
         directories = await self._directories(uid)
         if not directories:
             self._view(uid)
@@ -98,14 +99,14 @@ class Questions:
         try:
             return await self._find_out(count)
         except OSError as error:
-            raise PolytmpError(f"the usage cannot be counted: {in_words(error)}") from error
+            raise PolytmpError(f"failed to count the usage: {in_words(error)}") from error
 
     def removed_entries(self, uid: int) -> int:
-        """How many entries the removal that runs for the user has deleted so far; 0 if none runs."""
+        """How many entries the user's running removal has deleted so far; 0 if none runs."""
         return self._removed_entries(uid)
 
     async def uid_of_process(self, pid: int) -> int:
-        """Whose instance the process lives in."""
+        """The UID of the user whose instance the process lives in."""
         found = await self._find_out(lambda _: processes.namespaces(pid))
         for view in self._views:
             if view.namespace and view.namespace in found:
@@ -113,13 +114,13 @@ class Questions:
         raise NotPolyinstantiatedError(f"process {pid} lives in no instance")
 
     async def resolve(self, uid: int, path: str) -> str:
-        """What the user calls path, on the host; also in what is kept of a user without an instance."""
+        """The host's path of what the user calls path, also for files kept without an instance."""
         view = self._views.get(uid)
         gone = view is not None and view.state in _SET_ASIDE
         directories = await self._directories(uid)
         if not path.startswith("/"):
             raise InvalidArgsError(f"{path!r} is not an absolute path")
-        if gone:  # what is set aside has a name that says nobody's
+        if gone:  # once set aside, a directory has a name without a UID
             directories = tuple(
                 entry for entry in directories if entry.directory.lifetime is not Lifetime.INSTANCE
             )
@@ -131,9 +132,9 @@ class Questions:
         raise NotPolyinstantiatedError(f"{path} is in no private directory; it is the same on the host")
 
     def require_known_namespace(self, pid: int) -> None:
-        """Raise NotPolyinstantiatedError if the process lives in a mount namespace of its own.
+        """Raise NotPolyinstantiatedError if the process has its own mount namespace.
 
-        A login service that does would lose it, or see the wrong mounts.
+        A login service that has one would lose it, or see the wrong mounts.
         """
         known = {view.namespace for view in self._views if view.namespace}
         try:
@@ -142,11 +143,11 @@ class Questions:
                 return
         except OSError as error:
             raise PolytmpError(
-                f"the mount namespace of process {pid} cannot be determined: {in_words(error)}"
+                f"failed to determine the mount namespace of process {pid}: {in_words(error)}"
             ) from error
         raise NotPolyinstantiatedError(
-            f"process {pid} lives in a mount namespace of its own; see PrivateTmp=, ProtectSystem= and such "
-            "in its service"
+            f"process {pid} has its own mount namespace; see PrivateTmp=, ProtectSystem= and similar "
+            "settings of its service"
         )
 
     def _view(self, uid: int) -> View:
@@ -160,9 +161,9 @@ class Questions:
         return view.directories if view is not None and view.directories else await self._kept(uid)
 
     async def _find_out(self, look: Callable[[Cancelled], T]) -> T:
-        """What look(cancelled) returns, in a thread.
+        """Run look(cancelled) in a thread, and return what it returns.
 
-        Ends when the thread does, even if cancelled: so there are never more threads at work than questions.
+        Ends when the thread does, even if cancelled: there are never more threads at work than questions.
         """
         wanted = True
 
@@ -183,7 +184,7 @@ class Questions:
 
 
 def _no_instance(uid: int) -> NoSuchInstanceError:
-    return NoSuchInstanceError(f"UID {uid} has no instance now")
+    return NoSuchInstanceError(f"UID {uid} has no instance")
 
 
 def _cgroups(view: View) -> list[str]:

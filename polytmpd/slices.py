@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Watches whether a user's slice has processes: inotify on cgroup.events (cgroups(7), "populated").
 
-Nothing is polled, except what the kernel does not let us watch or read. Until it does, that counts as
-populated.
+Nothing is polled, except a slice that the kernel does not let us watch or read. Until it does, the slice
+counts as populated.
 Not here: where the slice's cgroup is (bus/systemd1), and what follows (presence).
 
 Hard facts

@@ -26,7 +26,7 @@ class Tasks:
         return bool(self._running)
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Run it beside everything else. Once closed, it is cancelled before it begins."""
+        """Run it beside everything else. After close(), it is cancelled before it begins."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._running.add(task)
         task.add_done_callback(self._ended)

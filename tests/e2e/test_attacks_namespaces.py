@@ -37,7 +37,7 @@ def test_only_a_namespace_of_the_daemons_is_joined(machine: Machine) -> None:
     ):
         result = machine.sh(f"{cage} {call}", check=False)
         assert result.returncode != 0, cage
-        assert "mount namespace of its own" in result.stderr or "denied" in result.stderr.lower(), result
+        assert "its own mount namespace" in result.stderr or "denied" in result.stderr.lower(), result
     refused = machine.run("unshare", "-m", "su", "-", "alice", "-c", "echo in", check=False)
     assert refused.returncode != 0
     assert "in" not in refused.stdout.split()

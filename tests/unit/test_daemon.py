@@ -94,7 +94,7 @@ async def test_prepare_fails_for_all_who_wait_and_nothing_is_left(world: World) 
     await eventually(lambda: len(world.daemon._records[1000].waiting) == len(logins))
     world.executor.answer("prepare", OSError(2, "No such file or directory", "/proc/1/root/srv/none"))
     for login in logins:
-        with pytest.raises(PolytmpError, match=r"^the instance cannot be made: No such file .*: /srv/none$"):
+        with pytest.raises(PolytmpError, match=r"^failed to make the instance: No such file .*: /srv/none$"):
             await asyncio.wait_for(login, 5)
     assert world.state() is None
     assert world.announced.of("new", "removed") == [("new", 1000), ("removed", 1000)]

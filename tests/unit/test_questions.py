@@ -142,7 +142,7 @@ async def test_a_login_service_with_threads_is_looked_at_once(
 async def test_a_caller_in_a_namespace_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.questions.require_known_namespace(os.getpid())
     monkeypatch.setattr("polytmpd.kernel.host.namespace_inode", lambda: 1)
-    with pytest.raises(NotPolyinstantiatedError, match=f"process {os.getpid()} lives in"):
+    with pytest.raises(NotPolyinstantiatedError, match=f"process {os.getpid()} has its own mount"):
         world.questions.require_known_namespace(os.getpid())
 
 
@@ -197,14 +197,14 @@ async def test_a_search_ends_when_the_daemon_stops(
     asked = asyncio.ensure_future(question(world.questions))
     await eventually(search.began.is_set)
     world.questions.close()
-    with pytest.raises(PolytmpError, match="stopped"):  # half an answer is none
+    with pytest.raises(PolytmpError, match="polytmpd is stopping"):  # half an answer is none
         await asyncio.wait_for(asked, 5)
     assert search.ended.is_set()
-    with pytest.raises(PolytmpError, match="stopped"):
+    with pytest.raises(PolytmpError, match="polytmpd is stopping"):
         await question(world.questions)
 
 
 async def test_usage_of_what_is_gone(world: World) -> None:
     await world.active()
-    with pytest.raises(PolytmpError, match="cannot be counted"):
+    with pytest.raises(PolytmpError, match="failed to count"):
         await world.questions.usage(1000)
