@@ -20,7 +20,7 @@ TROUBLE = (
     "Failed to delete",
     "Cannot determine whether the instance",
     "Cannot yet determine whether the instance",
-    "Cannot notice the end",
+    "Failed to watch for the end",
 )
 """What polytmpd must not log."""
 _PYTHON_TROUBLE = ("Traceback", "never retrieved")
