@@ -26,7 +26,7 @@ def _notify(state: str, fds: Sequence[int] = ()) -> None:
     try:
         daemon.notify(state, **({"fds": list(fds)} if fds else {}))  # fds=None is a TypeError
     except OSError as error:
-        log.warning("Failed to notify the service manager of %s: %s, ignoring", state.split("\n")[0], error)
+        log.warning("Failed to notify the service manager of %s, ignoring: %s", state.split("\n")[0], error)
 
 
 def ready(status: str) -> None:
@@ -70,7 +70,7 @@ def take_stored() -> list[tuple[str, Descriptor]]:
     try:
         found = daemon.listen_fds_with_names()
     except OSError as error:
-        log.warning("Failed to read the FD store: %s, ignoring", error)
+        log.warning("Failed to read the FD store, ignoring: %s", error)
         return []
     finally:
         for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):

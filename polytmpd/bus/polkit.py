@@ -5,8 +5,8 @@ Not here: which method needs which action (service.py).
 
 Hard facts
 - The subject is the caller's unique name, never a PID: a PID may be reused between question and answer.
-- polkitd answers when the person has typed a password, or never. So each question is a task of its own, has
-  a timeout, and is withdrawn when the caller leaves the bus.
+- polkitd answers when the person has typed a password, or never. So each question is its own task, has a
+  timeout, and is withdrawn when the caller leaves the bus.
 - On a host without polkit the call fails with ServiceUnknown (no activation file), or with systemd's error
   for a masked unit. Then only root is allowed anything.
 - Only root and the action's owner may send details. Rules read them with action.lookup().

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Limits for questions whose answers can take as long as a user likes: how many may wait, and whose is next.
+"""Limits for questions whose answers take as long as a user likes: how many may wait, and which is next.
 
 Not here: the questions themselves, how the answers are found, and timeouts.
 """

@@ -45,7 +45,7 @@ _SANDBOX: Final = {
     **dict.fromkeys(("InaccessiblePaths", "BindPaths", "BindReadOnlyPaths"), ""),
     **dict.fromkeys(("TemporaryFileSystem", "MountImages"), ""),
 }
-"""Settings that give a service a mount namespace of its own, and the value that resets each. An empty value
+"""Settings that give a service its own mount namespace, and the value that resets each. An empty value
 resets a list or path, but systemd cannot parse an empty boolean, systemd.exec(5).
 """
 _FD_STORE_PRESERVED_SINCE: Final = 254
@@ -194,7 +194,7 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
 
 
 async def _units(context: Context) -> AsyncIterator[Result]:
-    """Services that start sessions. Logins are refused if one has a mount namespace of its own."""
+    """Services that start sessions. Logins are refused if one has its own mount namespace."""
     names = ("Id", "ActiveState", "LoadState", "MainPID", "FragmentPath", *_SANDBOX)
     seen: set[Any] = set()
     for unit in _LOGIN_UNITS:
@@ -212,7 +212,7 @@ async def _units(context: Context) -> AsyncIterator[Result]:
         if inside is False or (settings and inside is None):
             why = ", ".join(f"{key}=" for key in settings) or "no setting of its unit does this"
             remedy = undo(unit, settings) if settings else "find out what started it that way"
-            text = f"has a mount namespace of its own ({why}): its logins are refused"
+            text = f"has its own mount namespace ({why}): its logins are refused"
             yield Result("services", unit, "fail", text, remedy)
         elif found.get("ActiveState") == "active" or unit == "user@.service":
             yield Result("services", unit, "pass", "in the host's mount namespace")

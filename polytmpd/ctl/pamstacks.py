@@ -23,8 +23,8 @@ SYSTEMD: Final = "pam_systemd.so"
 DIRECTORIES: Final = ("etc/pam.d", "usr/lib/pam.d", "usr/share/pam.d")
 RIVALS: Final = {
     "pam_namespace.so": "mounts another /tmp over polytmp's and cuts the session off from the host's mounts",
-    "pam_mktemp.so": "sets TMPDIR to a directory of its own",
-    "pam_tmpdir.so": "sets TMPDIR to a directory of its own",
+    "pam_mktemp.so": "sets TMPDIR to its own directory",
+    "pam_tmpdir.so": "sets TMPDIR to its own directory",
 }
 LOGINS: Final = (
     *("login", "sshd", "su", "su-l", "sudo", "sudo-i", "cron", "crond", "atd", "systemd-user", "doas"),
@@ -54,7 +54,7 @@ _DEPTH: Final = 16
 class Entry:
     """One line of a session stack, in which included files are inlined.
 
-    depth: the number of substacks around it. A substack has an entry of its own, with the file as module.
+    depth: the number of substacks around it. A substack has its own entry, with the file as module.
     """
 
     control: str
@@ -177,7 +177,7 @@ def _judge_one(service: str, stack: Sequence[Entry], modules: Sequence[str]) -> 
             f"'{entry.control} {entry.module}' before {MODULE} {does}: such a session gets the shared /tmp",
             f"move {MODULE} before that line, but after {SYSTEMD}; or make it 'required' or 'optional'",
         )
-    # The user manager is no session of its own: its stack on Debian has pam_systemd last, which is fine.
+    # The user manager is not a separate session: on Debian its stack has pam_systemd last, which is fine.
     late = SYSTEMD in modules[number:] and SYSTEMD not in modules[:number]
     if late and service != "systemd-user":
         return Finding(

@@ -146,6 +146,6 @@ class DisplayLocks:
 
 
 def _find_copies(place: Place, cancelled: Callable[[], bool]) -> list[int]:
-    """Runs in a thread of its own, so that the worker need not wait for a large directory."""
+    """Runs in its own thread, so that the worker need not wait for a large directory."""
     with place.open() as directory:
         return find_copies(directory, cancelled)

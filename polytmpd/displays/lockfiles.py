@@ -39,7 +39,7 @@ _SIZE_AT_MOST: Final = 16
 _PID_LAST: Final = 2**31 - 1
 _SCANNED_AT_MOST: Final = 1_000_000
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
-# what open(2) says of a symbolic link, a socket, a file with a lease
+# what open(2) returns for a symbolic link, a socket, a file with a lease
 _NOT_OURS: Final = (errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK)
 
 

@@ -207,8 +207,8 @@ def _detach_below(table: Sequence[Mount], path: str) -> None:
     """Detach everything mounted below a directory whose own mount is already private.
 
     If a mount's parent is still the host's peer, unmounting it would unmount it on the host, too. If path is
-    a mount of its own, everything below became private with it. Otherwise each mount is made private here,
-    parents first. A mount on a covered mount cannot be reached that way. It stays, hidden, and busy until
+    itself a mount, everything below became private with it. Otherwise each mount is made private here,
+    parents first. A mount on a covered mount cannot be reached that way. It stays, hidden and busy, until
     the namespace ends.
     """
     below = [entry for entry in table if mountinfo.is_below(entry.mount_point, path)]
