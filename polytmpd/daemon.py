@@ -194,7 +194,7 @@ class Daemon:
         if view is not None and view.state is not State.FAILED:
             raise BusyError(f"the instance of {view.user} is {view.state}")
         if view is None and not persistent:
-            raise NoSuchInstanceError(f"UID {uid} has no instance")
+            raise NoSuchInstanceError.of(uid)
         try:
             if persistent:
                 removed = await self._executor.remove_persistent(uid, self._config.directories)

@@ -5,6 +5,7 @@ Not here: OSError, which the floors below raise; the code that answers a call tu
 """
 
 from enum import StrEnum
+from typing import Self
 
 
 class ErrorName(StrEnum):
@@ -28,6 +29,10 @@ class PolytmpError(Exception):
 
 class NoSuchInstanceError(PolytmpError):
     name = ErrorName.NO_SUCH_INSTANCE
+
+    @classmethod
+    def of(cls, uid: int) -> Self:
+        return cls(f"UID {uid} has no instance")
 
 
 class ExemptError(PolytmpError):

@@ -128,7 +128,7 @@ class Questions:
         if found is not None:
             return found
         if view is None or not view.directories or gone:
-            raise _no_instance(uid)
+            raise NoSuchInstanceError.of(uid)
         raise NotPolyinstantiatedError(f"{path} is in no private directory; it is the same on the host")
 
     def require_known_namespace(self, pid: int) -> None:
@@ -153,7 +153,7 @@ class Questions:
     def _view(self, uid: int) -> View:
         view = self._views.get(uid)
         if view is None:
-            raise _no_instance(uid)
+            raise NoSuchInstanceError.of(uid)
         return view
 
     async def _directories(self, uid: int) -> tuple[InstanceDirectory, ...]:
@@ -181,10 +181,6 @@ class Questions:
         if self._stopping.is_set():  # the search may have ended half-way
             raise PolytmpError(_STOPPING)
         return found
-
-
-def _no_instance(uid: int) -> NoSuchInstanceError:
-    return NoSuchInstanceError(f"UID {uid} has no instance")
 
 
 def _cgroups(view: View) -> list[str]:

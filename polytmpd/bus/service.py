@@ -250,7 +250,7 @@ class Service:
     def _view(self, uid: int) -> View:
         view = self._views.get(uid)
         if view is None:
-            raise NoSuchInstanceError(f"UID {uid} has no instance")
+            raise NoSuchInstanceError.of(uid)
         return view
 
     def _instance(self, uid: int) -> Interface:
