@@ -224,7 +224,7 @@ def test_no_room_for_the_state(host: Host) -> None:
     machine.sh(f"mount -t tmpfs -o nr_inodes=1,mode=0700 tmpfs {STATES}")
     try:
         with resident(machine) as bob:
-            assert host.journal_of(f"Failed to write the state of UID {BOB}", "No space left on device")
+            assert host.journal_of(f"Failed to write the state file of UID {BOB}", "No space left on device")
             machine.run("kill", "-KILL", str(host.pid()))
             eventually(lambda: host.state(BOB) == "active", 60, "bob's instance is active again")
             bob.check()

@@ -62,7 +62,7 @@ def test_a_uid_that_is_used_again(machine: Machine) -> None:
     assert machine.run("cat", f"{place}/tmp/secret").stdout == "mine\n", "nothing is lost"
     assert machine.run("stat", "-c", "%u %g %a", place).stdout == "0 0 700\n"
     message = machine.run("journalctl", "--no-pager", "-o", "cat", f"MESSAGE_ID={MESSAGE_ID}").stdout
-    assert f"UID {UID} was carol's and is dave's now" in message
+    assert f"UID {UID} belonged to carol and now belongs to dave" in message
     assert place in message
     machine.run("systemctl", "restart", "polytmpd")
     assert run(machine, "dave", "ls -A /var/tmp") == "of-dave\n"
@@ -114,7 +114,7 @@ def test_a_former_users_processes(machine: Machine) -> None:
     refused = machine.run("su", "dave", "-c", "cat /tmp/secret", check=False)
     assert refused.returncode != 0
     assert "mine" not in refused.stdout
-    assert "processes live in the instance of carol" in machine.journal("-u", "polytmpd", "-n", "30")
+    assert "the instance of carol, a former user of UID" in machine.journal("-u", "polytmpd", "-n", "30")
     machine.sh("pkill -x sleep")
     eventually(lambda: not observe.instances(machine), 30, "carol's instance is gone")
     assert run(machine, "dave", "ls -A /tmp | grep -v '^[.]'; true") == ""
