@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from polytmpd.journal import fields
+from polytmpd.kernel.host import in_words
 from polytmpd.kernel.inotify import IN_DELETE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class Slices:
             log.warning(
                 "Cannot determine whether UID %d has processes, assuming so and retrying: %s",
                 uid,
-                error,
+                in_words(error),
                 extra=fields(uid=uid),
             )
         self._guessed[uid] = self._loop.call_later(_LOOK_AGAIN, again)

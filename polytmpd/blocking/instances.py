@@ -242,4 +242,6 @@ def _roll_back(entries: Sequence[InstanceDirectory]) -> None:
             with host.open_directory(entry.directory.path) as base:
                 deletion.remove_tree(base, entry.barrier)
         except OSError as error:
-            log.error("Failed to delete a half-made instance, retrying at the next start: %s", error)
+            log.error(
+                "Failed to delete a half-made instance, retrying at the next start: %s", host.in_words(error)
+            )

@@ -48,7 +48,7 @@ def set_aside(instance: Instance) -> list[Place]:
         log.error(
             "Failed to rename a directory of the instance of user %s, retrying at the next start: %s",
             instance.user,
-            failure,
+            host.in_words(failure),
         )
     return aside
 
@@ -105,7 +105,11 @@ def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[Pl
             with host.open_directory(directory.path) as base:
                 found = storage.leftovers(base)
         except OSError as error:  # logins are refused because of it, but the daemon goes on
-            log.error("Failed to search %s for what former instances left: %s", directory.path, error)
+            log.error(
+                "Failed to search %s for what former instances left: %s",
+                directory.path,
+                host.in_words(error),
+            )
             continue
         leftovers += [Place(directory.path, name) for name in found.removable if name not in known]
         for name, reason in found.foreign:
@@ -127,7 +131,7 @@ def delete_leftover(place: Place, cancelled: Callable[[], bool]) -> None:
     except OSError as error:
         log.error(
             "Failed to delete what a former instance left, retrying at the next start: %s",
-            error,
+            host.in_words(error),
             extra=fields(MessageId.REMOVE_FAILED),
         )
 

@@ -14,6 +14,7 @@ from polytmpd.blocking import instances, recovery
 from polytmpd.core.model import Directory, Instance
 from polytmpd.kernel import inside
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.host import in_words
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,9 @@ def _recognise(uid: int, fd: Descriptor, directories: Sequence[Directory]) -> In
     try:
         mounts = inside.mounts_in(fd)
     except OSError as error:
-        log.warning("Failed to read the mounts of the namespace of UID %d in the FD store: %s", uid, error)
+        log.warning(
+            "Failed to read the mounts of the namespace of UID %d in the FD store: %s", uid, in_words(error)
+        )
         return None
     return recovery.reconstruct(uid, _inode(fd), mounts, directories)
 

@@ -24,6 +24,7 @@ from polytmpd.executor.sentinels import Sentinels
 from polytmpd.executor.workers import Workers
 from polytmpd.journal import MessageId, fields
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.host import in_words
 from polytmpd.kernel.mountinfo import Mount
 from polytmpd.tasks import Tasks
 
@@ -104,7 +105,7 @@ class Executor:
                     "Failed to watch for the end of the instance of user %s, keeping it until the next "
                     "boot: %s",
                     instance.user,
-                    error,
+                    in_words(error),
                     extra=fields(uid=uid),
                 )
                 self._sentinels.cannot_watch(uid)
@@ -184,7 +185,7 @@ class Executor:
                 log.warning(
                     "Failed to find a process in the namespace of user %s, making a new namespace: %s",
                     instance.user,
-                    error,
+                    in_words(error),
                 )
                 fd = None
             if fd is not None:
@@ -256,7 +257,7 @@ class Executor:
         try:
             await asyncio.to_thread(tmpfiles.write, (*directories, *living))
         except OSError as error:
-            log.warning("Failed to exclude instance directories from aging, ignoring: %s", error)
+            log.warning("Failed to exclude instance directories from aging, ignoring: %s", in_words(error))
 
     # In every instance
 
@@ -305,7 +306,9 @@ class Executor:
                     held = self._namespaces.open_if_held(uid)
                     changed = await asyncio.to_thread(enter, instance, held)
                 except OSError as error:
-                    log.warning("Failed to %s in the instance of user %s: %s", what, instance.user, error)
+                    log.warning(
+                        "Failed to %s in the instance of user %s: %s", what, instance.user, in_words(error)
+                    )
                     continue
             if changed:
                 yield instance, changed

@@ -17,6 +17,7 @@ from polytmpd.blocking.state import StateDirectory
 from polytmpd.core.model import Instance
 from polytmpd.kernel import mountns
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.host import in_words
 from polytmpd.kernel.inotify import is_inotify
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def take() -> Stored:
         ):
             namespaces[int(uid)] = fd
         else:
-            log.warning("Descriptor %s in the FD store is not polytmpd's, closing it", name)
+            log.warning("Found %s in the FD store, but polytmpd did not put it there, closing it", name)
             sdnotify.remove(name)
             fd.close()
     return Stored(namespaces, inotify)
@@ -97,14 +98,16 @@ class Namespaces:
         try:
             self._state.save(instance)
         except OSError as error:
-            log.warning("Failed to write the state file of UID %d, ignoring: %s", instance.uid, error)
+            log.warning(
+                "Failed to write the state file of UID %d, ignoring: %s", instance.uid, in_words(error)
+            )
 
     def forget(self, uid: int) -> None:
         """Remove the state file of a user's instance."""
         try:
             self._state.forget(uid)
         except OSError as error:
-            log.warning("Failed to remove the state file of UID %d, ignoring: %s", uid, error)
+            log.warning("Failed to remove the state file of UID %d, ignoring: %s", uid, in_words(error))
 
     def open(self, uid: int) -> Descriptor:
         """A second descriptor of a namespace that is held; the caller closes it.

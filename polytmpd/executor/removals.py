@@ -11,6 +11,7 @@ from typing import Final
 from polytmpd.blocking import removal
 from polytmpd.blocking.removal import Place
 from polytmpd.executor.workers import Workers
+from polytmpd.kernel.host import in_words
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Removals:
         try:
             unused = await searchers.run(removal.unused, leftovers)
         except OSError as error:
-            log.error("Failed to examine what former instances left, keeping it: %s", error)
+            log.error("Failed to examine what former instances left, keeping it: %s", in_words(error))
             return
         for place in unused:
             await self._deleters.run(removal.delete_leftover, place)

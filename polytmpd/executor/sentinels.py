@@ -27,6 +27,7 @@ from polytmpd.executor import fdstore
 from polytmpd.executor.workers import Workers
 from polytmpd.journal import fields
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.host import in_words
 from polytmpd.kernel.inotify import IN_DELETE_SELF, IN_Q_OVERFLOW, IN_UNMOUNT, Inotify, living_watches
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ class Sentinels:
                     log.error(
                         "Cannot yet determine whether the instance of UID %d has ended, retrying: %s",
                         uid,
-                        error,
+                        in_words(error),
                         extra=fields(uid=uid),
                     )
                 told = True

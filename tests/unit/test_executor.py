@@ -23,6 +23,7 @@ from polytmpd.executor.actions import Executor
 from polytmpd.executor.fdstore import Stored
 from polytmpd.kernel import inside
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.host import in_words
 from polytmpd.kernel.mountinfo import Mount, parse_line
 from tests.unit.settled import eventually
 
@@ -306,4 +307,4 @@ async def test_what_cannot_be_found_out_now_is_later(
     assert not ended.executor.has_ended(UID)
     ended.mounted = {}
     await eventually(lambda: ended.ended == [UID])
-    assert len([record for record in caplog.records if str(error) in record.message]) == 1
+    assert len([record for record in caplog.records if in_words(error) in record.message]) == 1
