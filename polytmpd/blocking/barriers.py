@@ -6,7 +6,7 @@ Not here: making one and what is in it (storage), and emptying one (deletion).
 
 Hard facts
 - In a sticky directory that belongs to root, only root can rename or remove what belongs to root. So once a
-  barrier is made or checked, it stays what its name says. Any other base directory is refused.
+  barrier is made or checked, it stays what its name says. A base directory without this property is refused.
 - Neither O_PATH nor openat2(2) with RESOLVE_NO_XDEV reaches the code of a FIFO, a device, or a mounted file
   system, so an unknown name is always opened that way first. stat(2) would enter a mount, and could hang.
 """

@@ -119,8 +119,8 @@ def mounted_barriers(
 
     A mount counts if it is of the instance or of something in it, for example a bind mount of the user's
     /tmp in another namespace. A user's own file system with another user's barrier in its path does not
-    count. Nor do our own threads, which make namespaces. Raises OSError; ECANCELED if cancelled. Blocks for
-    longer the longer users make their tables: no login may wait for it.
+    count. Nor do our own threads, which make namespaces. Raises OSError; ECANCELED if cancelled. Blocks
+    for as long as users like, by the length of their tables, so no login may wait for it.
     """
     wanted: dict[tuple[str, str], set[str]] = {}
     for path, name in places:

@@ -86,7 +86,7 @@ class Callers:
             await self.require_owner(call, uid, "the instance")
 
     async def may_list(self, sender: str, path: str) -> bool:
-        """Whether a list shows the object: only to its user and to root. It is not worth asking polkit."""
+        """Whether a list shows an instance: only to its user and to root. It is not worth asking polkit."""
         uid = object_owner(path)
         if uid is None:
             return True
