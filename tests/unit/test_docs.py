@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The documentation agrees with the code."""
 
+import ast
+import errno
+import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from polytmpd.core.lifecycle import TABLE
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
+TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
 
 
 def test_the_lifecycle_page_shows_the_transition_table() -> None:
@@ -65,3 +70,33 @@ def test_every_link_leads_somewhere() -> None:
     ]
     assert len(links) > 10
     assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The text in the source, with `…` for what is filled in."""
+    if path.suffix == ".c":
+        yield from re.findall(r'"((?:[^"\\\n]|\\.)*)"', path.read_text())
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(
+                str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "…"
+                for part in node.values
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_message_that_troubleshooting_explains_exists() -> None:
+    """`;` separates messages, and `…` stands for whatever varies, such as another message."""
+    sources = [*(ROOT / "polytmpd").rglob("*.py"), *(ROOT / "pam").glob("*.c")]
+    known = {re.sub(r"%[a-z]", "…", text) for path in sources for text in texts(path)}
+    corpus = "\n".join([*known, *map(os.strerror, (errno.ENOSPC, errno.ENOENT))])
+    tables = re.findall(
+        r"(?m)^\| (?:reason|message|error) \|.*\n\|---.*\n((?:\|.*\n)+)", TROUBLESHOOTING.read_text()
+    )
+    cells = [line.split(" | ")[0].removeprefix("| ") for table in tables for line in table.splitlines()]
+    pieces = {piece.strip(" :,") for cell in cells for piece in re.split("[…;]|: ", cell)} - {"", "."}
+    assert len(pieces) > 60
+    pieces -= {"and other mistakes in the configuration", "anything else"}
+    assert {piece for piece in pieces if piece not in corpus} == set()
