@@ -23,7 +23,7 @@ polytmpctl [OPTIONS...] COMMAND ...
   list                       List instances (the default)
   status [USER...]           Show instances in full: sessions, processes,
                              directories, journal
-  ps [USER...]               Show which processes keep an instance, and how
+  ps [USER...]               Show what keeps an instance alive, and how
   usage [USER...]            Show how much space instances take
   path FILE...               Show where a user's FILE is on the host, or whose
                              file a path on the host is
@@ -31,7 +31,7 @@ polytmpctl [OPTIONS...] COMMAND ...
   remove USER...             Remove a user's remaining files
 
 {heading}Host:{reset}
-  monitor                    Print instances as they come, change and go
+  monitor                    Print a line whenever an instance changes
   check                      Examine the host and suggest a remedy for each
                              problem
 
@@ -47,7 +47,7 @@ polytmpctl [OPTIONS...] COMMAND ...
   -l --full                  Do not ellipsize output
   -n --lines=INTEGER         Number of journal entries to show
   -u --user=USER             path: the user whose FILE it is; by default the
-                             caller, with sudo the user who runs it
+                             caller, or under sudo, the user who ran it
      --as-user               enter: run the command as USER, not as root
      --persistent            remove: also remove what is kept between logins
                              (/var/tmp)
