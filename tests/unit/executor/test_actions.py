@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the executor takes over at start, what it holds, and what it removes.
+
+Not here: making and deleting directories and namespaces (tests/kernel, tests/e2e).
+"""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polytmpd.blocking import instances, removal
+from polytmpd.core.model import Instance
+from polytmpd.executor.actions import Executor
+from polytmpd.kernel import inside
+from polytmpd.kernel.descriptor import Descriptor
+from tests.unit.executor.world import INSTANCE, TMP, UID, World, namespace
+
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
+
+
+@pytest.mark.parametrize("lives", [False, True])
+async def test_an_instance_that_is_set_aside_already(
+    world: World, monkeypatch: pytest.MonkeyPatch, lives: bool
+) -> None:
+    """The daemon ended before it forgot it. A login would be refused: nothing is there to be joined."""
+    if not lives:
+        monkeypatch.setattr(instances, "open_living", lambda _: None)
+    monkeypatch.setattr(inside, "renew_sentinel", lambda *_: 1)
+    world.state.save(INSTANCE)
+    restored = await world.executor.restore([TMP])
+    world.executor.start()
+    assert [entry.uid for entry in restored.draining] == ([UID] if lives else [])
+    assert set(world.state.load()[0]) == ({UID} if lives else set())
+
+
+def former_user(_: Instance) -> None:
+    raise OSError(errno.EBUSY, "processes live in the instance of alice")
+
+
+async def test_what_is_not_watched_has_not_ended(
+    unwatched: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files would be deleted under whoever lives in it."""
+    monkeypatch.setattr(instances, "require_same_user", former_user)
+    with pytest.raises(OSError, match="processes live"):
+        await unwatched.rejoin(INSTANCE)
+    assert not unwatched.has_ended(UID)
+    with pytest.raises(OSError, match="just logged in"):
+        await unwatched.remove_persistent(UID, [TMP])
+
+
+async def test_a_descriptor_is_no_watch(unwatched: Executor) -> None:
+    await unwatched.rejoin(INSTANCE)
+    assert not unwatched.has_ended(UID)
+    unwatched.let_go(UID)
+    assert not unwatched.has_ended(UID)
+
+
+async def test_a_new_namespace_is_watched(
+    world: World, unwatched: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rebuild(instance: Instance, watch: Any) -> tuple[Instance, Descriptor, int]:
+        return instance, namespace(), watch(str(tmp_path))
+
+    monkeypatch.setattr(instances, "open_living", lambda _: None)
+    monkeypatch.setattr(instances, "rebuild", rebuild)
+    held = await unwatched.rejoin(INSTANCE)
+    unwatched.let_go(UID)
+    assert not unwatched.has_ended(UID)
+    (watch,) = held.watches
+    del unwatched._sentinels._owners[watch]  # as its end does
+    assert unwatched.has_ended(UID)
+
+
+async def test_what_root_removed_is_not_there_any_more(
+    unwatched: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(removal, "set_aside", lambda _: [])
+    await unwatched.remove(INSTANCE)
+    assert unwatched.has_ended(UID)
