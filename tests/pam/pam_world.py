@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 # PAM return codes: <security/_pam_types.h>
 PAM_SUCCESS = 0
 PAM_SYSTEM_ERR = 4
@@ -31,6 +33,9 @@ PAM_ERROR_MSG = 3
 LOG_LEVELS = ("EMERG", "ALERT", "CRIT", "ERR", "WARNING", "NOTICE", "INFO", "DEBUG")
 
 HERE = Path(__file__).parent
+
+# For tests that take away what the sanitizers need: /proc, malloc()
+plain_build = pytest.mark.parametrize("build", ["plain"], indirect=True)
 
 BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">

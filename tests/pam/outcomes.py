@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a session may come to: joined, refused, skipped, and nothing else has changed.
+
+Not here: the world in which sessions are opened (pam_world).
+"""
+
+from collections.abc import Callable
+
+from tests.pam.pam_world import (
+    PAM_ERROR_MSG,
+    PAM_IGNORE,
+    PAM_PERM_DENIED,
+    PAM_SUCCESS,
+    Daemon,
+    Namespace,
+    Session,
+    World,
+)
+
+MakeDaemon = Callable[..., Daemon]
+
+CALL = "call org.polytmp1.Manager /org/polytmp1 u "
+DBUS = "org.freedesktop.DBus.Error."
+
+
+def assert_untouched(session: Session, cwd: str = "/") -> None:
+    assert not session.moved
+    assert session.cwd == cwd
+    assert session.same_directory
+    assert_clean(session)
+
+
+def assert_clean(session: Session) -> None:
+    assert session.fds == session.fds_before
+    assert session.environment == 0
+    assert session.closed == PAM_SUCCESS
+
+
+def assert_refused(
+    session: Session, reason: str, name: str = "", user: str = "alice", cwd: str = "/"
+) -> None:
+    """PAM_PERM_DENIED, one line in the log, one for the user; the process has not moved."""
+    assert session.result == PAM_PERM_DENIED
+    assert_untouched(session, cwd)
+    detail = f"{name}: {reason}" if name else reason
+    assert session.log == [("ERR", f"no private /tmp for user {user}, refusing the session: {detail}")]
+    told = f"polytmp: cannot give you a private /tmp: {reason}; ask your administrator"
+    assert session.messages == [(PAM_ERROR_MSG, told)]
+
+
+def assert_skipped(session: Session, level: str, line: str) -> None:
+    assert session.result == PAM_IGNORE
+    assert_untouched(session)
+    assert session.log == [(level, line)]
+    assert session.messages == []
+
+
+def assert_joined(session: Session, namespace: Namespace) -> None:
+    assert session.result == PAM_SUCCESS
+    assert session.namespace == namespace.inode
+    assert_clean(session)
+
+
+def assert_unreachable_for(world: World, user: str, bus: str | None = None) -> Session:
+    """A user is refused, a system user is let through; returns the session."""
+    session = world.open_session("-u", user, bus=bus)
+    assert_untouched(session)
+    assert len(session.log) == 1
+    level, line = session.log[0]
+    assert "polytmpd cannot be reached: " in line
+    assert user in line
+    if user == "cronuser":
+        assert (session.result, level, session.messages) == (PAM_IGNORE, "WARNING", [])
+    else:
+        assert (session.result, level, len(session.messages)) == (PAM_PERM_DENIED, "ERR", 1)
+    return session
