@@ -22,10 +22,12 @@ if LIBRARY != "dbus_next":
     assert "polytmpd.bus.library" not in sys.modules, f"{LIBRARY}: run tests/bus by itself"
     sys.modules["dbus_next"] = None  # type: ignore[assignment]  # how the import system spells "not there"
 
-from polytmpd.bus import library  # noqa: E402
+from polytmpd.bus import library, polkit  # noqa: E402
 from polytmpd.bus.connection import Connection  # noqa: E402
 from polytmpd.bus.service import Service  # noqa: E402
-from tests.bus.world import Backend, Client, close  # noqa: E402
+from polytmpd.core.names import object_path  # noqa: E402
+from tests.bus.polkit_world import FakePolkit, Stranger  # noqa: E402
+from tests.bus.world import Backend, Client, close, view  # noqa: E402
 from tests.unit.settled import no_descriptor_leaks, no_task_leaks  # noqa: E402
 
 __all__ = ["no_descriptor_leaks", "no_task_leaks"]
@@ -142,6 +144,29 @@ async def service(connection: Connection, backend: Backend) -> Service:
     made = Service(connection, backend.views, backend, backend)
     await made.publish()
     return made
+
+
+@pytest.fixture
+async def authority(new_client: Callable[[], Any]) -> AsyncIterator[FakePolkit]:
+    client = await new_client()
+    made = FakePolkit(client)
+    await client.own(polkit.SERVICE)
+    yield made
+    await client.disown(polkit.SERVICE)
+
+
+@pytest.fixture
+async def stranger(bus: str) -> AsyncIterator[Stranger]:
+    made = Stranger(bus)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def shown(service: Service, backend: Backend) -> str:
+    """bob's instance."""
+    backend.views.show(view(1002, "bob"))
+    return object_path(1002)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import observe
-from tests.bed import RELEASES, BedError, CommandError, Machine, build, eventually
+from tests.bed import RELEASES, BedError, CommandError, Machine, Session, build, eventually
 from tests.bed.nspawn import require_tools
 from tests.faults.bed import Host
 
@@ -108,6 +108,14 @@ def machine(request: pytest.FixtureRequest, release: str, deb: Path) -> Iterator
     marker = request.node.get_closest_marker("prepared")
     with Machine(release, deb, prepare=marker and marker.kwargs["by"]) as booted:
         yield booted
+
+
+@pytest.fixture
+def alice(machine: Machine) -> Iterator[Session]:
+    """alice is logged in, with a file in each directory."""
+    with machine.session("alice") as session:
+        session.run("echo hers >/tmp/file; echo kept >/var/tmp/file")
+        yield session
 
 
 @pytest.fixture(scope="module")

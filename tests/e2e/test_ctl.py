@@ -3,55 +3,15 @@
 
 import json
 import select
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests import observe
-from tests.bed import Machine, Result, eventually
+from tests.bed import Machine, Session, eventually
 from tests.bed.tree import ssh_key
+from tests.e2e.polytmpctl import ctl, refused, terminal, values
 
-pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def machine(release: str, deb: Path) -> Iterator[Machine]:
-    def prepare(root: Path) -> None:
-        drop_in = root / "etc/systemd/logind.conf.d/quick.conf"
-        drop_in.parent.mkdir(parents=True, exist_ok=True)
-        drop_in.write_text(observe.QUICK_LOGOUT)
-
-    with Machine(release, deb, prepare=prepare) as booted:
-        yield booted
-
-
-@pytest.fixture
-def alice(machine: Machine) -> Iterator[Any]:
-    """alice is logged in, with a file in each directory."""
-    with machine.session("alice") as session:
-        session.run("echo hers >/tmp/file; echo kept >/var/tmp/file")
-        yield session
-
-
-def ctl(machine: Machine, *words: str, check: bool = True, timeout: float = 20) -> Result:
-    return machine.run("polytmpctl", *words, check=check, timeout=timeout)
-
-
-def values(machine: Machine, *words: str) -> Any:
-    return json.loads(ctl(machine, "--json=short", *words).stdout)
-
-
-def refused(result: Result, *texts: str) -> None:
-    """Status 1, nothing on stdout, one line that says what and one that says what to do."""
-    assert result.returncode == 1, result
-    assert result.stdout == "", result
-    lines = result.stderr.splitlines()
-    assert lines[0].startswith("polytmpctl: "), result
-    assert "Traceback" not in result.stderr
-    for text in texts:
-        assert text in result.stderr, result
+pytestmark = [pytest.mark.e2e, pytest.mark.prepared(by=observe.quick_logouts)]
 
 
 # What is wrong
@@ -91,7 +51,7 @@ def test_without_the_daemon(machine: Machine) -> None:
         machine.run("systemctl", "start", "polytmpd.service")
 
 
-def test_a_reader_that_has_enough(machine: Machine, alice: Any) -> None:
+def test_a_reader_that_has_enough(machine: Machine, alice: Session) -> None:
     done = machine.sh("set -o pipefail; polytmpctl status | true; polytmpctl ps | head -n1; echo $?")
     assert done.stderr == ""
 
@@ -107,7 +67,7 @@ def test_an_empty_host(machine: Machine) -> None:
     assert values(machine, "status") == []
 
 
-def test_list(machine: Machine, alice: Any) -> None:
+def test_list(machine: Machine, alice: Session) -> None:
     lines = ctl(machine, "list").stdout.splitlines()
     assert lines[0].split() == ["UID", "USER", "STATE", "SINCE", "AGE"]
     assert lines[1].split()[:3] == ["1001", "alice", "active"]
@@ -124,7 +84,7 @@ def test_list(machine: Machine, alice: Any) -> None:
     ]
 
 
-def test_status(machine: Machine, alice: Any) -> None:
+def test_status(machine: Machine, alice: Session) -> None:
     alice.run("unshare -Urm sleep 4321 >/dev/null 2>&1 & true")
     alice.run("mkdir /tmp/m && sudo mount -t tmpfs -o size=1m inner /tmp/m")
     eventually(lambda: machine.sh("pgrep -f -x 'sleep 4321'").stdout, what="unshare has started it")
@@ -147,7 +107,7 @@ def test_status(machine: Machine, alice: Any) -> None:
     alice.run("sudo umount /tmp/m; pkill -f -x 'sleep 4321'")
 
 
-def test_ps_says_why(machine: Machine, alice: Any) -> None:
+def test_ps_says_why(machine: Machine, alice: Session) -> None:
     alice.run("sudo systemd-run --quiet --unit=stray nsenter --mount=/proc/$$/ns/mnt sleep 1001")
     eventually(lambda: machine.sh("pgrep -f -x 'sleep 1001'").stdout, what="the stray process is there")
     holder = machine.popen("sh", "-c", f"exec 9</proc/{alice.pid}/ns/mnt; echo open; cat")
@@ -172,7 +132,7 @@ def test_ps_says_why(machine: Machine, alice: Any) -> None:
         machine.run("systemctl", "stop", "stray.service")
 
 
-def test_usage(machine: Machine, alice: Any) -> None:
+def test_usage(machine: Machine, alice: Session) -> None:
     before = {row["directory"]: row for row in values(machine, "usage", "alice")}
     alice.run("mkdir /tmp/d; head -c 3M /dev/zero >/tmp/d/big; ln /tmp/d/big /tmp/d/again")
     after = {row["directory"]: row for row in values(machine, "usage", "alice")}
@@ -183,7 +143,7 @@ def test_usage(machine: Machine, alice: Any) -> None:
     alice.run("rm -r /tmp/d")
 
 
-def test_path_there_and_back(machine: Machine, alice: Any) -> None:
+def test_path_there_and_back(machine: Machine, alice: Session) -> None:
     host = ctl(machine, "path", "-u", "alice", "/tmp/file").stdout.strip()
     assert machine.run("cat", host).stdout == "hers\n"
     assert ctl(machine, "path", host).stdout == "alice:/tmp/file\n"
@@ -193,7 +153,7 @@ def test_path_there_and_back(machine: Machine, alice: Any) -> None:
     assert ctl(machine, "path", "-u", "alice", *same, "/tmp/../tmp/./file").stdout.split() == [*same, host]
 
 
-def test_enter(machine: Machine, alice: Any) -> None:
+def test_enter(machine: Machine, alice: Session) -> None:
     assert ctl(machine, "enter", "alice", "cat", "/tmp/file").stdout == "hers\n"
     inside = ctl(
         machine, "enter", "alice", "sh", "-c", "id -u; readlink /proc/self/ns/mnt; pwd"
@@ -214,7 +174,7 @@ def test_enter(machine: Machine, alice: Any) -> None:
 # What changes things
 
 
-def test_remove_refuses_while_somebody_lives_in_it(machine: Machine, alice: Any) -> None:
+def test_remove_refuses_while_somebody_lives_in_it(machine: Machine, alice: Session) -> None:
     refused(
         ctl(machine, "remove", "--yes", "alice", check=False), "in use by", "loginctl terminate-user alice"
     )
@@ -289,11 +249,6 @@ def test_how_far_a_removal_is(machine: Machine) -> None:
     assert machine.sh(script.partition("do ")[2].partition(";")[0]).stdout == "t 0\n", "when it is over"
 
 
-def terminal(machine: Machine, command: str, typed: str) -> str:
-    """What root's terminal shows; the line is typed when the question is there."""
-    return machine.ssh("root", command, tty=True, input=f"{typed}\n", check=False).stdout
-
-
 def test_monitor(machine: Machine) -> None:
     observe.log_everybody_out(machine)
     process = machine.popen("polytmpctl", "monitor", "--json=short")
@@ -323,7 +278,7 @@ def test_monitor(machine: Machine) -> None:
 # On a terminal
 
 
-def test_a_terminal_has_colours_and_a_pager(machine: Machine, alice: Any) -> None:
+def test_a_terminal_has_colours_and_a_pager(machine: Machine, alice: Session) -> None:
     shown = machine.ssh("root", "TERM=xterm polytmpctl --no-pager list", tty=True).stdout
     assert "\x1b[0;1;32mactive\x1b[0m" in shown
     assert (
@@ -336,7 +291,7 @@ def test_a_terminal_has_colours_and_a_pager(machine: Machine, alice: Any) -> Non
     assert "FRSXMK" in machine.ssh("root", "TERM=xterm SYSTEMD_PAGER=env polytmpctl list", tty=True).stdout
 
 
-def test_the_completion_of_bash(machine: Machine, alice: Any) -> None:
+def test_the_completion_of_bash(machine: Machine, alice: Session) -> None:
     script = (
         ". /usr/share/bash-completion/completions/polytmpctl; COMP_WORDS=(polytmpctl {}); "
         "COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _polytmpctl; echo ${{COMPREPLY[@]}}"
@@ -348,7 +303,7 @@ def test_the_completion_of_bash(machine: Machine, alice: Any) -> None:
 # Other hosts
 
 
-def test_another_host(machine: Machine, alice: Any) -> None:
+def test_another_host(machine: Machine, alice: Session) -> None:
     """This one once more, by ssh."""
     machine.write("/root/.ssh/id_ed25519", ssh_key().read_text(), 0o600)
     machine.write("/root/.ssh/config", "StrictHostKeyChecking accept-new\nLogLevel ERROR\n", 0o600)
@@ -367,130 +322,3 @@ def test_a_container_that_is_not_there(machine: Machine) -> None:
     """The image of the tests has no systemd-machined, as many servers."""
     refused(ctl(machine, "-M", "nosuch", "list", check=False), "No container 'nosuch'")
     refused(ctl(machine, "-M", "alice@", "list", check=False), "Invalid container")
-
-
-# check
-
-
-def test_check_passes_on_this_host(machine: Machine, alice: Any) -> None:
-    done = ctl(machine, "check", check=False)
-    assert done.returncode == 0, done
-    assert " fail" not in done.stdout
-    found = values(machine, "check")
-    assert found["verdict"] == "pass"
-    names = {entry["name"]: entry["verdict"] for entry in found["results"]}
-    expected = (
-        "polytmpd.service",
-        "move_mount(MOVE_MOUNT_SET_GROUP)",
-        "cgroups",
-        "sshd",
-        "cron",
-        "su",
-        "systemd-user",
-    )
-    assert {name: names.get(name) for name in expected} == dict.fromkeys(expected, "pass")
-    assert names["/ (propagation)"] == "pass"
-    narrow = machine.sh("COLUMNS=80 polytmpctl check").stdout
-    assert "\n✓ pass mounts   / (propagation)\n                shared: mounts reach sessions" in narrow
-    assert max(map(len, narrow.splitlines()[3:])) <= 80
-
-
-def test_check_finds_a_directory_and_users_that_have_none(machine: Machine, alice: Any) -> None:
-    machine.write("/etc/polytmpd.conf.d/x.conf", "[Polytmp]\nDirectories=/tmp /var/tmp /srv/none\n")
-    machine.run("useradd", "--uid", "70000", "distant")
-    try:
-        done = ctl(machine, "check", "--json=short", check=False)
-        results = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}
-        assert results["/srv/none"]["verdict"] == "fail", "not in force: it is judged all the same"
-        assert "create /srv/none" in results["polytmpd.conf"]["remedy"]
-        machine.run("systemctl", "restart", "polytmpd")
-        done = ctl(machine, "check", "--json=short", check=False)
-        results = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}
-        verdicts = {name: entry["verdict"] for name, entry in results.items() if entry["verdict"] != "pass"}
-        assert verdicts == {"/srv/none": "fail", "login.defs": "warn"}
-        assert "install -d -m 1777 /srv/none" in results["/srv/none"]["remedy"]
-        assert "distant (70000)" in results["login.defs"]["text"]
-        assert "UID_MAX 70000" in results["login.defs"]["remedy"]
-    finally:
-        machine.sh("userdel distant; rm /etc/polytmpd.conf.d/x.conf; systemctl restart polytmpd")
-
-
-def test_check_finds_mistakes_in_the_configuration(machine: Machine, alice: Any) -> None:
-    """Whether the daemon has read them or not; and who is exempt is no finding."""
-    machine.write("/etc/polytmpd.conf.d/x.conf", "[Polytmp]\nExemptUsers=bob nobody-knows\nFoo=bar\n")
-    machine.run("systemd-run", "--quiet", "--unit=outside", "--uid=bob", "sleep", "777")
-    try:
-        done = ctl(machine, "check", "--json=short", check=False)
-        assert done.returncode == 0
-        found = [entry for entry in json.loads(done.stdout)["results"] if entry["verdict"] != "pass"]
-        assert [(entry["name"], entry["verdict"]) for entry in found] == [
-            ("/etc/polytmpd.conf.d/x.conf:3", "warn"),
-            ("polytmpd.conf", "warn"),
-        ]
-        assert "Unknown setting Foo=" in found[0]["text"]
-        assert "nobody-knows" in found[1]["text"]
-    finally:
-        machine.sh("systemctl stop outside; rm /etc/polytmpd.conf.d/x.conf")
-
-
-def test_check_finds_what_is_in_a_users_way(machine: Machine) -> None:
-    observe.log_everybody_out(machine)
-    machine.run("useradd", "--uid", "1009", "--create-home", "ninth")
-    machine.run("mkdir", "-p", "/var/tmp/polytmp-1009/tmp")
-    try:
-        assert machine.run("su", "ninth", "-c", "true", check=False).returncode != 0
-        done = ctl(machine, "check", "--json=short", check=False)
-        found = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}[
-            "/var/tmp/polytmp-1009"
-        ]
-        assert (found["verdict"], "logins of UID 1009 are refused" in found["text"]) == ("fail", True)
-        machine.sh(found["remedy"].partition("then: ")[2].partition(",")[0])
-        machine.run("su", "ninth", "-c", "true")
-        assert ctl(machine, "check", check=False).returncode == 0
-    finally:
-        observe.log_everybody_out(machine)
-        machine.sh("userdel --remove ninth; rm -r /var/tmp/not-polytmp-1009 /var/tmp/polytmp-1009")
-
-
-def cron_is_cured(machine: Machine, remedy: str) -> bool:
-    """Does what the remedy says, as it says it; systemd.exec(5) has its own empty value for each setting."""
-    edit, _, then = remedy.partition(" (one per line); then: ")
-    command, _, lines = edit.partition(": ")
-    assert command == "systemctl edit cron.service"
-    machine.write("/etc/systemd/system/cron.service.d/y.conf", lines.replace(" ", "\n") + "\n")
-    machine.sh(f"systemctl daemon-reload; {then}")
-    found = json.loads(ctl(machine, "check", "--json=short", check=False).stdout)["results"]
-    return [entry["verdict"] for entry in found if entry["name"] == "cron.service"] == ["pass"]
-
-
-def test_check_finds_what_is_wrong(machine: Machine, alice: Any) -> None:
-    machine.write(
-        "/etc/systemd/system/cron.service.d/x.conf",
-        "[Service]\nProtectSystem=full\nPrivateTmp=yes\nReadOnlyPaths=/mnt\n",
-    )
-    machine.write("/etc/pam.d/vsftpd", "session required pam_unix.so\n")
-    machine.write("/etc/tmpfiles.d/polytmp.conf", "")
-    machine.write("/etc/krb5.conf", "[libdefaults]\n default_ccache_name = FILE:/tmp/krb5cc_%{uid}\n")
-    machine.sh("systemctl daemon-reload; systemctl restart cron")
-    machine.run("systemd-run", "--quiet", "--unit=outside", "--uid=alice", "sleep", "777")
-    try:
-        done = ctl(machine, "check", "--json=short", check=False)
-        assert done.returncode == 1
-        results = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}
-        verdicts = {name: entry["verdict"] for name, entry in results.items() if entry["verdict"] != "pass"}
-        assert verdicts == {
-            "cron.service": "fail",
-            "vsftpd": "fail",
-            "tmpfiles.d": "fail",
-            "Kerberos": "warn",
-            "alice": "warn",
-        }
-        assert all(entry["remedy"] for entry in results.values() if entry["verdict"] in {"warn", "fail"})
-        assert "ProtectSystem=" in results["cron.service"]["text"]
-        assert cron_is_cured(machine, results["cron.service"]["remedy"])
-        assert "sleep" in results["alice"]["text"]
-    finally:
-        machine.sh(
-            "systemctl stop outside; rm -r /etc/systemd/system/cron.service.d /etc/pam.d/vsftpd "
-            "/etc/tmpfiles.d/polytmp.conf /etc/krb5.conf; systemctl daemon-reload; systemctl restart cron"
-        )

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""polytmpctl as an administrator runs it in a machine."""
+
+import json
+from typing import Any
+
+from tests.bed import Machine, Result
+
+
+def ctl(machine: Machine, *words: str, check: bool = True, timeout: float = 20) -> Result:
+    return machine.run("polytmpctl", *words, check=check, timeout=timeout)
+
+
+def values(machine: Machine, *words: str) -> Any:
+    return json.loads(ctl(machine, "--json=short", *words).stdout)
+
+
+def refused(result: Result, *texts: str) -> None:
+    """Status 1, nothing on stdout, one line that says what and one that says what to do."""
+    assert result.returncode == 1, result
+    assert result.stdout == "", result
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("polytmpctl: "), result
+    assert "Traceback" not in result.stderr
+    for text in texts:
+        assert text in result.stderr, result
+
+
+def terminal(machine: Machine, command: str, typed: str) -> str:
+    """What root's terminal shows; the line is typed when the question is there."""
+    return machine.ssh("root", command, tty=True, input=f"{typed}\n", check=False).stdout
