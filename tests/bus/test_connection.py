@@ -49,20 +49,20 @@ async def departed(connection: Connection, name: str) -> None:
 # ask()
 
 
-async def test_one_call_after_the_other(connection: Connection) -> None:
+async def test_sequential_calls(connection: Connection) -> None:
     for _ in range(10):
         (names,) = await connection.ask_bus("ListNames")
         assert connection.unique_name in names
     assert connection.connected
 
 
-async def test_an_error_answer_has_name_and_text(connection: Connection) -> None:
+async def test_an_error_reply_has_a_name_and_a_text(connection: Connection) -> None:
     with pytest.raises(BusError, match=r"no\.such\.name") as caught:
         await connection.ask("no.such.name", "/", "org.example.X", "Do")
     assert caught.value.name == "org.freedesktop.DBus.Error.ServiceUnknown"
 
 
-async def test_no_answer_in_time(connection: Connection, client: Client) -> None:
+async def test_a_call_times_out(connection: Connection, client: Client) -> None:
     deaf = Deaf(client)
     with pytest.raises(BusError, match="no answer from") as caught:
         await connection.ask(deaf.name, "/", "org.example.Deaf", "Do", timeout=0.05)
@@ -111,7 +111,7 @@ async def test_the_end_of_the_connection_ends_every_call(
     assert sent == [True], "what waits to close a descriptor is told"
 
 
-async def test_who_waits_for_the_end_is_not_disturbed_by_calls(connection: Connection) -> None:
+async def test_calls_do_not_disturb_waiting_for_the_end(connection: Connection) -> None:
     closed = asyncio.ensure_future(connection.wait_closed())
     impatient = asyncio.ensure_future(connection.wait_closed())
     for _ in range(3):
@@ -124,13 +124,13 @@ async def test_who_waits_for_the_end_is_not_disturbed_by_calls(connection: Conne
     await asyncio.wait_for(closed, 20)
 
 
-async def test_a_body_that_does_not_fit(connection: Connection) -> None:
+async def test_a_body_that_does_not_match_its_signature(connection: Connection) -> None:
     with pytest.raises(BusError):
         await connection.ask_bus("GetNameOwner", "s", 5)
     assert await connection.ask_bus("GetId")
 
 
-async def test_a_bus_that_is_not_there(tmp_path: Path) -> None:
+async def test_no_bus_at_the_address(tmp_path: Path) -> None:
     await refused(f"unix:path={tmp_path}/none", OSError)
 
 
@@ -144,7 +144,7 @@ async def refused(address: str, kind: type[Exception]) -> None:
         gc.collect()
 
 
-async def test_an_address_that_is_none() -> None:
+async def test_an_invalid_address() -> None:
     await refused("nonsense", BusError)
 
 
@@ -159,7 +159,7 @@ async def test_credentials(connection: Connection, client: Client) -> None:
         await connection.pid_of(client.name)
 
 
-async def test_a_name_is_owned_by_one(connection: Connection, connect: Callable[[], Any]) -> None:
+async def test_a_name_has_one_owner(connection: Connection, connect: Callable[[], Any]) -> None:
     await connection.own_name("org.example.Mine")
     other = await connect()
     with pytest.raises(BusError, match=r"another process owns org\.example\.Mine"):
@@ -223,7 +223,7 @@ async def heard(connection: Connection) -> Heard:
     return found
 
 
-async def test_signals_of_the_owner_alone_are_believed(
+async def test_only_signals_of_the_owner_are_believed(
     connection: Connection, heard: Heard, new_client: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     forger, logind = await new_client(), await new_client()
@@ -272,7 +272,7 @@ async def test_the_owner_is_known_from_the_start(connection: Connection, client:
     await eventually(lambda: told == [None, client.name])
 
 
-async def test_a_change_of_owner_beats_an_older_answer(
+async def test_a_change_of_owner_overrides_an_older_reply(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer to GetNameOwner and the signal after it may be read in one go."""

@@ -51,7 +51,7 @@ async def ping(client: Client) -> None:
 # Descriptors in answers
 
 
-async def test_acquire_hands_over_a_working_descriptor(
+async def test_acquire_returns_a_working_descriptor(
     service: Service, backend: Backend, client: Client
 ) -> None:
     reply = await client.call("AcquireNamespace", "u", [1000])
@@ -64,7 +64,7 @@ async def test_acquire_hands_over_a_working_descriptor(
     assert (backend.acquired, backend.callers) == ([1000], [os.getpid()]), "which process asks is known"
 
 
-async def test_answers_keep_no_descriptor(service: Service, client: Client) -> None:
+async def test_replies_leave_no_descriptor_open(service: Service, client: Client) -> None:
     await ping(client)
     before = len(descriptors())
     for _ in range(20):
@@ -103,7 +103,7 @@ async def test_a_caller_that_went_away_leaves_no_descriptor(
     await eventually(lambda: len(descriptors()) == before)
 
 
-async def test_a_caller_that_wants_no_answer_gets_none(
+async def test_a_caller_that_wants_no_reply_gets_none(
     service: Service,
     backend: Backend,
     client: Client,
@@ -166,9 +166,7 @@ async def test_descriptors_in_any_message_are_closed(
             os.close(fd)
 
 
-async def test_descriptors_in_an_answer_that_we_asked_for_are_closed(
-    connection: Any, client: Client
-) -> None:
+async def test_descriptors_in_a_requested_reply_are_closed(connection: Any, client: Client) -> None:
     """The bus itself sends a pidfd with credentials; anybody whom we call may send some."""
 
     def answer(received: Message) -> bool:
@@ -210,14 +208,14 @@ async def test_novel_signatures_in_one_message_are_bounded(service: Service, cli
 
 
 @pytest.mark.parametrize("member", ["Reload", "GetInstance"])
-async def test_a_large_body_fits_no_method(service: Service, client: Client, member: str) -> None:
+async def test_no_method_accepts_a_large_body(service: Service, client: Client, member: str) -> None:
     name, text = await client.error(member, "s", ["x" * BODY_AT_MOST])
     assert name == "org.freedesktop.DBus.Error.InvalidArgs"
     assert (UNREAD in text) == (LIBRARY == "dbus_next")  # dbus-fast reads it all, compiled
     await ping(client)
 
 
-async def test_a_deep_message_is_survived(service: Service, client: Client) -> None:
+async def test_the_service_survives_a_deeply_nested_message(service: Service, client: Client) -> None:
     deep: Any = Variant("s", "x")
     for _ in range(60):
         deep = Variant("v", deep)
@@ -229,7 +227,7 @@ async def test_a_deep_message_is_survived(service: Service, client: Client) -> N
 
 
 @pytest.mark.skipif(LIBRARY != "dbus_next", reason="dbus-fast has a writer of its own")
-async def test_a_full_socket_with_a_high_number_is_waited_for() -> None:
+async def test_a_full_socket_with_a_high_descriptor_number() -> None:
     """A daemon that a thousand namespaces were given back to has its connection above them."""
     here, there = socket.socketpair()
     with here, there, socket.socket(fileno=fcntl.fcntl(here, fcntl.F_DUPFD_CLOEXEC, 1500)) as high:
@@ -243,7 +241,7 @@ async def test_a_full_socket_with_a_high_number_is_waited_for() -> None:
         await reader
 
 
-async def test_a_flood_of_one_caller_is_refused_and_others_are_served(
+async def test_a_flood_from_one_caller_does_not_stop_others(
     service: Service, backend: Backend, client: Client, new_client: Callable[[], Any]
 ) -> None:
     backend.gate = asyncio.Event()
@@ -267,7 +265,7 @@ async def test_a_flood_of_one_caller_is_refused_and_others_are_served(
     await ping(client)
 
 
-async def test_many_callers_at_once_are_told_apart(
+async def test_concurrent_callers_are_told_apart(
     service: Service, backend: Backend, new_client: Callable[[], Any]
 ) -> None:
     clients = [await new_client() for _ in range(20)]

@@ -44,7 +44,7 @@ def test_dbus_next_is_the_library() -> None:
     assert imported("from polytmpd.bus.library import LIBRARY; print(LIBRARY)") == "dbus_next"
 
 
-def test_its_glib_flavour_stays_out() -> None:
+def test_the_glib_variant_is_not_imported() -> None:
     """Where PyGObject is installed it would be loaded: 3 MB for nothing."""
     code = """
 import sys, types

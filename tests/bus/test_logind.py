@@ -75,7 +75,7 @@ async def test_lists(logind: Logind, fake: FakeLogind) -> None:
     assert await logind.sessions() == [Session("c1", ALICE), Session("2", User(1001, "bob"))]
 
 
-async def test_who_is_logged_in_and_who_is_not(logind: Logind, fake: FakeLogind) -> None:
+async def test_which_users_are_logged_in(logind: Logind, fake: FakeLogind) -> None:
     """A closing session is over, whoever is left in it; a manager's or a job's is nobody's login."""
     fake.users, fake.sessions = {1000: "alice"}, {"1": 1000, "2": 1000, "3": 1000}
     fake.classes, fake.closing = {"2": "manager-early", "3": "background"}, set()
@@ -89,7 +89,7 @@ async def test_who_is_logged_in_and_who_is_not(logind: Logind, fake: FakeLogind)
     assert [await logind.is_open(session) for session in ("1", "2", "gone")] == [False, True, False]
 
 
-async def test_what_an_administrator_sees_of_sessions(fake: FakeLogind, connection: Connection) -> None:
+async def test_session_details_for_an_administrator(fake: FakeLogind, connection: Connection) -> None:
     """A closing one too, and a job, but no service manager."""
     fake.users = {1000: "alice", 1001: "bob"}
     fake.sessions = {"1": 1000, "2": 1000, "3": 1000, "4": 1001}
@@ -117,7 +117,7 @@ async def test_a_login_and_a_logout(logind: Logind, fake: FakeLogind, heard: Lis
     ]
 
 
-async def test_who_is_gone_when_asked_about_was_never_here(
+async def test_a_user_who_left_before_the_reply_is_not_reported(
     logind: Logind, fake: FakeLogind, heard: Listener
 ) -> None:
     fake.client.send_signal("UserNew", "uo", [1000, fake.user_path(1000)])
@@ -127,7 +127,7 @@ async def test_who_is_gone_when_asked_about_was_never_here(
     assert heard == [("user_new", User(1001, "bob"))]
 
 
-async def test_a_removal_overtakes_no_arrival(
+async def test_a_removal_never_overtakes_an_arrival(
     logind: Logind, fake: FakeLogind, heard: Listener, connection: Connection
 ) -> None:
     """The answer to our question and the removal are read in one go: the removal is handled first."""
@@ -149,7 +149,9 @@ async def test_a_removal_overtakes_no_arrival(
     assert ("user_new", ALICE) not in heard[heard.index(("user_removed", 1000)) :]
 
 
-async def test_a_session_that_came_back_is_here(logind: Logind, fake: FakeLogind, heard: Listener) -> None:
+async def test_a_session_that_came_back_is_reported(
+    logind: Logind, fake: FakeLogind, heard: Listener
+) -> None:
     for _ in range(2):
         fake.user_new(1000, "alice")
         fake.session_new("c1", 1000)
@@ -228,7 +230,9 @@ class FakeSystemd:
         )
 
 
-async def test_it_comes_back(client: Client, connection: Connection, heard: Listener) -> None:
+async def test_the_service_manager_comes_back(
+    client: Client, connection: Connection, heard: Listener
+) -> None:
     """After a restart of the bus PID 1 is away for a moment: that is no reason not to start."""
     systemd = Systemd(connection)
     await systemd.subscribe(heard)
@@ -258,7 +262,7 @@ async def test_control_group(fake_systemd: FakeSystemd, connection: Connection) 
         await systemd.control_group(1000)
 
 
-async def test_changes_of_users_slices_alone(
+async def test_only_changes_of_user_slices_are_reported(
     fake_systemd: FakeSystemd, connection: Connection, heard: Listener
 ) -> None:
     await Systemd(connection).subscribe(heard)
@@ -277,7 +281,7 @@ async def test_changes_of_users_slices_alone(
     assert heard == [("slice_changed", 1001)]
 
 
-async def test_changes_of_sessions_scopes_alone(
+async def test_only_changes_of_session_scopes_are_reported(
     fake_systemd: FakeSystemd, connection: Connection, heard: Listener
 ) -> None:
     await Systemd(connection).subscribe(heard)

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.bus, pytest.mark.usefixtures("root")]
 
 
 @pytest.mark.parametrize("pid", [0, 1])
-async def test_whose_a_process_is_takes_long(
+async def test_slow_lookups_by_pid(
     service: Service, backend: Backend, stranger: Stranger, client: Client, pid: int
 ) -> None:
     """One look-up of one user at a time, and root's at once."""
@@ -95,7 +95,9 @@ async def test_counting_ends_when_the_caller_leaves(
 
 
 @pytest.mark.parametrize("member", QUESTIONS)
-async def test_few_counts_at_once(service: Service, backend: Backend, client: Client, member: str) -> None:
+async def test_few_counts_run_at_once(
+    service: Service, backend: Backend, client: Client, member: str
+) -> None:
     counting = Counting(backend)
     backend.views.show(view(1002))
     path = object_path(1002)
@@ -128,7 +130,7 @@ async def test_root_does_not_wait_for_others(
 
 
 @pytest.mark.parametrize("member", QUESTIONS)
-async def test_counting_has_an_end(
+async def test_counting_times_out(
     service: Service, backend: Backend, client: Client, monkeypatch: pytest.MonkeyPatch, member: str
 ) -> None:
     monkeypatch.setattr(callers, "ANSWER_TIMEOUT", 0.2)

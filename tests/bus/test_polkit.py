@@ -63,7 +63,7 @@ async def test_polkit_decides(
     assert authority.asked[0][2] == details
 
 
-async def test_ones_own_instance_is_another_action(
+async def test_a_users_own_instance_has_a_separate_action(
     service: Service, backend: Backend, authority: FakePolkit, stranger: Stranger
 ) -> None:
     backend.views.show(view(STRANGER, "nobody"))
@@ -75,7 +75,7 @@ async def test_ones_own_instance_is_another_action(
     assert len(authority.asked) == 1, "looking at one's own needs nobody's leave"
 
 
-async def test_root_is_not_asked_about(
+async def test_root_needs_no_authorization(
     shown: str, authority: FakePolkit, client: Client, backend: Backend
 ) -> None:
     await client.result("RemoveInstance", "u", [1002])
@@ -84,7 +84,7 @@ async def test_root_is_not_asked_about(
     assert authority.asked == []
 
 
-async def test_a_person_is_asked_only_where_the_caller_allows_it(
+async def test_polkit_may_ask_the_user_only_if_the_caller_allows_it(
     shown: str, authority: FakePolkit, stranger: Stranger
 ) -> None:
     await stranger.call(PATH, f"{MANAGER}.Reload")
@@ -92,7 +92,7 @@ async def test_a_person_is_asked_only_where_the_caller_allows_it(
     assert [(asked[3], bool(asked[4])) for asked in authority.asked] == [(0, False), (1, True)]
 
 
-async def test_without_polkit_root_decides_alone(shown: str, stranger: Stranger, backend: Backend) -> None:
+async def test_without_polkit_only_root_is_allowed(shown: str, stranger: Stranger, backend: Backend) -> None:
     assert "polkit is not available" in await as_stranger(
         stranger.bus, PATH, f"{MANAGER}.RemoveInstance", "uint32:1002"
     )
@@ -105,7 +105,7 @@ async def look(client: Client, uid: int = 1002, *, interactive: bool = True) -> 
     return await client.call("GetUserUsage", "u", [uid], flags=flags)
 
 
-async def test_a_password_holds_for_the_user_and_the_connection(
+async def test_an_authorization_is_kept_for_one_user_and_one_connection(
     shown: str, authority: FakePolkit, service: Service, backend: Backend, new_client: Callable[[], Any]
 ) -> None:
     authority.answer = ALLOWED
@@ -125,7 +125,7 @@ async def test_a_password_holds_for_the_user_and_the_connection(
     await eventually(lambda: not service._callers._polkit._granted)
 
 
-async def test_no_is_not_remembered_and_neither_is_what_a_rule_said(
+async def test_denials_and_rule_decisions_are_not_remembered(
     shown: str, authority: FakePolkit, new_client: Callable[[], Any]
 ) -> None:
     alice = await as_nobody(new_client)
@@ -141,7 +141,7 @@ async def test_no_is_not_remembered_and_neither_is_what_a_rule_said(
     assert len(authority.asked) == 4
 
 
-async def test_what_changes_something_is_asked_about_every_time(
+async def test_changes_are_authorized_every_time(
     shown: str, authority: FakePolkit, new_client: Callable[[], Any]
 ) -> None:
     authority.answer = ALLOWED
@@ -151,7 +151,7 @@ async def test_what_changes_something_is_asked_about_every_time(
     assert len(authority.asked) == 2
 
 
-async def test_so_many_are_remembered_and_no_more(
+async def test_the_number_of_remembered_authorizations_is_limited(
     service: Service, authority: FakePolkit, new_client: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(polkit, "_GRANTED_AT_MOST", 2)
@@ -162,7 +162,7 @@ async def test_so_many_are_remembered_and_no_more(
     assert [asked[2]["uid"] for asked in authority.asked] == ["1002", "1003", "1004", "1004"]
 
 
-async def test_a_bus_that_went_away_takes_what_was_allowed_along(
+async def test_authorizations_end_with_the_bus(
     shown: str,
     authority: FakePolkit,
     service: Service,
@@ -176,7 +176,7 @@ async def test_a_bus_that_went_away_takes_what_was_allowed_along(
     await eventually(lambda: not service._callers._polkit._granted)
 
 
-async def test_nobody_waits_for_a_polkit_that_thinks(
+async def test_a_slow_polkit_delays_no_other_caller(
     shown: str, authority: FakePolkit, stranger: Stranger, client: Client
 ) -> None:
     authority.answer = None
@@ -186,7 +186,7 @@ async def test_nobody_waits_for_a_polkit_that_thinks(
     assert await client.result("Reload") is None
 
 
-async def test_one_user_has_so_many_questions_open(
+async def test_the_open_requests_of_each_user_are_limited(
     shown: str, authority: FakePolkit, stranger: Stranger, client: Client
 ) -> None:
     """And no more: with 128 of them the bus would let the service ask nobody anything."""
@@ -201,7 +201,7 @@ async def test_one_user_has_so_many_questions_open(
     await eventually(lambda: len(authority.withdrawn) == ASKED_AT_MOST, 30)
 
 
-async def test_a_silent_polkit_is_a_no(
+async def test_a_silent_polkit_means_denied(
     shown: str, authority: FakePolkit, stranger: Stranger, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(polkit, "QUIET_TIMEOUT", 0.2)
@@ -214,7 +214,7 @@ async def test_a_silent_polkit_is_a_no(
     assert backend.reloads == 0
 
 
-async def test_the_question_is_withdrawn_when_the_caller_leaves(
+async def test_the_polkit_check_is_cancelled_when_the_caller_leaves(
     shown: str, authority: FakePolkit, stranger: Stranger, backend: Backend
 ) -> None:
     authority.answer = None
@@ -226,7 +226,7 @@ async def test_the_question_is_withdrawn_when_the_caller_leaves(
     assert backend.reloads == 0
 
 
-async def test_a_removal_is_refused_with_the_names_of_who_lives_there(
+async def test_a_refused_removal_names_the_processes(
     service: Service, backend: Backend, client: Client
 ) -> None:
     backend.refusal = BusyError("the instance of bob is active")
@@ -239,7 +239,7 @@ async def test_a_removal_is_refused_with_the_names_of_who_lives_there(
     assert (await client.error("RemoveInstance", "u", [1002]))[1] == "the instance of bob is active"
 
 
-async def test_flags_that_nobody_knows(shown: str, client: Client, backend: Backend) -> None:
+async def test_unknown_flags(shown: str, client: Client, backend: Backend) -> None:
     name, text = await client.error("RemoveInstanceWithFlags", "ut", [1002, 6])
     assert (name, "0x6" in text) == ("org.freedesktop.DBus.Error.InvalidArgs", True)
     assert backend.removed == []

@@ -53,7 +53,9 @@ async def introspect(client: Client, path: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["manager", "instance"])
-async def test_introspection_is_the_contract(name: str, shown: Callable[..., str], client: Client) -> None:
+async def test_introspection_matches_the_contract(
+    name: str, shown: Callable[..., str], client: Client
+) -> None:
     path = shown()
     found = await introspect(client, PATH if name == "manager" else path)
     golden = GOLDEN / f"{name}.xml"
@@ -138,7 +140,7 @@ async def test_properties(shown: Callable[..., str], client: Client) -> None:
     assert (state.signature, state.value) == ("s", "active")
 
 
-async def test_signals_of_an_instances_life(
+async def test_signals_over_the_life_of_an_instance(
     service: Service, backend: Backend, client: Client, connection: Connection
 ) -> None:
     await client.listen(f"type='signal',sender='{SERVICE}'")
@@ -191,9 +193,7 @@ async def test_signals_of_an_instances_life(
     )
 
 
-async def test_a_property_that_is_not_declared_is_an_error_of_ours(
-    service: Service, shown: Callable[..., str]
-) -> None:
+async def test_an_undeclared_property_is_refused(service: Service, shown: Callable[..., str]) -> None:
     shown()
     with pytest.raises(KeyError):
         service._server.changed(object_path(1000), INSTANCE, ["Sate"])
@@ -276,7 +276,7 @@ async def test_errors_of_the_bus(
     assert await client.result("Ping", interface=PEER) is None
 
 
-async def test_an_empty_name_stands_for_any_interface(shown: Callable[..., str], client: Client) -> None:
+async def test_an_empty_interface_name_means_any(shown: Callable[..., str], client: Client) -> None:
     path = shown(1000)
     found = await properties(client, path, "")
     assert found == await properties(client, path)
@@ -284,7 +284,7 @@ async def test_an_empty_name_stands_for_any_interface(shown: Callable[..., str],
     assert version.value == (await properties(client, PATH, ""))["Version"]
 
 
-async def test_an_instance_that_is_not_there(service: Service, client: Client) -> None:
+async def test_a_missing_instance(service: Service, client: Client) -> None:
     name, text = await client.error("GetInstance", "u", [1000])
     assert name == "org.polytmp1.Error.NoSuchInstance"
     assert "1000" in text
@@ -296,7 +296,7 @@ KINDS: list[type[errors.PolytmpError]] = [errors.PolytmpError, *errors.PolytmpEr
 @pytest.mark.parametrize(
     "error", [kind("because") for kind in KINDS], ids=lambda error: type(error).__name__
 )
-async def test_an_error_of_ours_has_its_name(
+async def test_errors_have_their_bus_names(
     service: Service, backend: Backend, client: Client, error: errors.PolytmpError
 ) -> None:
     backend.error = error
@@ -310,7 +310,7 @@ async def test_every_error_name_has_an_exception() -> None:
     assert {kind.name for kind in KINDS} == set(errors.ErrorName)
 
 
-async def test_an_error_of_the_program_stays_in_the_journal(
+async def test_an_internal_error_stays_in_the_journal(
     service: Service, backend: Backend, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend.error = RuntimeError("a secret of line 17")
@@ -322,7 +322,7 @@ async def test_an_error_of_the_program_stays_in_the_journal(
 
 
 @pytest.mark.parametrize("text", ["a NUL \0 in it", "half a character \udcff in it", "", "x" * 100000])
-async def test_any_text_of_an_error_can_be_sent(
+async def test_any_error_text_can_be_sent(
     service: Service, backend: Backend, client: Client, text: str
 ) -> None:
     backend.error = errors.InvalidArgsError(text)
@@ -332,7 +332,7 @@ async def test_any_text_of_an_error_can_be_sent(
     assert await client.result("Ping", interface=PEER) is None
 
 
-async def test_an_answer_that_cannot_be_sent(
+async def test_a_reply_that_cannot_be_sent(
     service: Service, backend: Backend, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "resolve", lambda uid, path: 5)
@@ -340,7 +340,7 @@ async def test_an_answer_that_cannot_be_sent(
     assert (name, "internal" in text) == ("org.polytmp1.Error.Failed", True)
 
 
-async def test_the_name_is_ours_alone(
+async def test_only_one_service_owns_the_name(
     service: Service, connect: Callable[[], Any], backend: Backend
 ) -> None:
     second = Service(await connect(), backend.views, backend, backend)
@@ -383,7 +383,9 @@ async def test_root_only(shown: Callable[..., str], backend: Backend, bus: str) 
     assert backend.removed == []
 
 
-async def test_others_see_that_somebody_is_there_and_no_more(shown: Callable[..., str], bus: str) -> None:
+async def test_other_users_see_who_has_an_instance_and_nothing_else(
+    shown: Callable[..., str], bus: str
+) -> None:
     path = shown(1000)
     denied = "Error org.freedesktop.DBus.Error.AccessDenied"
     assert f'object path "{path}"' in await as_stranger(bus, PATH, f"{MANAGER}.ListInstances")
@@ -405,7 +407,7 @@ async def test_others_see_that_somebody_is_there_and_no_more(shown: Callable[...
     assert path not in objects
 
 
-async def test_ones_own_is_readable(shown: Callable[..., str], bus: str) -> None:
+async def test_users_can_read_their_own_instance(shown: Callable[..., str], bus: str) -> None:
     path = shown(STRANGER)
     shown(1000)
     assert f"/var/tmp/polytmp-{STRANGER}/tmp" in await as_stranger(

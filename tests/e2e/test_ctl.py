@@ -51,7 +51,7 @@ def test_without_the_daemon(machine: Machine) -> None:
         machine.run("systemctl", "start", "polytmpd.service")
 
 
-def test_a_reader_that_has_enough(machine: Machine, alice: Session) -> None:
+def test_a_closed_pipe_is_no_error(machine: Machine, alice: Session) -> None:
     done = machine.sh("set -o pipefail; polytmpctl status | true; polytmpctl ps | head -n1; echo $?")
     assert done.stderr == ""
 
@@ -59,7 +59,7 @@ def test_a_reader_that_has_enough(machine: Machine, alice: Session) -> None:
 # What is there
 
 
-def test_an_empty_host(machine: Machine) -> None:
+def test_no_instances(machine: Machine) -> None:
     observe.log_everybody_out(machine)
     assert ctl(machine).stdout == "No instances.\n"
     assert ctl(machine, "--no-legend").stdout == ""
@@ -143,7 +143,7 @@ def test_usage(machine: Machine, alice: Session) -> None:
     alice.run("rm -r /tmp/d")
 
 
-def test_path_there_and_back(machine: Machine, alice: Session) -> None:
+def test_path_in_both_directions(machine: Machine, alice: Session) -> None:
     host = ctl(machine, "path", "-u", "alice", "/tmp/file").stdout.strip()
     assert machine.run("cat", host).stdout == "hers\n"
     assert ctl(machine, "path", host).stdout == "alice:/tmp/file\n"
@@ -174,7 +174,7 @@ def test_enter(machine: Machine, alice: Session) -> None:
 # What changes things
 
 
-def test_remove_refuses_while_somebody_lives_in_it(machine: Machine, alice: Session) -> None:
+def test_remove_refuses_while_the_instance_is_in_use(machine: Machine, alice: Session) -> None:
     refused(
         ctl(machine, "remove", "--yes", "alice", check=False), "in use by", "loginctl terminate-user alice"
     )
@@ -188,7 +188,7 @@ def test_remove_refuses_while_somebody_lives_in_it(machine: Machine, alice: Sess
     assert alice.run("cat /tmp/file /var/tmp/file").split() == ["hers", "kept"]
 
 
-def test_remove_what_is_kept(machine: Machine) -> None:
+def test_remove_persistent_files(machine: Machine) -> None:
     with machine.session("bob") as bob:
         bob.run("mkdir /var/tmp/d; head -c 2M /dev/zero >/var/tmp/d/big")
     eventually(lambda: "bob" not in observe.instances(machine), 30, "bob's instance is gone")
@@ -212,7 +212,7 @@ def test_remove_what_is_kept(machine: Machine) -> None:
     )
 
 
-def test_remove_what_could_not_be_deleted(machine: Machine) -> None:
+def test_remove_retries_a_failed_deletion(machine: Machine) -> None:
     observe.log_everybody_out(machine)
     with machine.session("alice") as alice:
         alice.run("mkdir /tmp/m; touch /tmp/file")
@@ -236,7 +236,7 @@ def test_remove_what_could_not_be_deleted(machine: Machine) -> None:
     assert "Removed instance of user alice" in machine.journal("--unit=polytmpd", "--lines=1")
 
 
-def test_how_far_a_removal_is(machine: Machine) -> None:
+def test_removal_progress(machine: Machine) -> None:
     with machine.session("bob") as bob:
         bob.run("mkdir /var/tmp/many; cd /var/tmp/many; seq 120000 | xargs touch")
     eventually(lambda: "bob" not in observe.instances(machine), 30, "bob's instance is gone")
@@ -291,7 +291,7 @@ def test_a_terminal_has_colours_and_a_pager(machine: Machine, alice: Session) ->
     assert "FRSXMK" in machine.ssh("root", "TERM=xterm SYSTEMD_PAGER=env polytmpctl list", tty=True).stdout
 
 
-def test_the_completion_of_bash(machine: Machine, alice: Session) -> None:
+def test_bash_completion(machine: Machine, alice: Session) -> None:
     script = (
         ". /usr/share/bash-completion/completions/polytmpctl; COMP_WORDS=(polytmpctl {}); "
         "COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _polytmpctl; echo ${{COMPREPLY[@]}}"
@@ -318,7 +318,7 @@ def test_another_host(machine: Machine, alice: Session) -> None:
     assert (inside.returncode, inside.stdout) == (42, "hers\n")
 
 
-def test_a_container_that_is_not_there(machine: Machine) -> None:
+def test_an_unknown_container(machine: Machine) -> None:
     """The image of the tests has no systemd-machined, as many servers."""
     refused(ctl(machine, "-M", "nosuch", "list", check=False), "No container 'nosuch'")
     refused(ctl(machine, "-M", "alice@", "list", check=False), "Invalid container")

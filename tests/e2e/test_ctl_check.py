@@ -35,7 +35,9 @@ def test_check_passes_on_this_host(machine: Machine, alice: Session) -> None:
     assert max(map(len, narrow.splitlines()[3:])) <= 80
 
 
-def test_check_finds_a_directory_and_users_that_have_none(machine: Machine, alice: Session) -> None:
+def test_check_finds_a_missing_directory_and_users_without_an_instance(
+    machine: Machine, alice: Session
+) -> None:
     machine.write("/etc/polytmpd.conf.d/x.conf", "[Polytmp]\nDirectories=/tmp /var/tmp /srv/none\n")
     machine.run("useradd", "--uid", "70000", "distant")
     try:
@@ -73,7 +75,7 @@ def test_check_finds_mistakes_in_the_configuration(machine: Machine, alice: Sess
         machine.sh("systemctl stop outside; rm /etc/polytmpd.conf.d/x.conf")
 
 
-def test_check_finds_what_is_in_a_users_way(machine: Machine) -> None:
+def test_check_finds_what_blocks_a_users_logins(machine: Machine) -> None:
     observe.log_everybody_out(machine)
     machine.run("useradd", "--uid", "1009", "--create-home", "ninth")
     machine.run("mkdir", "-p", "/var/tmp/polytmp-1009/tmp")

@@ -135,7 +135,7 @@ def test_a_display_is_free_again_after_its_server_ended(machine: Machine) -> Non
         assert "Server is already active for display 7" in refusal(alice)
 
 
-def test_a_killed_server_leaves_what_it_leaves_on_any_host(machine: Machine) -> None:
+def test_a_killed_server_leaves_a_stale_lock_as_on_any_host(machine: Machine) -> None:
     with machine.session("alice") as alice, machine.session("bob") as bob:
         pid = start(alice)
         eventually(lambda: lock(bob), what="bob has the lock")
@@ -146,7 +146,7 @@ def test_a_killed_server_leaves_what_it_leaves_on_any_host(machine: Machine) -> 
         eventually(lambda: lock(bob) == f"{successor:10}\n", what="bob has the new server's lock")
 
 
-def test_with_the_owners_instance_the_locks_go(machine: Machine) -> None:
+def test_locks_go_with_their_owners_instance(machine: Machine) -> None:
     with machine.session("bob") as bob:
         with machine.session("alice") as alice:
             pid = start(alice)
@@ -158,7 +158,7 @@ def test_with_the_owners_instance_the_locks_go(machine: Machine) -> None:
         assert machine.run("stat", "-c", "%U %F", "/tmp/.X11-unix/X7").stdout == "alice socket\n"
 
 
-def test_a_server_of_the_hosts_is_seen_by_users(machine: Machine) -> None:
+def test_users_see_the_lock_of_a_server_on_the_host(machine: Machine) -> None:
     with machine.session("alice") as alice:
         server = machine.popen("Xvfb", ":8", *OPTIONS.split())
         try:
@@ -172,7 +172,7 @@ def test_a_server_of_the_hosts_is_seen_by_users(machine: Machine) -> None:
         eventually(lambda: not lock(alice, 8), what="the lock is gone")
 
 
-def test_a_server_of_roots_in_a_users_session(machine: Machine) -> None:
+def test_a_server_run_by_root_in_a_users_session(machine: Machine) -> None:
     """Xorg without kernel mode setting runs as root, but its lock is in the user's /tmp."""
     with machine.session("alice") as alice, machine.session("bob") as bob:
         alice.run(f"sudo sh -c 'Xvfb :9 {OPTIONS} >/dev/null 2>&1 &'")
@@ -183,7 +183,7 @@ def test_a_server_of_roots_in_a_users_session(machine: Machine) -> None:
         eventually(lambda: not lock(bob, 9) and not host_lock(machine, 9), what="the lock is gone")
 
 
-def test_an_instance_that_comes_later_has_the_lock_from_the_beginning(machine: Machine) -> None:
+def test_a_later_instance_starts_with_the_lock(machine: Machine) -> None:
     observe.log_everybody_out(machine)
     with machine.session("alice") as alice:
         pid = start(alice)
@@ -209,7 +209,7 @@ BAD_LOCKS = {
 }
 
 
-def test_what_is_no_lock_is_shown_to_nobody(machine: Machine) -> None:
+def test_only_valid_locks_are_shown(machine: Machine) -> None:
     with machine.session("alice") as alice, machine.session("bob") as bob:
         for display, make in BAD_LOCKS.items():
             alice.run(make.format(lock=f"/tmp/.X{display}-lock"))
@@ -224,7 +224,7 @@ def test_what_is_no_lock_is_shown_to_nobody(machine: Machine) -> None:
     assert "Traceback" not in machine.journal("--unit=polytmpd")
 
 
-def test_what_somebody_has_in_the_place_of_a_lock_stays(machine: Machine) -> None:
+def test_existing_files_in_place_of_a_lock_stay(machine: Machine) -> None:
     with machine.session("alice") as alice, machine.session("bob") as bob:
         # the sleep: a change time is as coarse as a kernel tick, and a later change must have another one
         bob.run("echo mine >/tmp/.X7-lock; mkdir /tmp/.X8-lock; ln -s /etc/passwd /tmp/.X9-lock; sleep 0.1")
@@ -240,7 +240,7 @@ def test_what_somebody_has_in_the_place_of_a_lock_stays(machine: Machine) -> Non
         assert bob.run("stat -c '%n %i %U %Z' /tmp/.X*-lock") == before
 
 
-def test_a_flood_of_sockets_costs_its_owner_only(machine: Machine) -> None:
+def test_a_flood_of_sockets_affects_only_its_owner(machine: Machine) -> None:
     with machine.session("alice") as alice, machine.session("bob") as bob:
         pretend(alice, 100, 1100, f"{1:10}")
         eventually(lambda: len(copies(machine)) == 2 * 64, what="64 locks for bob and for the host")
@@ -258,7 +258,7 @@ def test_a_flood_of_sockets_costs_its_owner_only(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("how", ["restart", "kill --signal=KILL", "stop"])
-def test_a_restarted_daemon_sees_what_changed(machine: Machine, how: str) -> None:
+def test_a_restarted_daemon_catches_up(machine: Machine, how: str) -> None:
     """Locks stay while it is away; then those of servers that ended go, and those of new servers come."""
     with machine.session("alice") as alice, machine.session("bob") as bob:
         pids = {display: start(alice, display) for display in (7, 8)}
@@ -288,7 +288,7 @@ def test_a_restarted_daemon_sees_what_changed(machine: Machine, how: str) -> Non
 
 
 @pytest.mark.parametrize("how", ["rm -rf /tmp/.X11-unix", "mv /tmp/.X11-unix /tmp/.former"])
-def test_a_socket_directory_that_the_host_makes_again(machine: Machine, how: str) -> None:
+def test_the_host_recreates_the_socket_directory(machine: Machine, how: str) -> None:
     """Users who are logged in get the new one; a server in the old one is lost, as on any host."""
     with machine.session("alice") as alice, machine.session("bob") as bob:
         start(alice, 7)

@@ -59,13 +59,13 @@ def test_each_step_of_create() -> None:
     assert_rolled_back(cases("create"), survived, 100)
 
 
-def test_each_step_of_making_a_new_namespace_over_the_same_files() -> None:
+def test_each_step_of_rebuild() -> None:
     """A login after the last process of the namespace ended: the files stay, whatever fails."""
     survived = {"StateDirectory.save", "state.write_text", "state.replace"}
     assert_rolled_back(cases("rebuild"), survived, 60)
 
 
-def test_no_descriptor_is_left() -> None:
+def test_out_of_descriptors() -> None:
     """RLIMIT_NOFILE, from none left to enough."""
     found = cases("no_descriptors")
     assert [case for case in found if case.left] == []
@@ -73,7 +73,7 @@ def test_no_descriptor_is_left() -> None:
     assert len(found) > 10
 
 
-def test_no_mount_namespace_is_left() -> None:
+def test_out_of_mount_namespaces() -> None:
     """user.max_mnt_namespaces, in a new user namespace."""
     limited, again = cases("no_namespaces", "--user", "--map-root-user")
     assert limited.errno == errno.ENOSPC
@@ -83,7 +83,7 @@ def test_no_mount_namespace_is_left() -> None:
     assert (again.error, again.left) == (None, {})
 
 
-def test_no_watch_is_left() -> None:
+def test_out_of_inotify_watches() -> None:
     limited, again = cases("no_watches", "--user", "--map-root-user")
     assert limited.errno == errno.ENOSPC
     assert limited.error is not None
@@ -92,14 +92,14 @@ def test_no_watch_is_left() -> None:
     assert (again.error, again.left) == (None, {})
 
 
-def test_no_inotify_instance_is_left() -> None:
+def test_out_of_inotify_instances() -> None:
     (limited,) = cases("no_inotify", "--user", "--map-root-user")
     assert limited.errno == errno.EMFILE
     assert limited.error is not None
     assert "fs.inotify.max_user_instances" in limited.error
 
 
-def test_no_mount_is_left() -> None:
+def test_out_of_mounts() -> None:
     """fs.mount-max, in a mount namespace that is full."""
     filled, limited, again = cases("no_mounts")
     assert (filled.step, filled.errno) == ("filled", errno.ENOSPC)

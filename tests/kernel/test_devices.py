@@ -59,7 +59,7 @@ async def test_a_device_goes_away(heard: Heard) -> None:
     assert heard.missed == 1, "at start"
 
 
-async def test_more_than_the_socket_holds(heard: Heard) -> None:
+async def test_more_events_than_the_socket_holds(heard: Heard) -> None:
     """Events are lost while no one reads; afterwards the monitor works as before."""
     heard.devices._monitor.set_receive_buffer_size(4096)
     for _ in range(100):

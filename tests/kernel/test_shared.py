@@ -34,14 +34,14 @@ def ensure(base: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("mode", [0o1777, 0o3777])
-def test_a_missing_one_is_made(base: Path, mode: int) -> None:
+def test_a_missing_directory_is_made(base: Path, mode: int) -> None:
     base.chmod(mode)
     assert ensure(base) == (0o41777, 0)
 
 
 @pytest.mark.parametrize("mode", [0o1777, 0o3777])
 @pytest.mark.parametrize("step", ["fchown", "fchmod"])
-def test_a_half_made_one_is_completed(base: Path, step: str, mode: int) -> None:
+def test_a_half_made_directory_is_completed(base: Path, step: str, mode: int) -> None:
     base.chmod(mode)
     with mock.patch.object(os, step, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         ensure(base)
@@ -50,7 +50,7 @@ def test_a_half_made_one_is_completed(base: Path, step: str, mode: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o750, 0o1700, 0o1777])
-def test_the_mode_that_root_has_set_stays(base: Path, mode: int) -> None:
+def test_a_mode_set_by_root_stays(base: Path, mode: int) -> None:
     (base / NAME).mkdir()
     (base / NAME).chmod(mode)
     assert ensure(base) == (0o40000 | mode, 0)

@@ -23,7 +23,7 @@ def count(path: Path, cancelled: Callable[[], bool] | None = None) -> usage.Usag
         return usage.count(fd, cancelled)
 
 
-def test_usage_is_what_du_says(base: Path) -> None:
+def test_usage_agrees_with_du(base: Path) -> None:
     make(base)
     inner = base / NAME / "tmp"
     at = inner

@@ -55,7 +55,7 @@ def test_an_exempt_user_is_left_alone_silently(world: World, bus: Bus, daemon: M
 
 @pytest.mark.parametrize("user", ["alice", "cronuser"])
 @pytest.mark.parametrize("name", ANSWERED)
-def test_an_error_of_the_daemon_refuses_every_user(
+def test_an_error_from_polytmpd_refuses_every_user(
     world: World, bus: Bus, daemon: MakeDaemon, name: str, user: str
 ) -> None:
     daemon(error=name, text="no space left")
@@ -64,7 +64,9 @@ def test_an_error_of_the_daemon_refuses_every_user(
 
 
 @pytest.mark.parametrize("name", UNREACHABLE)
-def test_no_daemon_refuses_users_only(world: World, bus: Bus, daemon: MakeDaemon, name: str) -> None:
+def test_without_polytmpd_only_regular_users_are_refused(
+    world: World, bus: Bus, daemon: MakeDaemon, name: str
+) -> None:
     daemon(error=name, text="not today")
     session = world.open_session(bus=bus.address)
     assert_refused(session, "polytmpd cannot be reached: not today", name)
@@ -75,7 +77,7 @@ def test_no_daemon_refuses_users_only(world: World, bus: Bus, daemon: MakeDaemon
     )
 
 
-def test_an_error_without_a_text(world: World, bus: Bus, daemon: MakeDaemon) -> None:
+def test_an_error_without_text(world: World, bus: Bus, daemon: MakeDaemon) -> None:
     daemon(error="org.polytmp1.Error.Failed", text="")
     session = world.open_session(bus=bus.address)
     assert_refused(session, "org.polytmp1.Error.Failed", "org.polytmp1.Error.Failed")
@@ -88,7 +90,7 @@ def test_a_text_with_control_characters_stays_one_line(world: World, bus: Bus, d
 
 
 @pytest.mark.parametrize(("text", "told"), [("is masked.", "is masked"), (".", ""), ("wait...", "wait..")])
-def test_the_users_line_continues_after_a_sentence(
+def test_the_users_message_drops_a_full_stop(
     world: World, bus: Bus, daemon: MakeDaemon, text: str, told: str
 ) -> None:
     daemon(error="org.polytmp1.Error.Failed", text=text)
@@ -130,14 +132,14 @@ NOT_OURS = "polytmpd's reply is not a mount namespace of this host"
     ],
     ids=lambda answer: answer["signature"] or "nothing",
 )
-def test_an_answer_of_the_wrong_type(
+def test_a_reply_of_the_wrong_type(
     world: World, bus: Bus, daemon: MakeDaemon, answer: dict[str, object]
 ) -> None:
     daemon(**answer)
     assert_refused(world.open_session(bus=bus.address), NO_NAMESPACE)
 
 
-def test_a_descriptor_that_was_not_sent(world: World, bus: Bus, daemon: MakeDaemon) -> None:
+def test_a_missing_descriptor(world: World, bus: Bus, daemon: MakeDaemon) -> None:
     daemon(body=[0])
     session = world.open_session(bus=bus.address)
     assert session.result == PAM_PERM_DENIED
@@ -175,14 +177,14 @@ def test_many_descriptors_with_one_namespace(
     ],
     ids=str,
 )
-def test_a_descriptor_that_is_no_mount_namespace(
+def test_a_descriptor_that_is_not_a_mount_namespace(
     world: World, bus: Bus, daemon: MakeDaemon, answer: dict[str, object]
 ) -> None:
     daemon(**answer)
     assert_refused(world.open_session(bus=bus.address), NOT_OURS)
 
 
-def test_a_mount_namespace_that_a_user_made(world: World, bus: Bus, daemon: MakeDaemon) -> None:
+def test_a_mount_namespace_made_by_a_user(world: World, bus: Bus, daemon: MakeDaemon) -> None:
     """CVE-2022-31214 in firejail --join: the user controls all that is in it, setuid programs included."""
     theirs = world.make_namespace(":", "--user", "--map-root-user")
     daemon(open=[theirs.path])

@@ -40,7 +40,7 @@ def test_asks_for_the_uid_of_the_pam_user(
     assert fake.stop() == [CALL + "1501", CALL + "500"]
 
 
-def test_in_the_namespace_already_nothing_is_done(
+def test_a_process_already_in_the_namespace_is_left_alone(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
     fake = daemon(open=[private.path])
@@ -50,7 +50,7 @@ def test_in_the_namespace_already_nothing_is_done(
     assert len(fake.stop()) == 2
 
 
-def test_in_the_namespace_already_even_a_deleted_working_directory_is_kept(
+def test_a_process_already_in_the_namespace_keeps_a_deleted_working_directory(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
     daemon(open=[private.path])
@@ -146,7 +146,7 @@ def test_with_pamtester(world: World, bus: Bus, daemon: MakeDaemon, private: Nam
 # The working directory
 
 
-def test_a_working_directory_in_tmp_is_the_private_one(
+def test_a_working_directory_in_tmp_becomes_the_private_one(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
     world.shell("mkdir /tmp/work")
@@ -202,7 +202,7 @@ def test_an_unreachable_working_directory(
 
 
 @pytest.mark.parametrize("path", ["/tmp/link", "/tmp/link/deeper"])
-def test_the_working_directory_is_not_taken_through_a_symlink(
+def test_the_working_directory_is_not_reached_through_a_symlink(
     world: World, bus: Bus, daemon: MakeDaemon, path: str
 ) -> None:
     """Root could pass through a directory that the user may not enter."""

@@ -146,7 +146,7 @@ cp /tmp/root/etc/pam.d/common-session* "$OUT"
 
 
 @plain_build
-def test_the_profile_is_right_after_pam_systemd(world: World) -> None:
+def test_the_profile_comes_right_after_pam_systemd(world: World) -> None:
     """And before modules that start programs, in the stacks of cron and sudo, too; without pam_tmpdir."""
     out = world.base / "stacks"
     world.shell(f"PROFILE={world.build}/polytmp.pam-config\nOUT={out}\n{PAM_AUTH_UPDATE}")

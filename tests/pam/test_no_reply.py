@@ -52,7 +52,7 @@ def test_a_daemon_that_cannot_be_started(world: World, bus: Bus, user: str) -> N
 
 
 @both_kinds
-def test_a_daemon_that_does_not_answer(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
+def test_a_daemon_that_never_replies(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
     world.module("timeout=1")
     daemon(silent=True)
     session = assert_unreachable_for(world, user, bus.address)
@@ -60,13 +60,13 @@ def test_a_daemon_that_does_not_answer(world: World, bus: Bus, daemon: MakeDaemo
 
 
 @both_kinds
-def test_a_daemon_that_dies_over_the_call(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
+def test_a_daemon_that_dies_during_the_call(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
     daemon(die=True)
     session = assert_unreachable_for(world, user, bus.address)
     assert session.seconds < 8
 
 
-def test_a_daemon_that_dies_over_the_call_and_is_started_again(
+def test_a_daemon_that_dies_during_the_call_and_is_restarted(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
     first = daemon(die=True)
@@ -82,7 +82,7 @@ def test_a_daemon_that_dies_over_the_call_and_is_started_again(
 
 
 @both_kinds
-def test_a_daemon_that_dies_over_every_call(world: World, bus: Bus, user: str) -> None:
+def test_a_daemon_that_dies_during_every_call(world: World, bus: Bus, user: str) -> None:
     """The module gives up."""
     bus.activatable(bus.command(die=True))
     stdin = os.open(world.base / "activated-stdin", os.O_RDWR)
@@ -94,7 +94,7 @@ def test_a_daemon_that_dies_over_every_call(world: World, bus: Bus, user: str) -
     assert session.seconds < 15
 
 
-def test_a_daemon_with_much_to_read_is_asked_again(
+def test_a_daemon_with_a_full_queue_is_asked_again(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
     """The bus replies that the daemon's queue is full; others may have filled it."""
@@ -115,7 +115,7 @@ def test_a_daemon_whose_queue_stays_full(world: World, bus: Bus, daemon: MakeDae
 
 
 @both_kinds
-def test_a_bus_that_dies_over_the_call(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
+def test_a_bus_that_dies_during_the_call(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
     daemon(silent=True, kill=[bus.process.pid])
     session = assert_unreachable_for(world, user, bus.address)
     assert session.seconds < 8

@@ -63,7 +63,9 @@ ln -s usr/lib usr/lib64 usr/bin usr/sbin .
 """
 
 
-def test_in_a_chroot_nothing_is_done(world: World, bus: Bus, daemon: MakeDaemon, private: Namespace) -> None:
+def test_a_process_in_a_chroot_is_left_alone(
+    world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
+) -> None:
     """As in an image build: it must work, and the chroot has its own /tmp."""
     fake = daemon(open=[private.path])
     world.shell(f"{CHROOT}\nmount --rbind /proc proc")
@@ -73,13 +75,13 @@ def test_in_a_chroot_nothing_is_done(world: World, bus: Bus, daemon: MakeDaemon,
 
 
 @plain_build
-def test_in_a_chroot_without_proc_nothing_is_done(world: World) -> None:
+def test_a_process_in_a_chroot_without_proc_is_left_alone(world: World) -> None:
     world.shell(f"{CHROOT}\nmkdir -p proc/thread-self/fd")  # the harness counts descriptors in it
     session = world.open_session("-r", "/tmp/chroot")
     assert_skipped(session, "NOTICE", "user alice is in a chroot, keeping the chroot's /tmp")
 
 
-def test_a_thread_in_another_namespace_than_its_process(
+def test_a_thread_outside_its_processs_namespace(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
     fake = daemon(open=[private.path])

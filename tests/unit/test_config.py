@@ -33,7 +33,7 @@ def paths(config: Config) -> list[str]:
     return [directory.path for directory in config.directories]
 
 
-def test_nothing_configured(tmp_path: Path) -> None:
+def test_no_configuration_gives_the_defaults(tmp_path: Path) -> None:
     config, problems = load(tmp_path)
     assert (config, problems) == (DEFAULT, [])
     assert config.directories == (
@@ -57,7 +57,7 @@ def test_all_settings(tmp_path: Path) -> None:
     assert config.exemptions.users == {"alice", "1005", "DOM\\user"}
 
 
-def test_lists_add_and_an_empty_assignment_empties(tmp_path: Path) -> None:
+def test_lists_accumulate_and_an_empty_assignment_resets_them(tmp_path: Path) -> None:
     conf(tmp_path, "ExemptUsers=a b\nExemptUsers=b c\nSharedPaths=.x\nSharedPaths=")
     config, problems = load(tmp_path)
     assert problems == []
@@ -104,14 +104,14 @@ def test_a_mistake_is_reported_and_the_other_lines_apply(tmp_path: Path, line: s
     assert paths(config)[0] == "/tmp"
 
 
-def test_a_continued_line_is_reported_by_its_first(tmp_path: Path) -> None:
+def test_a_continued_line_is_reported_by_its_first_line(tmp_path: Path) -> None:
     file = conf(tmp_path, "ExemptUsers=a \\\n  b \\\n  c:d")
     config, problems = load(tmp_path)
     assert [problem.split(": ")[0] for problem in problems] == [f"{file}:2"]
     assert config.exemptions.users == {"a", "b"}
 
 
-def test_outside_of_a_section(tmp_path: Path) -> None:
+def test_a_setting_outside_of_any_section(tmp_path: Path) -> None:
     file = put(tmp_path, "etc/polytmpd.conf", "ExemptUsers=a\n")
     config, problems = load(tmp_path)
     assert problems == [f"{file}:1: Assignment outside of a section, ignoring; put [Polytmp] above it"]
@@ -131,7 +131,7 @@ def test_the_first_main_file_applies(tmp_path: Path) -> None:
         assert load(tmp_path)[0].exemptions.users == {base.replace("/", "-")}
 
 
-def test_drop_ins_add_by_name_and_shadow_by_place(tmp_path: Path) -> None:
+def test_drop_ins_merge_by_name_and_shadow_by_directory(tmp_path: Path) -> None:
     conf(tmp_path, "ExemptUsers=main")
     put(tmp_path, "usr/lib/polytmpd.conf.d/50-a.conf", "[Polytmp]\nExemptUsers=vendor\n")
     put(tmp_path, "run/polytmpd.conf.d/50-a.conf", "[Polytmp]\nExemptUsers=run\n")

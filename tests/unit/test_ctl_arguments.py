@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["-M", "alice@"], "Invalid container 'alice@'", "USER@CONTAINER"),
     ],
 )
-def test_what_is_wrong_is_named(
+def test_errors_name_the_argument(
     words: list[str], text: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Failure) as failed:
@@ -84,7 +84,7 @@ def test_what_is_wrong_is_named(
         (["--version", "nonsense"], Options(version=True)),
     ],
 )
-def test_what_is_right(words: list[str], options: Options) -> None:
+def test_valid_arguments(words: list[str], options: Options) -> None:
     found = parse(words)
     assert all(getattr(found, name) == getattr(options, name) for name in SHOWN), found
 
@@ -101,7 +101,7 @@ SHOWN = [name for name in Options.__dataclass_fields__ if name != "passed_on"]
         (["-jHbox", "list"], ("-j", "list")),
     ],
 )
-def test_what_goes_to_another_host(words: list[str], passed_on: tuple[str, ...]) -> None:
+def test_commands_for_another_host(words: list[str], passed_on: tuple[str, ...]) -> None:
     assert parse(words).passed_on == passed_on
 
 

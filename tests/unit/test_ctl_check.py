@@ -116,7 +116,7 @@ PASSED_OVER = {
 
 
 @pytest.mark.parametrize("case", PASSED_OVER)
-def test_what_passes_over_the_module(tmp_path: Path, case: str) -> None:
+def test_rules_that_skip_the_module(tmp_path: Path, case: str) -> None:
     text, expected = PASSED_OVER[case]
     early = "session [success=ok new_authtok_reqd=done] pam_x.so\n"
     jump = "session [default=9] pam_x.so\n"
@@ -136,7 +136,7 @@ def test_pam_without_the_profile(tmp_path: Path) -> None:
     )
 
 
-def test_the_remedy_where_pam_auth_update_changes_nothing(tmp_path: Path) -> None:
+def test_the_remedy_if_pam_auth_update_changes_nothing(tmp_path: Path) -> None:
     make(tmp_path, {"etc/pam.d/common-session": OLD_COMMON, "etc/pam.d/su": "@include common-session\n"})
     [finding] = pamstacks.judge(tmp_path)
     assert '"Local modifications"' in finding.remedy
@@ -190,7 +190,7 @@ def squatted(root: Path) -> dict[str, str]:
     return {result.name: result.text for result in results if result.name.startswith("/kept")}
 
 
-def test_what_is_not_ours_in_a_directory_that_is_kept(tmp_path: Path) -> None:
+def test_foreign_entries_in_a_persistent_directory(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root: polytmpd's directories belong to UID 0")
     kept = tmp_path / "kept"
@@ -213,7 +213,7 @@ def test_what_is_not_ours_in_a_directory_that_is_kept(tmp_path: Path) -> None:
     }
 
 
-def test_many_that_are_not_ours(tmp_path: Path) -> None:
+def test_many_foreign_entries(tmp_path: Path) -> None:
     """Any process on the host's side can make them: the report stays short."""
     make(tmp_path, {f"kept/polytmp-{uid}": "" for uid in range(1000, 1100)})
     found = squatted(tmp_path)
@@ -365,9 +365,7 @@ FAR = "eve:x:70000:70000::/:/bin/sh\nbackup:x:70001:70001::/:/bin/sh\n"
         ("UID_MAX 999\n", {}, ["backup (70001)", "eve (70000)"]),
     ],
 )
-def test_users_above_the_regular_ones(
-    tmp_path: Path, defs: str, here: dict[int, str], named: list[str]
-) -> None:
+def test_users_above_uid_max(tmp_path: Path, defs: str, here: dict[int, str], named: list[str]) -> None:
     exempt = "[Polytmp]\nExemptUsers=x 1234568\n"
     make(tmp_path, {"etc/passwd": PASSWD + FAR, "etc/login.defs": defs, "etc/polytmpd.conf": exempt})
     found = settings.users_above(tmp_path, config.load(tmp_path)[0], here, {90000})
@@ -376,13 +374,13 @@ def test_users_above_the_regular_ones(
     assert bool(found.remedy) == bool(named)
 
 
-def test_a_host_without_far_users(tmp_path: Path) -> None:
+def test_a_host_without_users_above_uid_max(tmp_path: Path) -> None:
     make(tmp_path, {"etc/passwd": PASSWD, "etc/login.defs": "UID_MIN 500\n"})
     found = settings.users_above(tmp_path, config.load(tmp_path)[0], {}, ())
     assert (found.verdict, found.text) == ("pass", "regular users have UIDs 500 to 60000")
 
 
-def test_a_directory_that_keeps_the_configuration_from_being_in_force(tmp_path: Path) -> None:
+def test_a_directory_that_keeps_the_configuration_from_taking_effect(tmp_path: Path) -> None:
     """A reload is refused while the directory is missing. Once it exists, a reload is the remedy."""
     make(tmp_path, {"etc/polytmpd.conf": "[Polytmp]\nDirectories=/tmp /scratch\n", "tmp/x": ""})
     before = one(list(settings.judge(tmp_path, *config.load(tmp_path), ["/tmp"])), "polytmpd.conf")

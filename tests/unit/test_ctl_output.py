@@ -76,7 +76,7 @@ def test_table() -> None:
     assert one.endswith("\n\n1 instance listed.")
 
 
-def test_a_coloured_table_is_as_wide() -> None:
+def test_colours_do_not_change_the_width_of_a_table() -> None:
     rows = [(COLOURED.state("active"), "x"), (COLOURED.state("-"), "y")]
     plain = output.table(("STATE", "A"), [("active", "x"), ("-", "y")], PLAIN, legend=True)
     coloured = output.table(("STATE", "A"), rows, COLOURED, legend=True)
@@ -100,9 +100,7 @@ def test_a_coloured_table_is_as_wide() -> None:
         ({"TERM": "xterm", "SYSTEMD_COLORS": "nonsense"}, True, True),
     ],
 )
-def test_colour_only_where_it_is_wanted(
-    environment: dict[str, str], is_terminal: bool, wanted: bool
-) -> None:
+def test_when_output_is_coloured(environment: dict[str, str], is_terminal: bool, wanted: bool) -> None:
     assert output.wants_colour(environment, is_terminal) is wanted
 
 
@@ -136,7 +134,7 @@ def test_pager_environment() -> None:
     assert "LESSSECURE" not in output.pager_environment({"SYSTEMD_PAGERSECURE": "0"}, foreign=True)
 
 
-def test_what_others_chose_does_not_act_on_the_terminal() -> None:
+def test_control_characters_do_not_reach_the_terminal() -> None:
     assert output.clean("a\x1b]0;x\x07b\nc\u202e") == "a?]0;x?b?c?"
 
 

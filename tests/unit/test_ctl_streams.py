@@ -43,7 +43,7 @@ def test_closed_streams_are_like_dev_null(line: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_what_is_opened_later_takes_no_standard_descriptor() -> None:
+def test_files_opened_later_get_no_standard_descriptor() -> None:
     done = shell(
         "polytmpctl <&- 2>&-",
         "import os, sys",
@@ -55,7 +55,7 @@ def test_what_is_opened_later_takes_no_standard_descriptor() -> None:
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])
-def test_a_full_disk_is_named(word: str) -> None:
+def test_a_full_disk_is_reported(word: str) -> None:
     done = shell(f"polytmpctl {word} >/dev/full")
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr == b"polytmpctl: Failed to write output: No space left on device\n"
@@ -71,7 +71,7 @@ def test_a_full_disk_is_named(word: str) -> None:
         ({}, ["● →", '"é"']),  # like systemctl: without a locale, assume UTF-8
     ],
 )
-def test_the_locale_says_what_can_be_shown(environment: dict[str, str], lines: list[str]) -> None:
+def test_the_locale_decides_what_can_be_printed(environment: dict[str, str], lines: list[str]) -> None:
     code = "from polytmpd.ctl import output"
     shown = "output.show('● →', pager=False); output.show(output.to_json('é', 'short'), pager=False)"
     done = shell("polytmpctl", code, shown, environment=environment)

@@ -62,7 +62,7 @@ class Bus:
         ("1004", "no files are kept for them", ""),
     ],
 )
-def test_a_hint_leads_somewhere(user: str, text: str, hint: str) -> None:
+def test_failures_and_their_hints(user: str, text: str, hint: str) -> None:
     context = Context(Bus(), None, Options(verb="remove", words=(user,)), Style())  # type: ignore[arg-type]  # a fake
     with pytest.raises(Failure) as failure:
         asyncio.run(remove.remove(context))

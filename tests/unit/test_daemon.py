@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 # Logins
 
 
-async def test_two_first_logins_at_once_make_one_instance(world: World) -> None:
+async def test_concurrent_first_logins_make_one_instance(world: World) -> None:
     logins = [world.login(), world.login()]
     await eventually(lambda: world.executor.waits("prepare"))
     world.presence.user_new(ALICE)
@@ -40,13 +40,13 @@ async def test_two_first_logins_at_once_make_one_instance(world: World) -> None:
     assert world.announced.of("new", "removed") == [("new", 1000)]
 
 
-async def test_a_login_to_what_is_ready_does_not_wait(world: World) -> None:
+async def test_a_login_to_an_active_instance_does_not_wait(world: World) -> None:
     await world.active()
     await world.handed_over(world.login(), world.login())
     assert world.executor.log.count("prepare 1000") == 1
 
 
-async def test_users_have_instances_of_their_own(world: World) -> None:
+async def test_each_user_has_a_separate_instance(world: World) -> None:
     await world.active(ALICE, "1")
     await world.active(BOB, "2")
     assert [view.uid for view in world.views] == [1000, 1001]
@@ -54,7 +54,7 @@ async def test_users_have_instances_of_their_own(world: World) -> None:
     assert (world.state(1000), world.state(1001)) == (State.ACTIVE, State.DRAINING)
 
 
-async def test_a_login_of_nobodys_slice_drains_at_once(world: World) -> None:
+async def test_a_login_outside_of_any_slice_drains_at_once(world: World) -> None:
     """cron: neither a session nor a slice. The login's own descriptor keeps the namespace."""
     login = world.login()
     await eventually(lambda: world.executor.waits("prepare"))
@@ -87,7 +87,7 @@ async def test_unknown_user(world: World) -> None:
     assert list(world.views) == []
 
 
-async def test_prepare_fails_for_all_who_wait_and_nothing_is_left(world: World) -> None:
+async def test_a_failed_prepare_fails_all_waiting_logins(world: World) -> None:
     logins = [world.login(), world.login()]
     await eventually(lambda: world.executor.waits("prepare"))
     # Each has its user's name looked up in a thread first.
@@ -104,7 +104,7 @@ async def test_prepare_fails_for_all_who_wait_and_nothing_is_left(world: World) 
     await world.handed_over(again)
 
 
-async def test_a_failed_instance_of_a_user_who_is_here_is_shown_and_tried_again(world: World) -> None:
+async def test_the_failed_instance_of_a_logged_in_user_is_shown_and_retried(world: World) -> None:
     world.presence.session_new(Session("1", ALICE))
     await eventually(lambda: world.executor.waits("prepare"))
     world.executor.answer("prepare", OSError(28, "No space left on device"))
@@ -116,7 +116,7 @@ async def test_a_failed_instance_of_a_user_who_is_here_is_shown_and_tried_again(
     assert world.state() is State.ACTIVE
 
 
-async def test_what_is_no_oserror_is_answered_too(world: World, caplog: pytest.LogCaptureFixture) -> None:
+async def test_callers_are_told_of_unexpected_errors(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """Python says RuntimeError where no thread can be started."""
     login = world.login()
     await eventually(lambda: world.executor.waits("prepare"))
@@ -131,7 +131,7 @@ async def test_what_is_no_oserror_is_answered_too(world: World, caplog: pytest.L
 # Draining and removing
 
 
-async def test_a_login_joins_what_drains(world: World) -> None:
+async def test_a_login_joins_a_draining_instance(world: World) -> None:
     await world.drained()
     login = world.login()
     await eventually(lambda: world.executor.waits("rejoin"))
@@ -152,7 +152,7 @@ async def test_an_instance_ends(world: World) -> None:
         await world.questions.resolve(1000, "/tmp/x")
 
 
-async def test_a_login_does_not_wait_for_the_removal_of_the_old(world: World) -> None:
+async def test_a_login_does_not_wait_for_the_removal_of_the_old_instance(world: World) -> None:
     await world.removing()
     world.presence.session_new(Session("2", ALICE))
     login = world.login()
@@ -169,7 +169,7 @@ async def test_a_login_does_not_wait_for_the_removal_of_the_old(world: World) ->
     assert view.namespace == 2
 
 
-async def test_a_late_failure_of_the_old_does_not_disturb_the_new(world: World) -> None:
+async def test_a_late_failure_of_the_old_instance_does_not_affect_the_new_one(world: World) -> None:
     await world.removing()
     world.presence.session_new(Session("2", ALICE))
     await eventually(lambda: world.executor.waits("prepare"))
@@ -180,7 +180,7 @@ async def test_a_late_failure_of_the_old_does_not_disturb_the_new(world: World) 
     await eventually(lambda: world.state() is State.ACTIVE)
 
 
-async def test_a_login_in_the_very_moment_of_the_end(world: World) -> None:
+async def test_a_login_at_the_moment_the_instance_ends(world: World) -> None:
     """The end of the namespace and the login are read in one round of the loop."""
     await world.drained()
     world.daemon.namespace_ended(1000)
@@ -191,7 +191,7 @@ async def test_a_login_in_the_very_moment_of_the_end(world: World) -> None:
     await eventually(lambda: world.state() is State.ACTIVE)
 
 
-async def test_the_end_of_the_old_is_not_told_to_the_new(
+async def test_the_end_of_the_old_instance_does_not_reach_the_new_one(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     await world.drained()
@@ -205,7 +205,7 @@ async def test_the_end_of_the_old_is_not_told_to_the_new(
     assert not failed
 
 
-async def test_what_cannot_be_removed_is_shown_until_an_administrator_says_so(world: World) -> None:
+async def test_a_failed_removal_is_shown_until_an_administrator_retries_it(world: World) -> None:
     await world.removing()
     world.executor.answer("remove 1", OSError(1, "Operation not permitted"))
     await eventually(lambda: world.state() is State.FAILED)
@@ -225,7 +225,7 @@ async def test_what_cannot_be_removed_is_shown_until_an_administrator_says_so(wo
     assert world.state() is None
 
 
-async def test_a_login_during_the_second_removal_has_an_instance_of_its_own(world: World) -> None:
+async def test_a_login_during_the_second_removal_gets_a_new_instance(world: World) -> None:
     await world.removing()
     world.executor.answer("remove 1", OSError(1, "Operation not permitted"))
     await eventually(lambda: world.state() is State.FAILED)
@@ -240,7 +240,7 @@ async def test_a_login_during_the_second_removal_has_an_instance_of_its_own(worl
     assert world.state() is State.ACTIVE
 
 
-async def test_remove_is_refused_while_somebody_is_here(world: World) -> None:
+async def test_remove_is_refused_while_the_user_is_logged_in(world: World) -> None:
     await world.active()
     with pytest.raises(BusyError, match="alice is active"):
         await world.daemon.remove(1000)
@@ -249,7 +249,7 @@ async def test_remove_is_refused_while_somebody_is_here(world: World) -> None:
         await world.daemon.remove(1001)
 
 
-async def test_what_persists_is_removed_when_nobody_is_here(world: World) -> None:
+async def test_persistent_files_are_removed_after_the_user_has_left(world: World) -> None:
     with pytest.raises(NoSuchInstanceError):
         await world.daemon.remove(1000, persistent=True)
     world.executor.kept = {1000}
@@ -260,7 +260,7 @@ async def test_what_persists_is_removed_when_nobody_is_here(world: World) -> Non
     assert world.executor.log.count("remove_persistent 1000") == 2
 
 
-async def test_an_end_that_comes_late_disturbs_nobody(world: World) -> None:
+async def test_a_late_end_has_no_effect(world: World) -> None:
     """A rejoin failed; the namespace that could not be joined ends afterwards."""
     await world.drained()
     world.presence.session_new(Session("2", ALICE))
@@ -271,7 +271,7 @@ async def test_an_end_that_comes_late_disturbs_nobody(world: World) -> None:
     await eventually(lambda: world.executor.waits("remove 1"))
 
 
-async def test_an_end_that_came_while_joining_failed_is_not_forgotten(world: World) -> None:
+async def test_an_end_during_a_failed_rejoin_is_not_lost(world: World) -> None:
     await world.drained()
     world.presence.session_new(Session("2", ALICE))
     await eventually(lambda: world.executor.waits("rejoin"))
@@ -284,7 +284,7 @@ async def test_an_end_that_came_while_joining_failed_is_not_forgotten(world: Wor
 # Configuration
 
 
-async def test_a_bad_file_changes_nothing_and_is_named(world: World) -> None:
+async def test_reloading_an_invalid_file_changes_nothing_and_names_it(world: World) -> None:
     world.problems = [Problem("/etc/polytmpd.conf:3: 'x' is no assignment; write Key=value", "ignoring")]
     world.config = replace(world.config, directories=())
     with pytest.raises(InvalidArgsError, match=r"/etc/polytmpd\.conf:3.*write Key=value$"):
@@ -293,7 +293,7 @@ async def test_a_bad_file_changes_nothing_and_is_named(world: World) -> None:
     assert world.announced == []
 
 
-async def test_a_good_file_counts_for_what_comes(world: World) -> None:
+async def test_reloading_a_valid_file_affects_new_instances(world: World) -> None:
     await world.active(ALICE, "1")
     world.config = Config((Directory("/srv", Lifetime.INSTANCE),), Exemptions(users=frozenset({"alice"})))
     await world.daemon.reload()

@@ -63,7 +63,7 @@ def test_every_make_target_that_the_readme_names_exists() -> None:
     assert named <= targets
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_every_link_resolves() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     links = [
         (page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text())

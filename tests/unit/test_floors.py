@@ -62,13 +62,13 @@ def own_imports(module: str) -> set[str]:
     return {name for name in imports(module) if name.partition(".")[0] == "polytmpd" and part(name)}
 
 
-def test_the_walk_sees_what_is_there() -> None:
+def test_the_import_walk_finds_imports() -> None:
     assert "polytmpd.kernel.syscalls" in own_imports("polytmpd.blocking.barriers")
     assert "polytmpd.blocking.accounts" in own_imports("polytmpd.daemon"), "from polytmpd.blocking import …"
     assert len(NAMES) > 20
 
 
-def test_every_file_is_in_a_room_and_every_room_has_its_files() -> None:
+def test_every_module_is_listed_in_the_architecture() -> None:
     files: dict[str, set[str]] = {}
     for name in NAMES:
         _, _, rest = name.partition(".")
@@ -79,14 +79,14 @@ def test_every_file_is_in_a_room_and_every_room_has_its_files() -> None:
 
 
 @pytest.mark.parametrize("module", [name for name in NAMES if part(name)])
-def test_nothing_is_imported_from_above_or_from_the_side(module: str) -> None:
+def test_no_module_imports_from_above_or_from_the_side(module: str) -> None:
     rooms = drawn()
     others = [name for name in own_imports(module) if part(name) != part(module)]
     assert [name for name in others if rooms[part(name)].floor >= rooms[part(module)].floor] == []
 
 
 @pytest.mark.parametrize("module", [name for name in NAMES if name.count(".") == 2])
-def test_within_a_room_imports_go_one_way(module: str) -> None:
+def test_imports_within_a_room_go_one_way(module: str) -> None:
     order = drawn()[part(module)].modules
     here = order.index(module.rpartition(".")[2])
     inside = [name for name in own_imports(module) if part(name) == part(module) and name.count(".") == 2]
@@ -100,7 +100,7 @@ def test_the_core_is_pure(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", [name for name in NAMES if part(name) in {"blocking", "kernel"}])
-def test_what_blocks_knows_no_event_loop(module: str) -> None:
+def test_blocking_code_does_not_import_asyncio(module: str) -> None:
     assert "asyncio" not in {name.partition(".")[0] for name in imports(module)}
 
 
@@ -114,5 +114,5 @@ def test_the_command_line_speaks_to_the_bus_and_reads_the_configuration(module: 
     assert {part(name) for name in own_imports(module)} <= {"bus", "config", "core", "ctl", "errors"}
 
 
-def test_nobody_imports_the_composition_root() -> None:
+def test_no_module_imports_the_composition_root() -> None:
     assert [name for name in NAMES if "polytmpd.__main__" in own_imports(name)] == []

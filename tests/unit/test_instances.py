@@ -39,7 +39,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_namespace_without_proc_is_none_of_ours(namespace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_namespace_without_proc_is_not_polytmps(namespace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inode was used again, by a sandbox that is being made: no /proc is there to ask."""
 
     def mounts_in(_: int) -> list[Mount]:
@@ -60,7 +60,7 @@ def test_a_namespace_without_proc_is_none_of_ours(namespace: Path, monkeypatch: 
         (f"/{BARRIER}/tmp", "shared:7", False, False),  # by the user
     ],
 )
-def test_a_namespace_is_ours_by_its_mounts(
+def test_a_namespace_is_recognised_by_its_mounts(
     namespace: Path, monkeypatch: pytest.MonkeyPatch, root: str, peer: str, privileged: bool, is_ours: bool
 ) -> None:
     """The kernel gives inode numbers out again."""

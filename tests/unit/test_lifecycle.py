@@ -80,16 +80,14 @@ def test_every_row_is_tested() -> None:
 @pytest.mark.parametrize(
     ("state", "event"), [(s, e) for s in State for e in Event if (s, e) not in TABLE], ids=str
 )
-def test_what_is_not_in_the_table_raises_and_changes_nothing(
-    state: State, event: Event, claimed: bool
-) -> None:
+def test_an_illegal_event_raises_and_changes_nothing(state: State, event: Event, claimed: bool) -> None:
     standing = Standing(state, claimed)
     with pytest.raises(IllegalEventError, match=event.name):
         advance(standing, event)
     assert standing == Standing(state, claimed)
 
 
-def test_what_others_do_is_never_illegal() -> None:
+def test_events_from_outside_are_never_illegal() -> None:
     """Users come and go, logins ask, in every state: only the executor can be wrong."""
     for state in State:
         for event in (Event.CLAIMED, Event.UNCLAIMED, Event.ACQUIRED):
@@ -392,5 +390,5 @@ def test_world() -> None:
     run_state_machine_as_test(World, settings=SETTINGS)
 
 
-def test_world_in_which_joining_again_fails() -> None:
+def test_world_with_failing_rejoins() -> None:
     run_state_machine_as_test(FailingWorld, settings=settings(SETTINGS, phases=[Phase.generate]))

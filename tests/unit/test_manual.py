@@ -60,12 +60,12 @@ def is_entry(name: str, text: str, section: str = "") -> bool:
     return re.search(head, shown, re.MULTILINE) is not None
 
 
-def test_pages_are_all_there() -> None:
+def test_all_pages_exist() -> None:
     assert {path.name for path in MAN.iterdir()} == PAGES | set(ALIASES)
 
 
 @pytest.mark.parametrize(("alias", "target"), [*ALIASES.items()])
-def test_an_alias_leads_to_a_page(alias: str, target: str) -> None:
+def test_an_alias_resolves_to_a_page(alias: str, target: str) -> None:
     assert (MAN / alias).read_text() == f".so man{target.rpartition('.')[2]}/{target}\n"
     assert alias.rpartition(".")[0] in described(target)
 
@@ -118,7 +118,7 @@ def test_each_option_in_the_help_is_explained(option: tuple[str, str]) -> None:
     assert is_entry("polytmpctl.1", "".join(option), "OPTIONS")
 
 
-def test_help_and_page_know_the_same_options() -> None:
+def test_help_and_page_list_the_same_options() -> None:
     known = {f"--{name}" for name in (*arguments._FLAGS, *arguments._VALUES)}
     known |= {f"-{letter}" for letter in (*arguments._SHORT, "j")}
     explained = set(re.findall(r"(?m)^ {5}(-\w)?(?:, )?(--[a-z-]+)?(?=[= ]|$)", page("polytmpctl.1")))
@@ -126,7 +126,7 @@ def test_help_and_page_know_the_same_options() -> None:
 
 
 @pytest.mark.parametrize("letter", [*arguments._SHORT])
-def test_short_options_stand_beside_the_long_ones(letter: str) -> None:
+def test_short_options_are_listed_with_the_long_ones(letter: str) -> None:
     assert re.search(rf"(?m)^ +-{letter}, --{arguments._SHORT[letter]}\b", page("polytmpctl.1"))
 
 
@@ -272,7 +272,7 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     "path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda path: str(path.name)
 )
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_resolve(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if "://" in target:
             continue
@@ -282,7 +282,7 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(found), target
 
 
-def test_the_readme_leads_to_all_documents() -> None:
+def test_the_readme_links_to_all_documents() -> None:
     text = (ROOT / "README.md").read_text()
     assert {path.name for path in ROOT.glob("docs/*.md") if f"(docs/{path.name})" not in text} <= {
         "lifecycle.md"  # ARCHITECTURE.md leads there

@@ -61,7 +61,7 @@ def test_names_that_are_not_utf_8_are_kept() -> None:
         b"36 35 98:0 - /mnt1 /mnt2 rw",
     ],
 )
-def test_lines_that_are_not_of_mountinfo(line: bytes) -> None:
+def test_invalid_lines(line: bytes) -> None:
     with pytest.raises(ValueError, match="not a line of mountinfo"):
         parse_line(line)
 

@@ -12,14 +12,14 @@ RANDOM = "fedcba9876543210"
 
 
 @pytest.mark.parametrize("uid", [0, 1000, 4294967294])
-def test_what_is_written_is_read_back(uid: int) -> None:
+def test_names_round_trip(uid: int) -> None:
     assert names.owner(names.barrier(BOOT_ID, uid, RANDOM)) == uid
     assert names.owner(names.kept_barrier(uid)) == uid
     assert names.kept_owner(names.kept_barrier(uid)) == uid
     assert names.object_owner(names.object_path(uid)) == uid
 
 
-def test_what_is_left_over_at_start() -> None:
+def test_which_names_are_leftovers_at_start() -> None:
     assert names.is_leftover(names.barrier(BOOT_ID, 1000, RANDOM))
     assert names.is_leftover(names.removing(RANDOM))
     assert not names.is_leftover(names.kept_barrier(1000)), "it is kept between boots"
@@ -44,7 +44,7 @@ def test_what_is_left_over_at_start() -> None:
         f"x{names.barrier(BOOT_ID, 1000, RANDOM)}",
     ],
 )
-def test_no_barrier(name: str) -> None:
+def test_names_that_are_not_barriers(name: str) -> None:
     assert names.owner(name) is None
     assert names.kept_owner(name) is None
 

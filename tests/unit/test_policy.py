@@ -65,7 +65,7 @@ def test_starting_ends_with_the_first_session() -> None:
     assert not claims.without_session("1").claimed
 
 
-def test_a_user_who_is_here_does_not_start() -> None:
+def test_a_logged_in_user_is_not_starting() -> None:
     claims = Claims().with_session("1").with_user()
     assert not claims.without_session("1").claimed
 
@@ -109,7 +109,7 @@ def told(claims: Claims, event: tuple[str, str]) -> Claims:
 
 
 @given(st.lists(EVENTS, max_size=30))
-def test_whoever_left_claims_nothing(events: list[tuple[str, str]]) -> None:
+def test_a_user_who_left_claims_nothing(events: list[tuple[str, str]]) -> None:
     claims = Claims()
     for event in events:
         claims = told(claims, event)

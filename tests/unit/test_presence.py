@@ -64,7 +64,7 @@ async def test_a_session_that_is_closing_is_over(world: World) -> None:
     assert 1000 in world.executor.held
 
 
-async def test_what_was_not_heard_while_the_service_manager_was_away(world: World) -> None:
+async def test_changes_missed_while_the_service_manager_was_away(world: World) -> None:
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
     world.slices.populated[1000] = True
     await world.active()
@@ -72,7 +72,7 @@ async def test_what_was_not_heard_while_the_service_manager_was_away(world: Worl
     await eventually(lambda: world.state() is State.DRAINING)
 
 
-async def test_a_managers_session_is_nobodys_login(world: World) -> None:
+async def test_a_manager_session_is_not_a_login(world: World) -> None:
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
     world.slices.populated[1000] = True
     await world.active()
@@ -100,7 +100,7 @@ async def test_linger_starts_without_a_session(world: World) -> None:
     assert 1000 not in world.executor.held
 
 
-async def test_a_manager_whose_instance_just_went(world: World) -> None:
+async def test_a_manager_whose_instance_has_just_ended(world: World) -> None:
     """What the slice said while there was no instance was not heard."""
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
     world.slices.populated[1000] = True
@@ -111,7 +111,7 @@ async def test_a_manager_whose_instance_just_went(world: World) -> None:
     assert 1000 in world.executor.held
 
 
-async def test_a_user_who_starts_and_never_comes(world: World) -> None:
+async def test_a_user_who_starts_but_never_logs_in(world: World) -> None:
     world.presence.user_new(ALICE)
     await eventually(lambda: world.executor.waits("prepare"))
     world.executor.answer("prepare")
@@ -121,7 +121,7 @@ async def test_a_user_who_starts_and_never_comes(world: World) -> None:
     assert world.state() is State.DRAINING
 
 
-async def test_a_slice_of_nobody_we_know(world: World) -> None:
+async def test_a_slice_of_an_unknown_user(world: World) -> None:
     world.presence.slice_populated(1000, True)
     world.presence.slice_changed(1000)
     world.presence.user_removed(1000)

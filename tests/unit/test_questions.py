@@ -42,7 +42,7 @@ async def test_resolve(world: World, path: str, host: str) -> None:
     assert await world.questions.resolve(1000, path) == host
 
 
-async def test_what_is_set_aside_has_no_path_and_what_is_kept_has(world: World) -> None:
+async def test_only_kept_directories_resolve_after_the_instance_was_set_aside(world: World) -> None:
     async def kept(path: str) -> str | None:
         try:
             return await world.questions.resolve(1000, path)
@@ -64,7 +64,7 @@ async def test_what_is_set_aside_has_no_path_and_what_is_kept_has(world: World) 
         await world.questions.resolve(1001, "/tmp/x")
 
 
-async def test_what_cannot_be_resolved(world: World) -> None:
+async def test_paths_that_cannot_be_resolved(world: World) -> None:
     await world.active()
     with pytest.raises(InvalidArgsError, match="not an absolute path"):
         await world.questions.resolve(1000, "tmp/x")
@@ -83,7 +83,9 @@ async def test_processes(world: World) -> None:
 
 
 @pytest.mark.parametrize("namespace", [OWN_NAMESPACE, 0])
-async def test_whose_a_process_is(world: World, namespace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_which_user_a_process_belongs_to(
+    world: World, namespace: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its threads are looked at once, whatever the number of instances, and not in the event loop."""
     looked: list[tuple[int, int]] = []
 
@@ -108,7 +110,7 @@ async def test_whose_a_process_is(world: World, namespace: int, monkeypatch: pyt
     assert threading.get_ident() not in {thread for thread, _ in looked}
 
 
-async def test_a_number_that_the_kernel_gives_again_is_the_new_ones(
+async def test_a_reused_pid_belongs_to_the_new_process(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alice's namespace ended, and is shown while her instance is deleted; bob's has its number now."""
@@ -125,7 +127,7 @@ async def test_a_number_that_the_kernel_gives_again_is_the_new_ones(
     assert ("changed", (ALICE.uid, ("namespace",))) in world.announced
 
 
-async def test_a_login_service_with_threads_is_looked_at_once(
+async def test_a_login_service_with_threads_is_examined_once(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.active(ALICE, "1")
@@ -139,7 +141,7 @@ async def test_a_login_service_with_threads_is_looked_at_once(
     assert looked == ["leader", "thread"]
 
 
-async def test_a_caller_in_a_namespace_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_caller_in_a_separate_namespace(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.questions.require_known_namespace(os.getpid())
     monkeypatch.setattr("polytmpd.kernel.host.namespace_inode", lambda: 1)
     with pytest.raises(NotPolyinstantiatedError, match=f"process {os.getpid()} has its own mount"):
@@ -177,7 +179,7 @@ ASKED: list[Callable[[Questions], Coroutine[Any, Any, Any]]] = [
 
 
 @pytest.mark.parametrize("question", ASKED, ids=["processes", "holders"])
-async def test_a_search_ends_when_nobody_waits_for_it(
+async def test_a_search_ends_when_all_callers_have_left(
     world: World, search: Search, question: Callable[[Questions], Coroutine[Any, Any, Any]]
 ) -> None:
     await world.active()
@@ -204,7 +206,7 @@ async def test_a_search_ends_when_the_daemon_stops(
         await question(world.questions)
 
 
-async def test_usage_of_what_is_gone(world: World) -> None:
+async def test_usage_of_a_removed_instance(world: World) -> None:
     await world.active()
     with pytest.raises(PolytmpError, match="failed to count"):
         await world.questions.usage(1000)

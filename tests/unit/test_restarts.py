@@ -15,7 +15,7 @@ from tests.unit.world import ALICE, BOB, World, instance
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 
 
-async def test_what_lives_is_taken_over(world: World) -> None:
+async def test_living_instances_are_taken_over(world: World) -> None:
     world.executor.restored = Restored([instance(1000, "alice", 7)], [instance(1001, "bob", 8)])
     world.logind.listed_users = [ALICE]
     world.logind.listed_sessions = [Session("1", ALICE)]
@@ -25,7 +25,7 @@ async def test_what_lives_is_taken_over(world: World) -> None:
     await world.handed_over(world.login())
 
 
-async def test_what_ended_meanwhile_is_removed(world: World) -> None:
+async def test_instances_that_ended_meanwhile_are_removed(world: World) -> None:
     world.executor.restored = Restored([], [instance(1000, "alice", 7)])
     await world.daemon.start()
     world.daemon.namespace_ended(1000)  # as the executor finds out after its start
@@ -34,7 +34,7 @@ async def test_what_ended_meanwhile_is_removed(world: World) -> None:
     await eventually(lambda: world.state() is None)
 
 
-async def test_who_is_logged_in_already_gets_an_instance_for_what_comes(world: World) -> None:
+async def test_logged_in_users_get_an_instance_for_new_sessions(world: World) -> None:
     world.logind.listed_users = [ALICE]
     world.logind.listed_sessions = [Session("1", ALICE)]
     await world.daemon.start()
@@ -43,7 +43,7 @@ async def test_who_is_logged_in_already_gets_an_instance_for_what_comes(world: W
     await eventually(lambda: world.state() is State.ACTIVE)
 
 
-async def test_without_logind_it_starts_all_the_same(world: World) -> None:
+async def test_the_daemon_starts_without_logind(world: World) -> None:
     world.logind.away = True
     await world.daemon.start()
     login = world.login()
@@ -52,7 +52,7 @@ async def test_without_logind_it_starts_all_the_same(world: World) -> None:
     await world.handed_over(login)
 
 
-async def test_nothing_is_begun_while_it_stops(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_begins_while_the_daemon_stops(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """logind's signals come until the end; what would do the work is closed one after the other."""
     close = world.executor.close
 
@@ -68,7 +68,7 @@ async def test_nothing_is_begun_while_it_stops(world: World, monkeypatch: pytest
     assert "prepare 1000" not in world.executor.log
 
 
-async def test_before_logind_tells_who_is_logged_in_nothing_drains(world: World) -> None:
+async def test_nothing_drains_until_logind_has_replied(world: World) -> None:
     """After a restart of the bus logind takes its time; who held an instance is taken to be here."""
     world = World()
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
@@ -84,7 +84,7 @@ async def test_before_logind_tells_who_is_logged_in_nothing_drains(world: World)
     await world.stop()
 
 
-async def test_a_logind_that_does_not_answer_at_start_is_asked_again(
+async def test_a_logind_that_does_not_reply_at_start_is_asked_again(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It was slow, and never left the bus: nothing tells when it answers again."""
@@ -107,7 +107,7 @@ async def test_a_logind_that_does_not_answer_at_start_is_asked_again(
     await world.stop()
 
 
-async def test_a_logind_that_does_not_tell_of_a_session_is_asked_again(
+async def test_logind_is_asked_again_about_a_session_that_it_did_not_list(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presence, "_LIST_AGAIN", 0.01)
@@ -142,7 +142,7 @@ async def test_a_session_that_ended_but_not_its_user(world: World) -> None:
     assert world.state() is State.DRAINING
 
 
-async def test_a_login_while_the_lists_are_asked_for_is_kept(world: World) -> None:
+async def test_a_login_during_the_listing_is_kept(world: World) -> None:
     """logind's signals may come between its two answers."""
     await world.active(BOB, "2")
     world.logind.listed_users = [BOB]
@@ -155,7 +155,7 @@ async def test_a_login_while_the_lists_are_asked_for_is_kept(world: World) -> No
     assert world.state(1000) is State.ACTIVE
 
 
-async def test_a_logout_while_the_lists_are_asked_for_is_believed(world: World) -> None:
+async def test_a_logout_during_the_listing_is_believed(world: World) -> None:
     await world.active(ALICE, "1")
     world.logind.listed_users = [ALICE]
     world.logind.listed_sessions = [Session("1", ALICE)]

@@ -63,7 +63,7 @@ async def test_parse_populated(text: str, populated: bool) -> None:
     assert parse_populated(text) is populated
 
 
-async def test_now_and_at_each_change(cgroups: Path, watched: Slices, heard: Heard) -> None:
+async def test_reports_at_once_and_at_each_change(cgroups: Path, watched: Slices, heard: Heard) -> None:
     first, second = cgroup(cgroups, "user-1000.slice", 1), cgroup(cgroups, "user-1001.slice", 0)
     watched.watch(1000, "/user-1000.slice", heard)
     watched.watch(1001, "/user-1001.slice", heard)
@@ -74,14 +74,14 @@ async def test_now_and_at_each_change(cgroups: Path, watched: Slices, heard: Hea
     await eventually(lambda: heard[-1] == (1000, False))
 
 
-async def test_beside_version_1(cgroups: Path, watched: Slices, heard: Heard) -> None:
+async def test_the_hybrid_hierarchy(cgroups: Path, watched: Slices, heard: Heard) -> None:
     cgroup(cgroups.parent / "unified", "user-1000.slice", 1)
     watched.watch(1000, "/user-1000.slice", heard)
     assert heard == [(1000, True)]
 
 
 @pytest.mark.parametrize("group", ["", "/user-1000.slice"])
-async def test_without_a_cgroup_nobody_is_there(
+async def test_without_a_cgroup_there_are_no_processes(
     cgroups: Path, watched: Slices, heard: Heard, group: str
 ) -> None:
     watched.watch(1000, group, heard)
@@ -103,7 +103,7 @@ async def test_a_cgroup_that_goes_away(cgroups: Path, watched: Slices, heard: He
     await eventually(lambda: heard[-1] == (1000, False))
 
 
-async def test_a_slice_that_moved_is_heard_of_no_longer(
+async def test_a_slice_that_moved_is_no_longer_watched_at_its_old_place(
     cgroups: Path, watched: Slices, heard: Heard
 ) -> None:
     old, new = cgroup(cgroups, "old.slice", 1), cgroup(cgroups, "new.slice", 1)
@@ -118,7 +118,7 @@ async def test_a_slice_that_moved_is_heard_of_no_longer(
     assert (1000, True) not in heard[:1], "the old one, still there, would have said so"
 
 
-async def test_after_lost_events_all_are_looked_at(
+async def test_after_lost_events_every_slice_is_read(
     cgroups: Path, watched: Slices, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for uid in (1000, 1001):
@@ -155,7 +155,7 @@ def no_watches(watched: Slices, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("populated", [0, 1])
-async def test_a_slice_that_cannot_be_watched_is_tried_again(
+async def test_a_slice_that_cannot_be_watched_is_retried(
     cgroups: Path,
     watched: Slices,
     heard: Heard,
@@ -180,7 +180,9 @@ async def test_a_slice_that_cannot_be_watched_is_tried_again(
 
 
 @pytest.mark.usefixtures("soon", "no_watches")
-async def test_one_that_cannot_be_watched_goes_away(cgroups: Path, watched: Slices, heard: Heard) -> None:
+async def test_a_slice_that_cannot_be_watched_goes_away(
+    cgroups: Path, watched: Slices, heard: Heard
+) -> None:
     file = cgroup(cgroups, "user-1000.slice", 1)
     watched.watch(1000, "/user-1000.slice", heard)
     assert heard == [(1000, True)]
@@ -189,7 +191,7 @@ async def test_one_that_cannot_be_watched_goes_away(cgroups: Path, watched: Slic
     assert not watched._guessed, "nothing is left to look at"
 
 
-async def test_one_that_moved_where_it_cannot_be_watched(
+async def test_a_slice_that_moved_to_a_cgroup_that_cannot_be_watched(
     cgroups: Path, watched: Slices, heard: Heard, no_watches: list[str]
 ) -> None:
     """What becomes of the former one says nothing of it."""
@@ -205,7 +207,7 @@ async def test_one_that_moved_where_it_cannot_be_watched(
 
 
 @pytest.mark.usefixtures("soon")
-async def test_one_that_cannot_be_read(
+async def test_a_slice_that_cannot_be_read(
     cgroups: Path, watched: Slices, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = cgroup(cgroups, "user-1000.slice", 1)

@@ -104,7 +104,7 @@ JSON = st.recursive(
     st.sampled_from([*encode(INSTANCE), ""]),
     st.sampled_from(["path", "lifetime", "shared", "barrier"]),
 )
-def test_decode_raises_what_it_says(value: Any, key: str, inner: str) -> None:
+def test_decode_raises_only_what_it_documents(value: Any, key: str, inner: str) -> None:
     """Wrong throughout, wrong in one place, wrong in a place within."""
     record = encode(INSTANCE)
     entry = {**record["directories"][0], inner: value}
@@ -137,7 +137,7 @@ def test_decode_raises_what_it_says(value: Any, key: str, inner: str) -> None:
         ({"directories": ["/tmp"]}, "TypeError"),
     ],
 )
-def test_a_file_that_says_something_else(place: Path, change: dict[str, Any], says: str) -> None:
+def test_invalid_values(place: Path, change: dict[str, Any], says: str) -> None:
     place.mkdir()
     (place / "2000").write_text(json.dumps({**encode(INSTANCE), "uid": 2000, **change}))
     assert says in only_problem(place)
@@ -180,14 +180,14 @@ def test_a_path_that_root_must_not_follow(place: Path, change: dict[str, Any], s
     ],
     ids=["empty", "cut", "cut late", "list", "null", "no text", "deep", "large number", "large"],
 )
-def test_content_that_is_no_state(place: Path, content: bytes) -> None:
+def test_invalid_content(place: Path, content: bytes) -> None:
     place.mkdir()
     (place / "2000").write_bytes(content)
     only_problem(place)
 
 
 @pytest.mark.parametrize("kind", ["symlink", "fifo", "directory", "socket", "device"])
-def test_what_is_no_file(place: Path, tmp_path: Path, kind: str) -> None:
+def test_entries_that_are_not_files(place: Path, tmp_path: Path, kind: str) -> None:
     place.mkdir()
     path = place / "2000"
     match kind:
@@ -236,7 +236,7 @@ def test_a_directory_gives_way_to_a_state_file(place: Path) -> None:
     assert list(place.iterdir()) == []
 
 
-def test_a_stranger_among_the_files(place: Path) -> None:
+def test_a_foreign_file_among_the_state_files(place: Path) -> None:
     place.mkdir()
     (place / "notes.txt").write_text(json.dumps(encode(INSTANCE)))
     assert "describes UID 1000" in only_problem(place)
@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_the_old_file(place: Path, monkeypatch: pytest.Monkey
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(max_size=200), JSON.map(lambda value: json.dumps(value).encode())))
-def test_whatever_is_in_a_file(place: Path, content: bytes) -> None:
+def test_arbitrary_content(place: Path, content: bytes) -> None:
     state = StateDirectory(place)
     (place / "2000").write_bytes(content)
     found, problems = state.load()

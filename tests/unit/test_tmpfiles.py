@@ -32,7 +32,7 @@ def test_nothing_for_the_defaults() -> None:
     assert tmpfiles.text([Directory("/tmp", Lifetime.INSTANCE, SOCKET_DIRECTORIES[:1])]) == ""
 
 
-def test_the_package_has_the_lines_that_are_left_out() -> None:
+def test_the_package_ships_the_lines_that_are_left_out() -> None:
     packaged = PACKAGED.read_text().splitlines()
     for name in SOCKET_DIRECTORIES:
         assert f"x /tmp/polytmp-%b-*/tmp/{name}" in packaged
@@ -67,7 +67,7 @@ def test_tmp_that_persists() -> None:
     ]
 
 
-def test_a_directory_by_both_of_its_names(tmp_path: Path) -> None:
+def test_a_directory_with_two_names(tmp_path: Path) -> None:
     real, link = tmp_path / "real", tmp_path / "link"
     real.mkdir()
     link.symlink_to(real)
@@ -80,7 +80,7 @@ def test_a_directory_by_both_of_its_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["plain", "a b", "50%b", "tab\there", 'quo"te', "it's", "über", "back\\slash", "st*r", "[x]"]
 )
-def test_the_cleaner_understands_them(tmp_path: Path, name: str) -> None:
+def test_systemd_tmpfiles_accepts_the_lines(tmp_path: Path, name: str) -> None:
     """As it would at "age 0": everything that nothing keeps it from is gone."""
     config, directory = tmp_path / "usr/lib/tmpfiles.d", f"/{name}"
     config.mkdir(parents=True)
@@ -107,7 +107,7 @@ def test_the_cleaner_understands_them(tmp_path: Path, name: str) -> None:
     assert left == {".ours", *(f"polytmp-1000{rest}" for rest in ("", "/user", "/tmp", "/tmp/.ours"))}
 
 
-def test_a_path_that_no_line_can_hold() -> None:
+def test_a_path_that_fits_no_line() -> None:
     assert tmpfiles.text([Directory("/a\nr /etc/passwd", Lifetime.INSTANCE)]) == ""
 
 
@@ -129,7 +129,7 @@ def test_the_file_comes_and_goes(tmp_path: Path) -> None:
     assert list(where.iterdir()) == []
 
 
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = [Directory("/scratch", Lifetime.INSTANCE)]
     tmpfiles.write(old, tmp_path)
 

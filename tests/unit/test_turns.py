@@ -52,7 +52,7 @@ class Crowd:
         ]
 
 
-async def test_one_user_has_one_answer_at_a_time_and_others_theirs() -> None:
+async def test_each_user_gets_one_answer_at_a_time() -> None:
     crowd = Crowd(Turns(2))
     await crowd.ask(ALICE, 5)
     assert crowd.answered == [ALICE]
@@ -66,7 +66,7 @@ async def test_one_user_has_one_answer_at_a_time_and_others_theirs() -> None:
     await crowd.leave(ALICE)
 
 
-async def test_root_waits_for_nobody_else() -> None:
+async def test_root_does_not_wait_for_other_users() -> None:
     crowd = Crowd(Turns(2))
     for uid in (ALICE, BOB, CAROL):
         await crowd.ask(uid, ASKED_AT_MOST)
@@ -77,7 +77,7 @@ async def test_root_waits_for_nobody_else() -> None:
     assert crowd.answered == []
 
 
-async def test_too_many_questions_of_one_user_are_refused_and_anothers_are_not() -> None:
+async def test_only_the_user_with_too_many_requests_is_refused() -> None:
     crowd = Crowd(Turns(2))
     await crowd.ask(ALICE, ASKED_AT_MOST + 3)
     await crowd.ask(BOB)
@@ -92,7 +92,7 @@ async def test_too_many_questions_of_one_user_are_refused_and_anothers_are_not()
     assert not crowd.turns._own
 
 
-async def test_so_many_questions_in_all() -> None:
+async def test_the_total_number_of_requests_is_limited() -> None:
     questions = Questions(3)
     with questions.asked(ALICE), questions.asked(ALICE):
         with questions.asked(BOB), pytest.raises(PolytmpError), questions.asked(CAROL):

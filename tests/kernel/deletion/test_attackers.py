@@ -27,7 +27,7 @@ RENAME_EXCHANGE = 2
 
 
 @pytest.mark.parametrize("acl", [False, True])
-def test_possession_shuts_out_who_holds_a_descriptor(base: Path, acl: bool) -> None:
+def test_taking_ownership_shuts_out_open_descriptors(base: Path, acl: bool) -> None:
     inner = make(base)
     held = inner / "held"
     held.mkdir()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kernel
 
 @pytest.mark.parametrize("kind", ["bind", "tmpfs", "file"])
 @pytest.mark.parametrize("depth", [0, 3, 20])
-def test_mounts_are_in_the_way(base: Path, sentinel: Path, kind: str, depth: int) -> None:
+def test_a_mount_blocks_deletion(base: Path, sentinel: Path, kind: str, depth: int) -> None:
     inner = make(base)
 
     def work() -> None:
@@ -52,7 +52,7 @@ def test_mounts_are_in_the_way(base: Path, sentinel: Path, kind: str, depth: int
     assert [path.name for path in base.iterdir()] == ["sentinel"]
 
 
-def test_a_mount_in_another_namespace_is_not_in_the_way(base: Path, sentinel: Path) -> None:
+def test_a_mount_in_another_namespace_does_not_block_deletion(base: Path, sentinel: Path) -> None:
     inner = make(base)
     (inner / "mounted").mkdir()
     (inner / "mounted" / "below").touch()
@@ -90,7 +90,7 @@ def test_the_barrier_itself_is_a_mount(base: Path, sentinel: Path) -> None:
 
 
 @pytest.mark.parametrize("swap", ["symlink", "bind", "tmpfs", "file"])
-def test_exchanged_between_question_and_answer(
+def test_exchanged_between_check_and_use(
     base: Path, sentinel: Path, swap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worst case, which taking possession prevents: it is something else by the time we open it."""

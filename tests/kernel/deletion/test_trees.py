@@ -20,13 +20,13 @@ from tests.kernel.places import opened
 pytestmark = pytest.mark.kernel
 
 
-def test_nothing_in_it(base: Path) -> None:
+def test_an_empty_tree(base: Path) -> None:
     make(base)
     assert remove(base) == deletion.Removed(3, complete=True)
     assert list(base.iterdir()) == []
 
 
-def test_missing(base: Path) -> None:
+def test_a_missing_tree(base: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         remove(base)
     assert caught.value.filename == str(base / NAME)
@@ -39,7 +39,7 @@ def test_not_a_name(base: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "fifo", "foreign", "open"])
-def test_what_is_not_ours_is_refused(base: Path, kind: str) -> None:
+def test_foreign_entries_are_refused(base: Path, kind: str) -> None:
     path = base / NAME
     if kind == "file":
         path.write_text("x")

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 
 
 @pytest.mark.parametrize("lives", [False, True])
-async def test_an_instance_that_is_set_aside_already(
+async def test_an_instance_that_was_already_set_aside(
     world: World, monkeypatch: pytest.MonkeyPatch, lives: bool
 ) -> None:
     """The daemon ended before it forgot it. A login would be refused: nothing is there to be joined."""
@@ -39,7 +39,7 @@ def former_user(_: Instance) -> None:
     raise OSError(errno.EBUSY, "processes live in the instance of alice")
 
 
-async def test_what_is_not_watched_has_not_ended(
+async def test_an_unwatched_instance_has_not_ended(
     unwatched: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its files would be deleted under whoever lives in it."""
@@ -51,7 +51,7 @@ async def test_what_is_not_watched_has_not_ended(
         await unwatched.remove_persistent(UID, [TMP])
 
 
-async def test_a_descriptor_is_no_watch(unwatched: Executor) -> None:
+async def test_a_descriptor_does_not_replace_a_watch(unwatched: Executor) -> None:
     await unwatched.rejoin(INSTANCE)
     assert not unwatched.has_ended(UID)
     unwatched.let_go(UID)
@@ -74,7 +74,7 @@ async def test_a_new_namespace_is_watched(
     assert unwatched.has_ended(UID)
 
 
-async def test_what_root_removed_is_not_there_any_more(
+async def test_an_unwatched_instance_ends_when_root_removes_it(
     unwatched: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(removal, "set_aside", lambda _: [])

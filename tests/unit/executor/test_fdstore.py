@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 
 
 @pytest.mark.parametrize("lives", [False, True])
-async def test_a_stored_namespace_that_cannot_be_looked_into(
+async def test_a_stored_namespace_that_cannot_be_examined(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lives: bool
 ) -> None:
     """No /proc is mounted there, and the state file is lost: none of ours, and no reason not to start."""

@@ -18,7 +18,7 @@ from tests.unit.settled import eventually
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 
 
-async def test_what_no_living_instance_has_is_left_over(
+async def test_directories_of_no_living_instance_are_leftovers(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known: list[set[str]] = []

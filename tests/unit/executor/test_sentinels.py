@@ -15,7 +15,7 @@ from tests.unit.settled import eventually
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 
 
-async def test_processes_that_follow_one_another(
+async def test_short_lived_processes_one_after_another(
     ended: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sentinels, "_REST", 0.02)
@@ -30,7 +30,7 @@ async def test_processes_that_follow_one_another(
     await eventually(lambda: ended.ended == [UID])
 
 
-async def test_one_that_stays_is_waited_for(ended: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_stays_is_waited_for(ended: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sentinels, "_REST", 0.001)
     process = await asyncio.create_subprocess_exec("sleep", "infinity")
     try:
@@ -49,7 +49,7 @@ async def test_one_that_stays_is_waited_for(ended: World, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "error", [OSError(errno.EMFILE, "none left"), RuntimeError("can't start new thread")]
 )
-async def test_what_cannot_be_found_out_now_is_later(
+async def test_a_failed_search_is_retried(
     ended: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     monkeypatch.setattr(sentinels, "_REST", 0.01)
