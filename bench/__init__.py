@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Compares polytmp with pam_namespace and with neither: one run, one machine, ratios."""
+"""Compares polytmp with pam_namespace and with plain logins: one run, one machine, ratios."""

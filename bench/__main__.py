@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """python -m bench: prints tables; --write also writes them to bench/results.md.
 
-Measures logins on one machine with three PAM configurations in turn, login after login, so that other load
-affects all of them alike.
+Measures logins on one machine. The three PAM configurations take turns, login after login, so that other
+load affects all of them equally.
 Not here: assertions; how namespaces are measured (namespaces.py).
 """
 
@@ -32,7 +32,7 @@ mkdir -p -m 000 /tmp-inst /var/tmp/tmp-inst
 printf '%s\n' '/tmp /tmp-inst/ user root' '/var/tmp /var/tmp/tmp-inst/ user root' \
     > /etc/security/namespace.conf
 """
-# without the daemon, which reacts to logind's signals even if PAM does not ask
+# Without the daemon, which reacts to logind's signals even if PAM does not call it
 _NOT: Final = f"systemctl mask --quiet --runtime --now polytmpd; {_OFF}"
 CONFIGURATIONS: Final = {
     "plain": _NOT,
@@ -72,7 +72,7 @@ def logins(machine: Machine, repeat: int) -> dict[str, dict[str, float]]:
     }
     for number in range(repeat + 1):
         for name, script in CONFIGURATIONS.items():
-            _alone(machine)  # first, because a stopped daemon removes nothing
+            _alone(machine)  # first: a stopped daemon removes nothing
             machine.sh(script)
             first = _login(machine)
             _alone(machine)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Measures what a namespace costs, with the daemon's own module: python -m bench.namespaces, JSON on stdout.
 
-Run it under `unshare --mount --pid --fork --mount-proc`: then mounts do no harm, and PID 1's namespace is
-ours.
+Run it under `unshare --mount --pid --fork --mount-proc`: then mounts do no harm, and PID 1's
+namespace is this process's.
 Not here: logins and calls (__main__.py).
 """
 
@@ -76,7 +76,9 @@ def main() -> int:
         before, made_before = _slab(), len(alive)
         while len(alive) < number:
             alive.append(builder.build())
-        if number == ALIVE[-1]:  # of the whole system: the shorter, the less of others in it
+        if (
+            number == ALIVE[-1]
+        ):  # system-wide: a short interval contains less of what other processes allocate
             memory = (_slab() - before) // (number - made_before)
         made: list[int] = []
         result[f"create, {number} alive, ms"] = _milliseconds(lambda: made.append(builder.build()))  # noqa: B023

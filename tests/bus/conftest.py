@@ -20,7 +20,7 @@ import pytest
 LIBRARY = os.environ.get("POLYTMP_TEST_BUS_LIBRARY", "dbus_next")
 if LIBRARY != "dbus_next":
     assert "polytmpd.bus.library" not in sys.modules, f"{LIBRARY}: run tests/bus by itself"
-    sys.modules["dbus_next"] = None  # type: ignore[assignment]  # how the import system spells "not there"
+    sys.modules["dbus_next"] = None  # type: ignore[assignment]  # tells the import system that there is none
 
 from polytmpd.bus import library, polkit  # noqa: E402
 from polytmpd.bus.connection import Connection  # noqa: E402
@@ -57,12 +57,12 @@ def library_under_test() -> None:
 
 @pytest.fixture(autouse=True)
 def settled(no_descriptor_leaks: None, no_task_leaks: None) -> None:
-    """Nothing is left of a test."""
+    """A test leaves no descriptor open and no task running."""
 
 
 @pytest.fixture(scope="session")
 def bus() -> Iterator[str]:
-    """The address of a bus that is like the system's, but that everybody may say everything on it."""
+    """The address of a bus like the system's, except that its policy allows everything."""
     program = shutil.which("dbus-daemon")
     if program is None:
         pytest.fail("dbus-daemon is not installed: make setup (Debian: apt install dbus)", pytrace=False)
@@ -91,7 +91,7 @@ def bus() -> Iterator[str]:
 
 @pytest.fixture
 async def connect(bus: str) -> AsyncIterator[Callable[[], Any]]:
-    """Makes connections of our own, and closes them."""
+    """A function that opens the daemon's kind of connection; closed after the test."""
     made: list[Connection] = []
 
     async def make() -> Connection:
@@ -107,7 +107,7 @@ async def connect(bus: str) -> AsyncIterator[Callable[[], Any]]:
 
 @pytest.fixture
 async def new_client(bus: str) -> AsyncIterator[Callable[[], Any]]:
-    """Makes clients that are not ours: the bare library, which can send what it likes."""
+    """A function that opens foreign clients: the bare library, which can send anything."""
     made: list[Client] = []
 
     async def make() -> Client:
@@ -164,7 +164,7 @@ async def stranger(bus: str) -> AsyncIterator[Stranger]:
 
 @pytest.fixture
 def shown(service: Service, backend: Backend) -> str:
-    """bob's instance."""
+    """The object path of bob's instance."""
     backend.views.show(view(1002, "bob"))
     return object_path(1002)
 

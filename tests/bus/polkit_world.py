@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A polkit that answers as the test says, and callers whom only polkit can allow something."""
+"""A polkit that replies as the test says, and callers whom only polkit can authorize."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ ALLOWED, DENIED, CHALLENGE = (True, False), (False, False), (False, True)
 
 
 class FakePolkit:
-    """Answers what the test says; where it says nothing, not at all."""
+    """Replies as the test says, or not at all if answer is None."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -40,7 +40,7 @@ class FakePolkit:
 
 
 class Stranger:
-    """busctl as nobody: a caller whom only polkit can allow something."""
+    """busctl run by the user nobody, whom only polkit can authorize."""
 
     def __init__(self, bus: str) -> None:
         self.bus = bus
@@ -73,7 +73,7 @@ class Stranger:
 
 
 async def as_nobody(new_client: Callable[[], Any]) -> Client:
-    """A connection of another user's; the bus reads the UID when it is made."""
+    """A connection of another user. The bus reads the UID when the connection is made."""
     os.setresuid(STRANGER, STRANGER, 0)
     try:
         made: Client = await new_client()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A connection: answers, no answers, the end of it, and whose signals are believed."""
+"""A connection: replies, timeouts, its end, and whose signals it believes."""
 
 import asyncio
 import gc
@@ -23,7 +23,7 @@ Heard = list[tuple[str, list[Any]]]
 
 
 class Deaf:
-    """A service that takes calls and never answers."""
+    """A service that accepts calls and never replies."""
 
     def __init__(self, client: Client) -> None:
         self.taken: list[Message] = []
@@ -39,7 +39,7 @@ class Deaf:
 
 
 async def departed(connection: Connection, name: str) -> None:
-    """Return when the bus, too, has seen that the owner is gone."""
+    """Wait until the bus has noticed that the owner is gone."""
     for _ in range(1000):
         if await connection.ask_bus("NameHasOwner", "s", name) == [False]:
             return
@@ -108,7 +108,7 @@ async def test_the_end_of_the_connection_ends_every_call(
     assert caught.value.name == "org.freedesktop.DBus.Error.Disconnected"
     sent: list[bool] = []
     connection.send(Message.new_signal("/x", "org.example.X", "X", "", []), lambda: sent.append(True))
-    assert sent == [True], "what waits to close a descriptor is told"
+    assert sent == [True], "the code that waits to close the descriptor is notified"
 
 
 async def test_calls_do_not_disturb_waiting_for_the_end(connection: Connection) -> None:
@@ -172,7 +172,7 @@ async def test_a_name_has_one_owner(connection: Connection, connect: Callable[[]
 async def test_descriptors_that_came_with_another_message_are_closed_once(
     connection: Connection, client: Client
 ) -> None:
-    """dbus-fast puts them into the list of the message before, too: what we opened meanwhile stays open."""
+    """dbus-fast also lists them with the previous message. Descriptors opened in between stay open."""
 
     def answer(received: Message) -> bool:
         if received.member != "Take":
@@ -194,7 +194,7 @@ async def test_descriptors_that_came_with_another_message_are_closed_once(
         await connection.ask(client.name, "/x", "org.example.X", "Take")
     await eventually(lambda: len(ours) == 20)
     for fd in ours:
-        os.close(fd)  # EBADF where it was closed for us
+        os.close(fd)  # EBADF if it was already closed
 
 
 async def test_descriptors_that_were_asked_for(connection: Connection, client: Client) -> None:
@@ -229,7 +229,7 @@ async def test_only_signals_of_the_owner_are_believed(
     forger, logind = await new_client(), await new_client()
     forger.send_signal("UserRemoved", "uo", [1000, "/"], to=connection.unique_name)
     await eventually(lambda: "ignoring" in caplog.text)
-    assert heard == [], "nobody owns the name yet"
+    assert heard == [], "the name has no owner yet"
     await logind.own(LOGIN1)
     forger.send_signal("UserRemoved", "uo", [1001, "/"], to=connection.unique_name)
     forger.send_signal("UserRemoved", "uo", [1002, "/"])
@@ -275,7 +275,7 @@ async def test_the_owner_is_known_from_the_start(connection: Connection, client:
 async def test_a_change_of_owner_overrides_an_older_reply(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The answer to GetNameOwner and the signal after it may be read in one go."""
+    """One read may return the reply to GetNameOwner together with the signal that follows it."""
 
     async def ask_bus(member: str, signature: str = "", *body: Any) -> list[Any]:
         if member == "GetNameOwner":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What callers may send at any time: descriptors, novel signatures, floods. And descriptors in answers."""
+"""What callers may send at any time: descriptors, novel signatures, floods; and descriptors in replies."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ PEER = "org.freedesktop.DBus.Peer"
 
 
 def close_all(replies: list[Message]) -> int:
-    """Close the descriptors of the answers. dbus-fast shows one also in answers that came without."""
+    """Close the descriptors of the replies. dbus-fast also shows one in replies that had none."""
     fds = {fd for reply in replies for fd in reply.unix_fds}
     for fd in fds:
         os.close(fd)
@@ -110,7 +110,7 @@ async def test_a_caller_that_wants_no_reply_gets_none(
     connection: Connection,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Seen where we send: the bus itself would drop such an answer, and say so in its log."""
+    """Checked at the sender: the bus would drop such a reply and log it."""
     answers: list[str] = []
     send = connection.send
 
@@ -142,7 +142,7 @@ def message(member: str, signature: str = "", body: list[Any] | None = None, **m
     )
 
 
-# Descriptors that nobody asked for
+# Unexpected descriptors
 
 
 async def test_descriptors_in_any_message_are_closed(
@@ -167,7 +167,7 @@ async def test_descriptors_in_any_message_are_closed(
 
 
 async def test_descriptors_in_a_requested_reply_are_closed(connection: Any, client: Client) -> None:
-    """The bus itself sends a pidfd with credentials; anybody whom we call may send some."""
+    """The bus itself sends a pidfd with credentials, and any service may add descriptors to its reply."""
 
     def answer(received: Message) -> bool:
         if received.member != "Take":
@@ -200,7 +200,7 @@ async def test_novel_signatures_are_forgotten_again(service: Service, client: Cl
 
 
 async def test_novel_signatures_in_one_message_are_bounded(service: Service, client: Client) -> None:
-    """Each variant has a signature of its own: one message can bring thousands."""
+    """Each variant has its own signature, so one message can contain thousands."""
     variants = [Variant(f"a{signature}", []) for signature in novel(6000)]
     name, _ = await client.error("Reload", "av", [variants])
     assert name == "org.freedesktop.DBus.Error.InvalidArgs"
@@ -226,9 +226,9 @@ async def test_the_service_survives_a_deeply_nested_message(service: Service, cl
 # Floods
 
 
-@pytest.mark.skipif(LIBRARY != "dbus_next", reason="dbus-fast has a writer of its own")
+@pytest.mark.skipif(LIBRARY != "dbus_next", reason="dbus-fast has its own writer")
 async def test_a_full_socket_with_a_high_descriptor_number() -> None:
-    """A daemon that a thousand namespaces were given back to has its connection above them."""
+    """A daemon that gets a thousand namespaces back from the FD store opens its connection after them."""
     here, there = socket.socketpair()
     with here, there, socket.socket(fileno=fcntl.fcntl(here, fcntl.F_DUPFD_CLOEXEC, 1500)) as high:
         high.setblocking(False)

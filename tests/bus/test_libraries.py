@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The same tests with the other library, where dbus-next cannot be imported."""
+"""The same tests with the other library, on a host without dbus-next."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def test_dbus_next_is_the_library() -> None:
 
 
 def test_the_glib_variant_is_not_imported() -> None:
-    """Where PyGObject is installed it would be loaded: 3 MB for nothing."""
+    """If PyGObject is installed, dbus-next would load it: 3 MB for nothing."""
     code = """
 import sys, types
 sys.modules["gi"] = marker = types.ModuleType("gi")

@@ -76,7 +76,7 @@ async def test_lists(logind: Logind, fake: FakeLogind) -> None:
 
 
 async def test_which_users_are_logged_in(logind: Logind, fake: FakeLogind) -> None:
-    """A closing session is over, whoever is left in it; a manager's or a job's is nobody's login."""
+    """A closing session is over even if processes are left in it. A manager or a job is no login."""
     fake.users, fake.sessions = {1000: "alice"}, {"1": 1000, "2": 1000, "3": 1000}
     fake.classes, fake.closing = {"2": "manager-early", "3": "background"}, set()
     assert [(session.id, session.is_login) for session in await logind.sessions()] == [
@@ -90,7 +90,7 @@ async def test_which_users_are_logged_in(logind: Logind, fake: FakeLogind) -> No
 
 
 async def test_session_details_for_an_administrator(fake: FakeLogind, connection: Connection) -> None:
-    """A closing one too, and a job, but no service manager."""
+    """Closing sessions and jobs are listed, service managers are not."""
     fake.users = {1000: "alice", 1001: "bob"}
     fake.sessions = {"1": 1000, "2": 1000, "3": 1000, "4": 1001}
     fake.classes, fake.closing = {"2": "manager", "3": "background"}, {"1"}
@@ -130,7 +130,7 @@ async def test_a_user_who_left_before_the_reply_is_not_reported(
 async def test_a_removal_never_overtakes_an_arrival(
     logind: Logind, fake: FakeLogind, heard: Listener, connection: Connection
 ) -> None:
-    """The answer to our question and the removal are read in one go: the removal is handled first."""
+    """One read returns the reply and the removal; the removal is handled first."""
     answer = fake._answer
 
     def answer_and_remove(message: Message) -> Message:
@@ -233,7 +233,7 @@ class FakeSystemd:
 async def test_the_service_manager_comes_back(
     client: Client, connection: Connection, heard: Listener
 ) -> None:
-    """After a restart of the bus PID 1 is away for a moment: that is no reason not to start."""
+    """After a restart of the bus, PID 1 is away for a moment. The daemon must start all the same."""
     systemd = Systemd(connection)
     await systemd.subscribe(heard)
     with pytest.raises(BusError, match="not on the bus"):

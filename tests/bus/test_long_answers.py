@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Answers that take long to find: who waits, how many run at once, and what ends them."""
+"""Slow answers: who waits for them, how many run at once, and what ends them."""
 
 import asyncio
 from collections.abc import Callable
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.bus, pytest.mark.usefixtures("root")]
 async def test_slow_lookups_by_pid(
     service: Service, backend: Backend, stranger: Stranger, client: Client, pid: int
 ) -> None:
-    """One look-up of one user at a time, and root's at once."""
+    """One lookup at a time for each user; root does not wait for others."""
     asked = 0
 
     async def uid_of_process(_: int) -> int:
@@ -48,7 +48,7 @@ async def test_slow_lookups_by_pid(
 
 
 class Counting:
-    """Counts that take until the test says so."""
+    """Counts that run until the test opens the gate."""
 
     def __init__(self, backend: Backend) -> None:
         self.gate = asyncio.Event()
@@ -126,7 +126,7 @@ async def test_root_does_not_wait_for_others(
     counting.gate.set()
     await asyncio.wait_for(asked, 10)
     await eventually(lambda: not counting.running)
-    assert counting.most == 2, "root's, and one of the stranger's"
+    assert counting.most == 2, "one for root and one for the stranger"
 
 
 @pytest.mark.parametrize("member", QUESTIONS)

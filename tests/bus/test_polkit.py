@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may what where polkit decides, and what happens when it is slow, silent or not there.
+"""What polkit allows, and what happens if it is slow, silent or missing.
 
-polkitd itself is in tests/e2e/test_polkit.py; here is a fake that answers when the test says so.
+Not here: the real polkitd (tests/e2e/test_polkit.py).
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ async def test_polkit_decides(
     assert "failed" not in allowed
     assert [asked[1] for asked in authority.asked] == [f"org.polytmp1.{action}"] * 3
     kind, subject = authority.asked[0][0]
-    assert kind == "system-bus-name", "a pid may be another process's by now"
+    assert kind == "system-bus-name", "a PID may have been reused"
     assert subject["name"].value.startswith(":1.")
     details = {} if action == "reload" else {"uid": "1002", "user": "bob"}
     assert authority.asked[0][2] == details
@@ -72,7 +72,7 @@ async def test_a_users_own_instance_has_a_separate_action(
     assert [asked[1] for asked in authority.asked] == ["org.polytmp1.remove-own-instance"]
     assert backend.removed == [(STRANGER, False)]
     await stranger.call(object_path(STRANGER), f"{INSTANCE}.ListProcesses")
-    assert len(authority.asked) == 1, "looking at one's own needs nobody's leave"
+    assert len(authority.asked) == 1, "users need no authorization to inspect their own instance"
 
 
 async def test_root_needs_no_authorization(
@@ -189,7 +189,7 @@ async def test_a_slow_polkit_delays_no_other_caller(
 async def test_the_open_requests_of_each_user_are_limited(
     shown: str, authority: FakePolkit, stranger: Stranger, client: Client
 ) -> None:
-    """And no more: with 128 of them the bus would let the service ask nobody anything."""
+    """With 128 requests pending, the bus would not let the service send any more calls."""
     authority.answer = None
     for _ in range(ASKED_AT_MOST):
         await stranger.start(PATH, f"{MANAGER}.Reload", interactive=True)

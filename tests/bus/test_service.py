@@ -61,7 +61,9 @@ async def test_introspection_matches_the_contract(
     golden = GOLDEN / f"{name}.xml"
     if os.environ.get("POLYTMP_TEST_GOLDEN") == "update":
         golden.write_text(found)
-    assert found == golden.read_text(), "if it is meant: POLYTMP_TEST_GOLDEN=update, and look at the diff"
+    assert found == golden.read_text(), (
+        "if this is intended, run with POLYTMP_TEST_GOLDEN=update and check the diff"
+    )
 
 
 async def test_every_argument_has_a_name(shown: Callable[..., str], client: Client) -> None:
@@ -318,7 +320,7 @@ async def test_an_internal_error_stays_in_the_journal(
     assert name == "org.polytmp1.Error.Failed"
     assert "secret" not in text
     assert "Traceback" not in text
-    assert "a secret of line 17" in caplog.text, "the administrator is told"
+    assert "a secret of line 17" in caplog.text, "it is logged for the administrator"
 
 
 @pytest.mark.parametrize("text", ["a NUL \0 in it", "half a character \udcff in it", "", "x" * 100000])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The other side of the service: a daemon that does nothing, callers of all kinds, a small logind."""
+"""The other side of the service: a backend that does nothing, callers of all kinds, a small logind."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ from polytmpd.kernel.descriptor import Descriptor
 log = logging.getLogger(__name__)
 
 STRANGER = 65534
-"""nobody; the bus refuses a UID that has no name."""
+"""The UID of nobody. The bus refuses a UID without a name."""
 
 LOGIN1 = "org.freedesktop.login1"
 LOGIN1_PATH = "/org/freedesktop/login1"
@@ -38,7 +38,7 @@ def view(uid: int, user: str = "alice", state: State = State.ACTIVE) -> View:
 
 
 class Backend:
-    """Says what it is told to say."""
+    """Answers as the test says."""
 
     def __init__(self) -> None:
         self.views = Views(("/tmp", "/var/tmp"))
@@ -119,7 +119,7 @@ def lists(value: Any) -> Any:
 
 
 async def close(bus: MessageBus) -> None:
-    """Disconnect, and close what dbus-next leaves open until the program ends."""
+    """Disconnect, and close what dbus-next would leave open until the program ends."""
     if bus.connected:
         bus.disconnect()
     try:
@@ -132,7 +132,7 @@ async def close(bus: MessageBus) -> None:
 
 
 class Client:
-    """A caller that uses the bare library, so that it can send what it likes."""
+    """A caller that uses the bare library, so that it can send anything."""
 
     def __init__(self, bus: MessageBus) -> None:
         self.bus = bus
@@ -170,7 +170,7 @@ class Client:
         fds: Sequence[int] = (),
         flags: MessageFlag = MessageFlag.NONE,
     ) -> Message:
-        """The answer, an error too."""
+        """The reply, even if it is an error."""
         message = Message(
             destination=to,
             path=path,
@@ -186,7 +186,7 @@ class Client:
         return reply
 
     async def result(self, member: str, signature: str = "", body: Sequence[Any] = (), **more: Any) -> Any:
-        """The one value of an answer that is no error."""
+        """The only value of a reply that must not be an error."""
         reply = await self.call(member, signature, body, **more)
         assert reply.message_type is MessageType.METHOD_RETURN, (reply.error_name, reply.body)
         return lists(reply.body[0]) if reply.body else None
@@ -194,7 +194,7 @@ class Client:
     async def error(
         self, member: str, signature: str = "", body: Sequence[Any] = (), **more: Any
     ) -> tuple[str, str]:
-        """Name and text of an answer that is an error."""
+        """Name and text of a reply that must be an error."""
         reply = await self.call(member, signature, body, **more)
         assert reply.message_type is MessageType.ERROR, reply.body
         assert reply.error_name
@@ -316,14 +316,14 @@ class FakeLogind:
 
 
 async def run(*argv: str) -> "subprocess.CompletedProcess[str]":
-    """A program, while the loop goes on."""
+    """Run a program without blocking the loop."""
     return await asyncio.to_thread(
         subprocess.run, argv, capture_output=True, text=True, timeout=20, check=False
     )
 
 
 async def as_stranger(address: str, path: str, method: str, *arguments: str) -> str:
-    """What dbus-send says when an unprivileged user runs it."""
+    """The output of dbus-send, run by an unprivileged user."""
     done = await run(
         *("setpriv", f"--reuid={STRANGER}", f"--regid={STRANGER}", "--clear-groups"),
         *("dbus-send", f"--bus={address}", "--print-reply", f"--dest={SERVICE}", path, method, *arguments),

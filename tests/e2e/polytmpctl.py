@@ -16,7 +16,7 @@ def values(machine: Machine, *words: str) -> Any:
 
 
 def refused(result: Result, *texts: str) -> None:
-    """Status 1, nothing on stdout, one line that says what and one that says what to do."""
+    """Exit status 1, nothing on stdout; stderr says what failed, and contains the texts."""
     assert result.returncode == 1, result
     assert result.stdout == "", result
     lines = result.stderr.splitlines()
@@ -27,5 +27,5 @@ def refused(result: Result, *texts: str) -> None:
 
 
 def terminal(machine: Machine, command: str, typed: str) -> str:
-    """What root's terminal shows; the line is typed when the question is there."""
+    """Run it on root's terminal, answer its question with the line, and return what is shown."""
     return machine.ssh("root", command, tty=True, input=f"{typed}\n", check=False).stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""polytmpctl as an administrator and as a user types it, on a booted system: what is wrong first."""
+"""polytmpctl as administrators and users type it, on a booted system; mistakes first."""
 
 import json
 import select
@@ -14,7 +14,7 @@ from tests.e2e.polytmpctl import ctl, refused, terminal, values
 pytestmark = [pytest.mark.e2e, pytest.mark.prepared(by=observe.quick_logouts)]
 
 
-# What is wrong
+# Mistakes
 
 
 def test_wrong_arguments(machine: Machine) -> None:
@@ -56,7 +56,7 @@ def test_a_closed_pipe_is_no_error(machine: Machine, alice: Session) -> None:
     assert done.stderr == ""
 
 
-# What is there
+# Looking at instances
 
 
 def test_no_instances(machine: Machine) -> None:
@@ -74,7 +74,7 @@ def test_list(machine: Machine, alice: Session) -> None:
     assert lines[-1] == "1 instance listed."
     assert ctl(machine, "--no-legend").stdout.split()[:3] == ["1001", "alice", "active"]
     assert alice.run("polytmpctl list --no-legend").split()[:3] == ["1001", "alice", "active"]
-    # another user knows that she is there, and no more
+    # other users see that she has an instance, and nothing else
     assert machine.ssh("bob", "polytmpctl list --no-legend | grep alice").stdout.split() == [
         "1001",
         "alice",
@@ -97,7 +97,7 @@ def test_status(machine: Machine, alice: Session) -> None:
     assert "      Mounts: /tmp/m (tmpfs, inner)\n" in page
     assert "sleep 4321  (in a namespace made from it)" in page
     assert "├─session-" in page or "└─session-" in page
-    assert "New instance of user alice" in page, "the journal's last lines"
+    assert "New instance of user alice" in page, "the last lines of the journal"
     found = values(machine, "status", "alice")
     assert found["sessions"][0]["service"] == "sshd"
     assert {process["how"] for process in found["processes"]} == {"namespace", "derived"}
@@ -148,7 +148,7 @@ def test_path_in_both_directions(machine: Machine, alice: Session) -> None:
     assert machine.run("cat", host).stdout == "hers\n"
     assert ctl(machine, "path", host).stdout == "alice:/tmp/file\n"
     assert alice.run("cd /tmp && ln -sf file link && polytmpctl path link; rm link").strip() == host
-    assert alice.run("sudo polytmpctl path /tmp/file").strip() == host, "with sudo: whoever runs it"
+    assert alice.run("sudo polytmpctl path /tmp/file").strip() == host, "with sudo, the user who runs it"
     same = ["/etc/passwd", "/tmp/.X11-unix/X0"]
     assert ctl(machine, "path", "-u", "alice", *same, "/tmp/../tmp/./file").stdout.split() == [*same, host]
 
@@ -171,7 +171,7 @@ def test_enter(machine: Machine, alice: Session) -> None:
     refused(alice.result("polytmpctl enter alice id", check=False), "sudo")
 
 
-# What changes things
+# Changing things
 
 
 def test_remove_refuses_while_the_instance_is_in_use(machine: Machine, alice: Session) -> None:
@@ -246,7 +246,7 @@ def test_removal_progress(machine: Machine) -> None:
     )
     seen = [int(line.removeprefix("t ")) for line in machine.sh(script).stdout.splitlines()]
     assert max(seen) in range(1024, 120100), seen
-    assert machine.sh(script.partition("do ")[2].partition(";")[0]).stdout == "t 0\n", "when it is over"
+    assert machine.sh(script.partition("do ")[2].partition(";")[0]).stdout == "t 0\n", "after the removal"
 
 
 def test_monitor(machine: Machine) -> None:
@@ -260,7 +260,7 @@ def test_monitor(machine: Machine) -> None:
         return bool(select.select([stdout], [], [], 0.5)[0])
 
     try:
-        eventually(listens, what="the monitor tells of bob's logins")
+        eventually(listens, what="the monitor reports bob's logins")
         with machine.session("alice") as alice:
             alice.run("true")
         eventually(lambda: "alice" not in observe.instances(machine), 30, "alice's instance is gone")
@@ -304,7 +304,7 @@ def test_bash_completion(machine: Machine, alice: Session) -> None:
 
 
 def test_another_host(machine: Machine, alice: Session) -> None:
-    """This one once more, by ssh."""
+    """The same host again, by ssh."""
     machine.write("/root/.ssh/id_ed25519", ssh_key().read_text(), 0o600)
     machine.write("/root/.ssh/config", "StrictHostKeyChecking accept-new\nLogLevel ERROR\n", 0o600)
     try:
@@ -319,6 +319,6 @@ def test_another_host(machine: Machine, alice: Session) -> None:
 
 
 def test_an_unknown_container(machine: Machine) -> None:
-    """The image of the tests has no systemd-machined, as many servers."""
+    """The test image has no systemd-machined, like many servers."""
     refused(ctl(machine, "-M", "nosuch", "list", check=False), "No container 'nosuch'")
     refused(ctl(machine, "-M", "alice@", "list", check=False), "Invalid container")

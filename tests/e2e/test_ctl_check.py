@@ -43,7 +43,7 @@ def test_check_finds_a_missing_directory_and_users_without_an_instance(
     try:
         done = ctl(machine, "check", "--json=short", check=False)
         results = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}
-        assert results["/srv/none"]["verdict"] == "fail", "not in force: it is judged all the same"
+        assert results["/srv/none"]["verdict"] == "fail", "checked although it is not in effect"
         assert "create /srv/none" in results["polytmpd.conf"]["remedy"]
         machine.run("systemctl", "restart", "polytmpd")
         done = ctl(machine, "check", "--json=short", check=False)
@@ -58,7 +58,7 @@ def test_check_finds_a_missing_directory_and_users_without_an_instance(
 
 
 def test_check_finds_mistakes_in_the_configuration(machine: Machine, alice: Session) -> None:
-    """Whether the daemon has read them or not; and who is exempt is no finding."""
+    """Mistakes are found whether or not the daemon has read them. An exempt user is no finding."""
     machine.write("/etc/polytmpd.conf.d/x.conf", "[Polytmp]\nExemptUsers=bob nobody-knows\nFoo=bar\n")
     machine.run("systemd-run", "--quiet", "--unit=outside", "--uid=bob", "sleep", "777")
     try:
@@ -95,7 +95,7 @@ def test_check_finds_what_blocks_a_users_logins(machine: Machine) -> None:
 
 
 def cron_is_cured(machine: Machine, remedy: str) -> bool:
-    """Does what the remedy says, as it says it; systemd.exec(5) has its own empty value for each setting."""
+    """Follow the remedy to the letter. Each setting has its own empty value, see systemd.exec(5)."""
     edit, _, then = remedy.partition(" (one per line); then: ")
     command, _, lines = edit.partition(": ")
     assert command == "systemctl edit cron.service"

@@ -2,7 +2,7 @@
 """Objection 1: real X servers of one user, clients of another user and of the host, and display locks that
 hold everywhere.
 
-Not here: sockets by themselves (test_sockets), the copies of locks (tests/kernel/test_displaylocks).
+Not here: sockets by themselves (test_sockets), copies of locks (tests/kernel/displays).
 """
 
 from collections.abc import Iterator
@@ -226,7 +226,7 @@ def test_only_valid_locks_are_shown(machine: Machine) -> None:
 
 def test_existing_files_in_place_of_a_lock_stay(machine: Machine) -> None:
     with machine.session("alice") as alice, machine.session("bob") as bob:
-        # the sleep: a change time is as coarse as a kernel tick, and a later change must have another one
+        # sleep: change times advance with kernel ticks, and a later change must have a different one
         bob.run("echo mine >/tmp/.X7-lock; mkdir /tmp/.X8-lock; ln -s /etc/passwd /tmp/.X9-lock; sleep 0.1")
         before = bob.run("stat -c '%n %i %U %Z' /tmp/.X*-lock")
         pids = [start(alice, display) for display in (7, 8, 9)]
@@ -259,7 +259,7 @@ def test_a_flood_of_sockets_affects_only_its_owner(machine: Machine) -> None:
 
 @pytest.mark.parametrize("how", ["restart", "kill --signal=KILL", "stop"])
 def test_a_restarted_daemon_catches_up(machine: Machine, how: str) -> None:
-    """Locks stay while it is away; then those of servers that ended go, and those of new servers come."""
+    """Locks stay while it is down. Then those of dead servers go, and those of new servers appear."""
     with machine.session("alice") as alice, machine.session("bob") as bob:
         pids = {display: start(alice, display) for display in (7, 8)}
         eventually(lambda: lock(bob, 7) and lock(bob, 8), what="bob has the locks")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Forked processes that work for a test elsewhere, or attack it.
+"""Forked processes that run part of a test elsewhere, or attack it.
 
 A forked child has all of pytest on its stack, and pytest-timeout's handler of SIGALRM. An exception must end
-it: otherwise it would continue in pytest, as a second test run with its own results.
+it: otherwise it would return into pytest and become a second test run.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ def in_child(work: Callable[[], object], seconds: int = 120) -> None:
 
 
 def alone() -> None:
-    """From now on, no other process sees the mounts of this one."""
+    """Hide the mounts that this process makes from now on."""
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 

@@ -53,7 +53,7 @@ def assert_rolled_back(found: list[Case], survived: set[str], failures: int) -> 
 
 
 def test_each_step_of_create() -> None:
-    """The login goes on if a name cannot be shared, or the state file not written: there is the FD store."""
+    """A login survives a name that cannot be shared and, thanks to the FD store, a lost state file."""
     survived = {"shared.os.mkdir", "shared.os.open", "shared.os.fstat"}
     survived |= {"StateDirectory.save", "state.write_text", "state.replace"}
     assert_rolled_back(cases("create"), survived, 100)
@@ -66,7 +66,7 @@ def test_each_step_of_rebuild() -> None:
 
 
 def test_out_of_descriptors() -> None:
-    """RLIMIT_NOFILE, from none left to enough."""
+    """RLIMIT_NOFILE, from no descriptor left to enough of them."""
     found = cases("no_descriptors")
     assert [case for case in found if case.left] == []
     assert {case.errno for case in found[:-1]} == {errno.EMFILE}

@@ -18,7 +18,7 @@ _MS_BIND = 4096
 
 
 def _taken_along(base: str) -> None:
-    """A process in another namespace has part of the instance mounted, and is found until it ends."""
+    """A process that has part of the instance mounted in another namespace is found until it ends."""
     inside = f"{base}/{BARRIER}/tmp/inside"
     os.makedirs(inside)
     os.makedirs(f"{base}/polytmp-1002/tmp")

@@ -69,7 +69,7 @@ def test_usage_does_not_enter_mounts(base: Path) -> None:
 
 
 def test_usage_while_it_is_moved_away(base: Path) -> None:
-    """The parent directories are gone when the count returns to them. It never leaves the tree."""
+    """The parent directories are gone when the count returns to them; it never leaves the tree."""
     make(base)
     inner = base / NAME / "tmp"
     at = inner

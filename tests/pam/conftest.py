@@ -18,11 +18,11 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 
 @pytest.fixture(scope="session")
 def base() -> Iterator[Path]:
-    """A directory with the same path inside and outside of the world, which no private /tmp hides."""
+    """A directory that has the same path inside and outside of the world; no private /tmp hides it."""
     if os.geteuid() != 0:
         pytest.fail("the PAM tests make mount namespaces: run them as root")
     path = Path(tempfile.mkdtemp(prefix="polytmp-test-", dir="/run"))
-    path.chmod(0o755)  # callers other than root must be able to load the module, too
+    path.chmod(0o755)  # callers other than root must be able to load the module
     yield path
     shutil.rmtree(path)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A polytmpd that answers AcquireNamespace as its argument says (JSON), however wrong.
+"""A polytmpd that replies to AcquireNamespace as its argument (JSON) says, even if that is wrong.
 
 It writes "ready" and a line for each call to standard output, and exits at the end of standard input.
 """
@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # as in polytmpd.bus.library, on which the fake must not depend
+if TYPE_CHECKING:  # as in polytmpd.bus.library, which the fake does not import
     from dbus_fast import Message, MessageType
     from dbus_fast.aio import MessageBus
 else:

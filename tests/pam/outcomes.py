@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a session may come to: joined, refused, skipped, and nothing else has changed.
+"""Checks of how a session ended: joined, refused or skipped, with nothing else changed.
 
 Not here: the world in which sessions are opened (pam_world).
 """
@@ -39,7 +39,7 @@ def assert_clean(session: Session) -> None:
 def assert_refused(
     session: Session, reason: str, name: str = "", user: str = "alice", cwd: str = "/"
 ) -> None:
-    """PAM_PERM_DENIED, one line in the log, one for the user; the process has not moved."""
+    """PAM_PERM_DENIED, one line in the log and one for the user; the process has not moved."""
     assert session.result == PAM_PERM_DENIED
     assert_untouched(session, cwd)
     detail = f"{name}: {reason}" if name else reason
@@ -62,7 +62,7 @@ def assert_joined(session: Session, namespace: Namespace) -> None:
 
 
 def assert_unreachable_for(world: World, user: str, bus: str | None = None) -> Session:
-    """A user is refused, a system user is let through; returns the session."""
+    """A regular user is refused, a system user is let through; returns the session."""
     session = world.open_session("-u", user, bus=bus)
     assert_untouched(session)
     assert len(session.log) == 1

@@ -80,7 +80,7 @@ exec sleep infinity
 
 
 class SystemLog:
-    """What is written to /dev/log. Always drained, since a full socket would block the writer."""
+    """/dev/log. A thread drains it, because a full socket would block the writer."""
 
     def __init__(self, path: str) -> None:
         self._lines: list[tuple[str, str]] = []
@@ -188,7 +188,7 @@ class World:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        os.kill(self.init, signal.SIGKILL)  # PID 1 of the world: every process in it ends, too
+        os.kill(self.init, signal.SIGKILL)  # PID 1 of the world: every process in it ends
         for child in self._children:
             child.kill()
             child.wait(10)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Errors that polytmpd replies with, and replies that must not be trusted."""
+"""Error replies of polytmpd, and replies that the module must not trust."""
 
 import pytest
 
@@ -185,7 +185,7 @@ def test_a_descriptor_that_is_not_a_mount_namespace(
 
 
 def test_a_mount_namespace_made_by_a_user(world: World, bus: Bus, daemon: MakeDaemon) -> None:
-    """CVE-2022-31214 in firejail --join: the user controls all that is in it, setuid programs included."""
+    """CVE-2022-31214 in firejail --join: the user controls everything in it, even setuid programs."""
     theirs = world.make_namespace(":", "--user", "--map-root-user")
     daemon(open=[theirs.path])
     assert_refused(world.open_session(bus=bus.address), NOT_OURS)

@@ -104,7 +104,7 @@ def test_the_source_stays_small(build: Path) -> None:
 def test_every_failing_allocation(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace, reachable: bool
 ) -> None:
-    """Each allocation of a session fails once: no crash, no open descriptor, and no half move."""
+    """Each allocation of a session fails once. Nothing crashes or leaks, and no session moves halfway."""
     daemon(open=[private.path])
     address = bus.address if reachable else None
     expected = PAM_SUCCESS if reachable else PAM_PERM_DENIED
@@ -121,7 +121,7 @@ def test_every_failing_allocation(
         assert session.moved == (session.result == PAM_SUCCESS), n
         assert session.fds == session.fds_before, n
         assert session.result != PAM_IGNORE, n
-    # if libc has no memory to read /etc/passwd, it knows no user
+    # libc finds no user if it has no memory to read /etc/passwd
     assert seen - {PAM_USER_UNKNOWN, PAM_SYSTEM_ERR} == {expected, PAM_BUF_ERR}
 
 
@@ -147,7 +147,7 @@ cp /tmp/root/etc/pam.d/common-session* "$OUT"
 
 @plain_build
 def test_the_profile_comes_right_after_pam_systemd(world: World) -> None:
-    """And before modules that start programs, in the stacks of cron and sudo, too; without pam_tmpdir."""
+    """And before modules that start programs, also in the stacks of cron and sudo; without pam_tmpdir."""
     out = world.base / "stacks"
     world.shell(f"PROFILE={world.build}/polytmp.pam-config\nOUT={out}\n{PAM_AUTH_UPDATE}")
 

@@ -83,7 +83,7 @@ def test_a_daemon_that_dies_during_the_call_and_is_restarted(
 
 @both_kinds
 def test_a_daemon_that_dies_during_every_call(world: World, bus: Bus, user: str) -> None:
-    """The module gives up."""
+    """After a few attempts, the module gives up."""
     bus.activatable(bus.command(die=True))
     stdin = os.open(world.base / "activated-stdin", os.O_RDWR)
     try:
@@ -123,7 +123,7 @@ def test_a_bus_that_dies_during_the_call(world: World, bus: Bus, daemon: MakeDae
 
 @contextmanager
 def server(world: World, serve: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A socket that this function serves, and not a bus."""
+    """The address of a socket that serve() handles instead of a bus."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(f"{world.base}/odd")
         listening.listen()
@@ -159,7 +159,7 @@ def talk_nonsense(listening: socket.socket) -> None:
 
 
 def trickle(listening: socket.socket) -> None:
-    """Keeps sending, but never a whole line."""
+    """Keep sending, but never a whole line."""
     client, _ = listening.accept()
     with client:
         try:

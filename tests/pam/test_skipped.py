@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sessions for which polytmpd is not asked, and the users and processes to whom that applies."""
+"""Sessions for which the module does not call polytmpd: root, unknown users, chroots, system users."""
 
 import pytest
 
@@ -66,7 +66,7 @@ ln -s usr/lib usr/lib64 usr/bin usr/sbin .
 def test_a_process_in_a_chroot_is_left_alone(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
-    """As in an image build: it must work, and the chroot has its own /tmp."""
+    """As in an image build. The session must work, and the chroot has its own /tmp."""
     fake = daemon(open=[private.path])
     world.shell(f"{CHROOT}\nmount --rbind /proc proc")
     session = world.open_session("-r", "/tmp/chroot", bus=bus.address)

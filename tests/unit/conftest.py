@@ -13,7 +13,7 @@ __all__ = ["no_descriptor_leaks", "no_task_leaks"]
 
 @pytest.fixture
 async def world(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
-    """A daemon that has heard from logind that nobody is here. An internal error fails the test."""
+    """A daemon to which logind has listed no users. An internal error fails the test."""
     monkeypatch.setattr("polytmpd.kernel.host.namespace_inode", lambda: OWN_NAMESPACE)
 
     def getpwuid(uid: int) -> Any:

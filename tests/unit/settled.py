@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a test must leave behind: nothing. And how to wait for something without hoping.
+"""Fails tests that leave descriptors or tasks behind, and waits for conditions with a bound.
 
 Not here: fakes of the world.
 """
@@ -18,18 +18,18 @@ def descriptors() -> dict[int, str]:
     for link in Path("/proc/self/fd").iterdir():
         try:
             found[int(link.name)] = str(link.readlink())
-        except OSError:  # the one that reads the directory
+        except OSError:  # the descriptor that reads the directory
             continue
     return found
 
 
 async def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    """Return once the condition holds; fail when it does not within the bound."""
+    """Return once the condition holds. Fail if it does not hold within the bound."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     while not condition():
         assert loop.time() < end, "did not come about in time"
-        await asyncio.sleep(0.002)  # between two looks at the condition
+        await asyncio.sleep(0.002)  # between two checks of the condition
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def no_descriptor_leaks() -> Iterator[None]:
     before = descriptors()
     yield
     after = descriptors()
-    if len(after) > len(before):  # what nobody refers to any more is no leak; collecting takes long
+    if len(after) > len(before):  # an unreferenced object is no leak; collecting is slow, so only if needed
         gc.collect()
         after = descriptors()
     # pytest and asyncio may have put others in their place
@@ -47,12 +47,12 @@ def no_descriptor_leaks() -> Iterator[None]:
 
 @pytest.fixture
 async def no_task_leaks() -> AsyncIterator[None]:
-    """A test that leaves a task behind has failed. To be requested by what runs in the loop."""
+    """A test that leaves a task behind has failed. For tests that run in the loop."""
     yield
     own = asyncio.current_task()
     for _ in range(200):
         left = [task for task in asyncio.all_tasks() if task is not own]
         if not left:
             return
-        await asyncio.sleep(0.005)  # between two looks; the loop has a bound
+        await asyncio.sleep(0.005)  # between two checks; the loop has a bound
     pytest.fail(f"tasks are left: {left}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""polytmpd.conf: what administrators write, and the mistakes that are reported to them."""
+"""polytmpd.conf: what administrators write, and which mistakes are reported."""
 
 import os
 import re

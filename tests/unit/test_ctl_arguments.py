@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""polytmpctl's command line: first what is wrong, then what is right."""
+"""polytmpctl's command line: mistakes first, then valid arguments."""
 
 import re
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What check finds on hosts, each in a directory of its own. The host of the tests is not examined."""
+"""What check finds on hosts, each of which is a directory. The host of the tests is not examined."""
 
 import os
 from pathlib import Path
@@ -314,7 +314,7 @@ def test_the_remedy_for_a_sandbox(unit: str, restarted: str) -> None:
 
 
 class FakeHost:
-    """The daemon and its neighbours, as check asks them: client and connection of its context."""
+    """The daemon and its neighbours, as check calls them: client and connection of its context."""
 
     def __init__(self, restarts: int) -> None:
         self.client = self.connection = self

@@ -110,7 +110,7 @@ class NoBus:
     ],
 )
 async def test_a_file_name_is_bytes(there: bytes, here: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """UID 1003 is logged out, and files are kept for them."""
+    """UID 1003 is logged out and has kept files."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
 
     async def path(word: bytes) -> bytes:

@@ -40,7 +40,7 @@ def test_no_instance(uid: int, user: str, text: str) -> None:
 
 
 class Bus:
-    """A daemon without instances, which keeps files for UID 1003."""
+    """A daemon without instances that keeps files for UID 1003."""
 
     async def instances(self) -> list[Any]:
         return []

@@ -117,7 +117,7 @@ async def test_the_failed_instance_of_a_logged_in_user_is_shown_and_retried(worl
 
 
 async def test_callers_are_told_of_unexpected_errors(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """Python says RuntimeError where no thread can be started."""
+    """Python raises RuntimeError if it cannot start a thread."""
     login = world.login()
     await eventually(lambda: world.executor.waits("prepare"))
     world.executor.answer("prepare", RuntimeError("can't start new thread"))
@@ -181,7 +181,7 @@ async def test_a_late_failure_of_the_old_instance_does_not_affect_the_new_one(wo
 
 
 async def test_a_login_at_the_moment_the_instance_ends(world: World) -> None:
-    """The end of the namespace and the login are read in one round of the loop."""
+    """One iteration of the loop reads both the end of the namespace and the login."""
     await world.drained()
     world.daemon.namespace_ended(1000)
     world.presence.session_new(Session("2", ALICE))
@@ -261,7 +261,7 @@ async def test_persistent_files_are_removed_after_the_user_has_left(world: World
 
 
 async def test_a_late_end_has_no_effect(world: World) -> None:
-    """A rejoin failed; the namespace that could not be joined ends afterwards."""
+    """A rejoin failed. The namespace that could not be joined ends afterwards."""
     await world.drained()
     world.presence.session_new(Session("2", ALICE))
     await eventually(lambda: world.executor.waits("rejoin"))

@@ -22,7 +22,7 @@ LIBRARIES = {"dbus_next", "dbus_fast"}
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A row of the table. modules: those of a package, each of which may import the ones after it."""
+    """A row of the table. modules: of a package; each may import those after it."""
 
     floor: int
     modules: tuple[str, ...]
@@ -39,12 +39,12 @@ def drawn() -> dict[str, Room]:
 
 
 def part(module: str) -> str:
-    """polytmpd.bus.logind → bus: what the table speaks of."""
+    """The room of a module: polytmpd.bus.logind → bus."""
     return module.split(".")[1] if "." in module else ""
 
 
 def imports(module: str) -> Iterator[str]:
-    """Everything that a module imports, wherever it does so; names from a package as modules of it."""
+    """Everything that a module imports, also within functions; submodules count by their own name."""
     path = ROOT / module.replace(".", "/")
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The search for holders and processes, and that it ends when its caller no longer waits."""
+"""The search for holders and processes, which ends when its caller no longer waits."""
 
 import contextlib
 import os

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is decided about namespaces that are found, and about whose files are whose.
+"""Which namespaces are instances, and which files belong to which user.
 
-Not here: what it does to mounts and files (tests/kernel, tests/e2e).
+Not here: mounts and files (tests/kernel, tests/e2e).
 """
 
 import os
@@ -32,7 +32,7 @@ def opened(path: Path) -> list[str]:
 
 @pytest.fixture
 def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What stands for the namespace that processes are found in; a file, so that a leak shows."""
+    """A stand-in for the namespace in which processes are found; a file, so that a leak shows."""
     path = tmp_path / "namespace"
     path.touch()
     monkeypatch.setattr(processes, "open_namespace", lambda _: Descriptor.open(path, os.O_RDONLY))
@@ -40,7 +40,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_namespace_without_proc_is_not_polytmps(namespace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The inode was used again, by a sandbox that is being made: no /proc is there to ask."""
+    """The inode was reused by a sandbox in the making, which has no /proc yet."""
 
     def mounts_in(_: int) -> list[Mount]:
         raise FileNotFoundError(2, "No such file or directory", "/proc/thread-self/mountinfo")
@@ -63,7 +63,7 @@ def test_a_namespace_without_proc_is_not_polytmps(namespace: Path, monkeypatch: 
 def test_a_namespace_is_recognised_by_its_mounts(
     namespace: Path, monkeypatch: pytest.MonkeyPatch, root: str, peer: str, privileged: bool, is_ours: bool
 ) -> None:
-    """The kernel gives inode numbers out again."""
+    """The kernel reuses inode numbers."""
     slash = "35 1 8:1 / / rw {} - ext4 /dev/sda1 rw"
     table = [parse_line(line.encode()) for line in (slash.format(peer), LINE.format(root))]
     monkeypatch.setattr(inside, "mounts_in", lambda _: table)
@@ -83,7 +83,7 @@ def test_a_namespace_is_recognised_by_its_mounts(
         ({"alice": 1000, "ally": 1000}, "ally", False),  # two names of one user
         ({"alice": 1000}, "carol", True),  # userdel, or usermod -l
         ({"alice": 1000, "carol": 1001}, "carol", True),  # she came back, with another UID
-        ({"alice": 1000}, "1000", False),  # nobody had a name when it was written
+        ({"alice": 1000}, "1000", False),  # the state file had no user names when it was written
         ({}, "alice", False),
         ({}, "carol", True),
     ],

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The life of an instance: each row of the table, and the table against a small world.
 
-The world below does with actions what daemon.py does, and stands for an executor that answers whenever it
-likes, a kernel that ends a namespace when nobody holds it, and a logind that sends what it likes.
+The world below performs actions as daemon.py does. It stands for an executor that finishes at any time, a
+kernel that ends a namespace when no process holds it, and a logind that sends anything.
 """
 
 from dataclasses import dataclass, field
@@ -88,7 +88,7 @@ def test_an_illegal_event_raises_and_changes_nothing(state: State, event: Event,
 
 
 def test_events_from_outside_are_never_illegal() -> None:
-    """Users come and go, logins ask, in every state: only the executor can be wrong."""
+    """Users and logins come and go in every state. Only the executor's events can be illegal."""
     for state in State:
         for event in (Event.CLAIMED, Event.UNCLAIMED, Event.ACQUIRED):
             assert (state, event) in TABLE
@@ -96,7 +96,7 @@ def test_events_from_outside_are_never_illegal() -> None:
 
 @dataclass
 class Namespace:
-    """Over which directories, and who lives in it: name → whether in the user's slice."""
+    """Its directories, and the processes in it: name → whether in the user's slice."""
 
     directories: int
     processes: dict[str, bool] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class Namespace:
 
 
 class World(RuleBasedStateMachine):
-    """One user. Rules are what may happen at any time; _feed and _perform are daemon.py's."""
+    """One user. Each rule may happen at any time. _feed and _perform work like daemon.py's."""
 
     rejoin_may_fail = False
 
@@ -118,14 +118,14 @@ class World(RuleBasedStateMachine):
         self.waiting: list[int] = []
         self.answers: dict[int, str] = {}
         self.logins = 0
-        # The executor: what it was asked for, in order; what it deletes meanwhile; what it holds.
+        # The executor: its pending requests in order, its running deletions, and what it holds.
         self.asked: list[tuple[Action, int, int]] = []
         self.deleting: list[tuple[int, int]] = []
         self.held: int | None = None
         self.on_disk: set[int] = set()
         self.left: set[int] = set()
         self.made = 0
-        # The kernel: namespaces by number, which is the number of the sentinel's watch, too.
+        # The kernel: namespaces by number, which is also the number of the sentinel's watch.
         self.namespaces: dict[int, Namespace] = {}
         self.watches: set[int] = set()
         self.unmounts: list[int] = []
@@ -160,7 +160,7 @@ class World(RuleBasedStateMachine):
                     self._answer(login, "refused")
                 self.waiting = []
             case Action.LET_GO:
-                assert self.held is not None, "let go of what is not held"
+                assert self.held is not None, "released a namespace that is not held"
                 self.held = None
                 self._kernel()
             case Action.REMOVE:
@@ -350,7 +350,7 @@ class World(RuleBasedStateMachine):
             assert namespace.ended or namespace.directories in self.on_disk
 
     def teardown(self) -> None:
-        """Everybody leaves, and everything that was begun comes to its end."""
+        """All users leave, and everything that has begun ends."""
         for namespace in self.namespaces.values():
             namespace.processes.clear()
             namespace.logins.clear()
@@ -378,7 +378,7 @@ class World(RuleBasedStateMachine):
 
 
 class FailingWorld(World):
-    """A draining namespace cannot be joined again, and no new one can be made over its directories."""
+    """A draining namespace cannot be joined again, and rebuilding it fails."""
 
     rejoin_may_fail = True
 

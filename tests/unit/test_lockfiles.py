@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which names are those of sockets and locks, and which data is a PID."""
+"""Which names are sockets and locks, and which data is a PID."""
 
 import re
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The manual covers everything: options, settings, arguments, D-Bus members, messages.
 
-The tests read the pages as man(1) renders them, so that text that is in the source but not shown counts as
-missing. Not here: whether the pages are true, which takes a person to check.
+The tests read the pages as man(1) renders them, so that text in the source that is not shown
+counts as missing. Not here: whether the pages are true.
 """
 
 import re
@@ -45,14 +45,14 @@ def run(*argv: str | Path, **environment: str) -> "subprocess.CompletedProcess[s
 
 @cache
 def page(name: str) -> str:
-    """The text of a page, with lines too long to be broken."""
+    """The text of a page, rendered without line breaks in paragraphs."""
     done = run("man", "--no-hyphenation", "--no-justification", "-l", MAN / name, MANWIDTH="1000")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def is_entry(name: str, text: str, section: str = "") -> bool:
-    """Whether a list item has that head: alone, among others, or followed by its argument."""
+    """Whether a list item has that term: alone, among others, or followed by its argument."""
     shown = page(name)
     if section:
         shown = re.split(r"(?m)^(?=\S)", shown.partition(f"\n{section}\n")[2])[0]
@@ -246,7 +246,7 @@ def test_the_catalog_has_each_message_once() -> None:
 
 
 def test_the_catalog_is_understood(tmp_path: Path) -> None:
-    """journalctl compiles it, as when the package is installed."""
+    """journalctl compiles it, as it does when the package is installed."""
     for directory in ("usr/lib/systemd/catalog", "var/lib/systemd/catalog"):
         (tmp_path / directory).mkdir(parents=True)
     shutil.copy(CATALOG, tmp_path / "usr/lib/systemd/catalog")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The grammar of names: what is written is read back, and nothing else is taken for one of ours."""
+"""The grammar of names: what is written is read back, and no other name is taken for polytmp's."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who gets an instance, and what says that a user is here."""
+"""Who gets an instance, and what counts as a user's presence."""
 
 import pytest
 from hypothesis import given
@@ -48,11 +48,11 @@ def test_nothing_claims_nothing() -> None:
 
 
 def test_starting_ends_when_the_manager_asks() -> None:
-    """Before it, systemd makes /run/user/UID in the slice, and the slice is empty again for a moment."""
+    """Before that, systemd makes /run/user/UID in the slice, which is then empty again for a moment."""
     claims = Claims().with_user().with_slice(populated=True).with_slice(populated=False)
     assert claims.claimed
     assert claims.present
-    assert claims.with_acquisition().claimed, "asked, but not seen in the slice: somebody else"
+    assert claims.with_acquisition().claimed, "a login, but not in the user's slice"
     seen = claims.with_slice(populated=True).with_acquisition()
     assert seen.claimed
     assert not seen.present

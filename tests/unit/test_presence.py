@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who is here, by what logind, systemd and the slices say."""
+"""Which users are present, according to logind, systemd and the slices."""
 
 import pytest
 
@@ -45,7 +45,7 @@ async def test_processes_outlive_the_session(world: World) -> None:
 
 
 async def test_a_session_that_is_closing_is_over(world: World) -> None:
-    """logind keeps it while processes are left in it; systemd tells that its scope was abandoned."""
+    """logind keeps it while processes are left in it. systemd reports that its scope was abandoned."""
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
     world.slices.populated[1000] = True
     world.logind.listed_sessions = [Session("1", ALICE)]
@@ -57,7 +57,7 @@ async def test_a_session_that_is_closing_is_over(world: World) -> None:
     world.logind.away = True
     world.presence.scope_changed("1")
     await world.settle()
-    assert world.state() is State.ACTIVE, "nobody says otherwise"
+    assert world.state() is State.ACTIVE, "nothing says otherwise"
     world.logind.away = False
     world.presence.scope_changed("1")
     await eventually(lambda: world.state() is State.DRAINING)
@@ -92,16 +92,16 @@ async def test_linger_starts_without_a_session(world: World) -> None:
     world.slices.say(1000, True)  # systemd makes /run/user/1000
     world.slices.say(1000, False)
     assert world.state() is State.ACTIVE
-    world.slices.populated[1000] = True  # not told yet when his manager asks
+    world.slices.populated[1000] = True  # not reported yet when the user's manager logs in
     await world.handed_over(world.login())
-    assert world.state() is State.DRAINING, "nobody is logged in"
+    assert world.state() is State.DRAINING, "no user is logged in"
     assert 1000 in world.executor.held
     world.slices.say(1000, False)
     assert 1000 not in world.executor.held
 
 
 async def test_a_manager_whose_instance_has_just_ended(world: World) -> None:
-    """What the slice said while there was no instance was not heard."""
+    """The slice's reports are not heard while there is no instance."""
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
     world.slices.populated[1000] = True
     login = world.login()

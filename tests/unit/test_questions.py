@@ -75,7 +75,7 @@ async def test_paths_that_cannot_be_resolved(world: World) -> None:
 
 async def test_processes(world: World) -> None:
     await world.active()
-    assert await world.questions.processes(1000) == [], "nobody lives in the namespace of the fake"
+    assert await world.questions.processes(1000) == [], "the fake namespace has no processes"
     with pytest.raises(NotPolyinstantiatedError):
         await world.questions.uid_of_process(os.getpid())
     with pytest.raises(NoSuchInstanceError):
@@ -86,7 +86,7 @@ async def test_processes(world: World) -> None:
 async def test_which_user_a_process_belongs_to(
     world: World, namespace: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its threads are looked at once, whatever the number of instances, and not in the event loop."""
+    """Its threads are examined once, for all instances together, and not in the event loop."""
     looked: list[tuple[int, int]] = []
 
     def stat(path: str) -> int | None:
@@ -113,7 +113,7 @@ async def test_which_user_a_process_belongs_to(
 async def test_a_reused_pid_belongs_to_the_new_process(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Alice's namespace ended, and is shown while her instance is deleted; bob's has its number now."""
+    """alice's namespace has ended but is shown until her instance is deleted. bob's reuses its inode."""
     monkeypatch.setattr("polytmpd.kernel.processes._inode", lambda _: 1)
     await world.active(ALICE, "1")
     world.presence.session_removed("1")
@@ -150,7 +150,7 @@ async def test_a_caller_in_a_separate_namespace(world: World, monkeypatch: pytes
 
 @dataclass
 class Search:
-    """A search of /proc that lasts until it is told that nobody waits for it."""
+    """A search of /proc that runs until it is cancelled."""
 
     began: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)

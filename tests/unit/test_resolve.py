@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host's path of a path in an instance, for every kind of path."""
+"""Translating every kind of path in an instance to the host's path."""
 
 import pytest
 

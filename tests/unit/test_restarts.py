@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a new daemon makes of what a former one left, and of a logind that was away."""
+"""Restarts: what a new daemon takes over from a former one, and how it copes with a missing logind."""
 
 import asyncio
 
@@ -53,7 +53,7 @@ async def test_the_daemon_starts_without_logind(world: World) -> None:
 
 
 async def test_nothing_begins_while_the_daemon_stops(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """logind's signals come until the end; what would do the work is closed one after the other."""
+    """logind's signals arrive until the end, while the parts that act on them are closed one by one."""
     close = world.executor.close
 
     async def close_slowly() -> None:
@@ -69,7 +69,7 @@ async def test_nothing_begins_while_the_daemon_stops(world: World, monkeypatch: 
 
 
 async def test_nothing_drains_until_logind_has_replied(world: World) -> None:
-    """After a restart of the bus logind takes its time; who held an instance is taken to be here."""
+    """After a restart of the bus, logind returns late. Until then, users with an instance are present."""
     world = World()
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
     world.slices.populated[1000] = True
@@ -87,7 +87,7 @@ async def test_nothing_drains_until_logind_has_replied(world: World) -> None:
 async def test_a_logind_that_does_not_reply_at_start_is_asked_again(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It was slow, and never left the bus: nothing tells when it answers again."""
+    """It was slow but never left the bus, so no signal says that it is back."""
     monkeypatch.setattr(presence, "_LIST_AGAIN", 0.01)
     world = World()
     world.logind.away = True
@@ -143,7 +143,7 @@ async def test_a_session_that_ended_but_not_its_user(world: World) -> None:
 
 
 async def test_a_login_during_the_listing_is_kept(world: World) -> None:
-    """logind's signals may come between its two answers."""
+    """logind's signals may arrive between its two replies."""
     await world.active(BOB, "2")
     world.logind.listed_users = [BOB]
     world.logind.listed_sessions = [Session("2", BOB)]

@@ -91,7 +91,7 @@ async def test_without_a_cgroup_there_are_no_processes(
 async def test_a_cgroup_that_goes_away(cgroups: Path, watched: Slices, heard: Heard) -> None:
     file = cgroup(cgroups, "user-1000.slice", 1)
     watched.watch(1000, "/user-1000.slice", heard)
-    with file.open("a") as open_file:  # a change, and the file is gone when it is looked at
+    with file.open("a") as open_file:  # a change; the file is gone when it is read
         open_file.write("frozen 0\n")
         open_file.flush()
         shutil.rmtree(file.parent)
@@ -166,7 +166,7 @@ async def test_a_slice_that_cannot_be_watched_is_retried(
     file = cgroup(cgroups, "user-1000.slice", populated)
     watched.watch(1000, "/user-1000.slice", heard)
     await eventually(lambda: len(heard) > 3)
-    assert set(heard) == {(1000, True)}, "whoever may be there is not to lose anything"
+    assert set(heard) == {(1000, True)}, "processes that may be there must not lose their files"
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "fs.inotify.max_user_watches" in record.getMessage()
     no_watches.append("one")
@@ -188,7 +188,7 @@ async def test_a_slice_that_cannot_be_watched_goes_away(
     assert heard == [(1000, True)]
     shutil.rmtree(file.parent)
     await eventually(lambda: heard[-1] == (1000, False))
-    assert not watched._guessed, "nothing is left to look at"
+    assert not watched._guessed, "nothing is left to poll"
 
 
 async def test_a_slice_that_moved_to_a_cgroup_that_cannot_be_watched(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who is answered, and who waits, while answers take long."""
+"""Whose requests are answered and whose wait while answers are slow."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ ROOT, ALICE, BOB, CAROL = 0, 1000, 1001, 1002
 
 
 class Crowd:
-    """Asks, and remembers whose answers are being found."""
+    """Users who ask. Records whose answers are being worked on."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A daemon between a logind, slices and an executor that do as the test says.
+"""A daemon whose logind, slices and executor do as the test says.
 
 Daemon, Presence and Questions are the real ones.
 """
@@ -36,12 +36,12 @@ OWN_NAMESPACE = Path("/proc/self/ns/mnt").stat().st_ino
 
 
 def descriptor() -> Descriptor:
-    """What stands for a descriptor of a namespace."""
+    """A stand-in for a descriptor of a namespace."""
     return Descriptor.open("/dev/null", os.O_RDONLY)
 
 
 class FakeExecutor:
-    """Remembers what it was asked for; each operation ends when the test says how."""
+    """Records what it is asked for. Each operation ends when the test says how."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -80,7 +80,7 @@ class FakeExecutor:
         await future
 
     def answer(self, what: str, error: Exception | None = None) -> None:
-        """End the oldest such operation."""
+        """End the oldest operation of that kind."""
         entry = next(entry for entry in self.asked if entry[0] == what)
         self.asked.remove(entry)
         if error is None:
@@ -191,7 +191,7 @@ class FakeSlices:
 
 
 class Announced(list[tuple[str, Any]]):
-    """What was told of the views: the fields that changed, by their names."""
+    """What listeners of the views heard; changed fields by name."""
 
     def instance_new(self, view: View) -> None:
         self.append(("new", view.uid))
@@ -248,7 +248,7 @@ class World:
         return asyncio.ensure_future(self.daemon.acquire(uid))
 
     async def active(self, user: User = ALICE, session: str = "1") -> None:
-        """The user is logged in, and their instance is ready."""
+        """Log the user in and wait until their instance is active."""
         self.presence.session_new(Session(session, user))
         await eventually(lambda: self.executor.waits("prepare"))
         self.executor.answer("prepare")
@@ -266,12 +266,12 @@ class World:
         await eventually(lambda: self.executor.waits("remove 1"))
 
     async def settle(self) -> None:
-        """Let everything that was begun go on as far as it can."""
+        """Let everything that has begun run as far as it can."""
         for _ in range(20):
             await asyncio.sleep(0)
 
     async def handed_over(self, *logins: "asyncio.Task[Descriptor]") -> None:
-        """Each login got a descriptor of its own."""
+        """Each login got a separate descriptor."""
         fds = [await asyncio.wait_for(login, 5) for login in logins]
         assert len({int(fd) for fd in fds}) == len(fds)
         for fd in fds:

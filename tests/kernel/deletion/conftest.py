@@ -9,7 +9,7 @@ from tests.kernel.deletion.trees import snapshot
 
 @pytest.fixture
 def sentinel(base: Path) -> Iterator[Path]:
-    """A tree beside the instance, which each test must leave as it is."""
+    """A tree beside the instance, which must not change."""
     root = base / "sentinel"
     (root / "sub" / "deeper").mkdir(parents=True)
     (root / "file").write_text("precious")

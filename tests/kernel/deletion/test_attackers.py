@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""remove_tree against processes of the user who change the tree meanwhile."""
+"""remove_tree against processes of the user that change the tree at the same time."""
 
 import errno
 import os
@@ -66,7 +66,7 @@ def test_taking_ownership_shuts_out_open_descriptors(base: Path, acl: bool) -> N
 
 
 def build_battlefield(inner: Path) -> list[int]:
-    """Directories of the attacker, some of them deep; returns a descriptor of each."""
+    """Make directories of the attacker, some of them deep; returns a descriptor for each."""
     paths = []
     for number in range(8):
         path = inner / str(number)
@@ -135,7 +135,7 @@ def test_attackers_at_work(base: Path, sentinel: Path, seed: int) -> None:
 
 
 def test_attackers_who_only_create(base: Path) -> None:
-    """Only taking possession ends this race before the attackers stop."""
+    """Only taking ownership ends this race before the attackers stop."""
     inner = make(base)
     held = inner / "held"
     held.mkdir()
@@ -154,7 +154,7 @@ def test_attackers_who_only_create(base: Path) -> None:
 
 
 def test_an_entry_that_always_comes_back(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only root could do this. It fails instead of running forever."""
+    """Only root could do this. Deletion fails instead of running forever."""
     inner = make(base)
     (inner / "dir").mkdir()
     (inner / "dir" / "file").touch()

@@ -93,7 +93,7 @@ def test_the_barrier_itself_is_a_mount(base: Path, sentinel: Path) -> None:
 def test_exchanged_between_check_and_use(
     base: Path, sentinel: Path, swap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worst case, which taking possession prevents: it is something else by the time we open it."""
+    """The worst case, which taking ownership prevents: the entry is exchanged before it is opened."""
     inner = make(base)
     victim = inner / "victim"
     victim.mkdir()

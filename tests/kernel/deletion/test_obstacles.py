@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""remove_tree and what is in its way: inode flags, leases, and a full disk."""
+"""remove_tree and its obstacles: inode flags, a full disk, and leases."""
 
 import errno
 import fcntl

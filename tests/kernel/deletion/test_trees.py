@@ -187,7 +187,7 @@ def test_very_deep_with_few_descriptors_and_a_small_stack(base: Path, spare: int
 
 
 def test_many_files(base: Path) -> None:
-    # On ext4 creating them takes long, not removing them.
+    # On ext4, creating them is slow, removing them is not.
     count = 1_000_000 if SLOW else 20_000 if base.parent == Path("/var/tmp") else 200_000
     inner = make(base)
     with opened(inner) as fd:

@@ -56,7 +56,7 @@ def take_away(directory: Path, display: int) -> bool:
 
 
 class Host:
-    """A host of its own: a base directory, instances in it, and the display locks."""
+    """A host of the test: a base directory, instances in it, and the display locks."""
 
     def __init__(self, base: Path) -> None:
         self.base = base

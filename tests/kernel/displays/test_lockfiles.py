@@ -61,7 +61,7 @@ def test_anything_else_is_neither_read_nor_replaced_and_nothing_blocks(base: Pat
 
 
 def test_a_file_with_a_lease_does_not_block(base: Path) -> None:
-    former = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the signal that tells the holder
+    former = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the signal to the lease holder
     path = make_lock(base, 7, 0)
     fd = os.open(path, os.O_RDWR)
     try:

@@ -52,7 +52,7 @@ async def test_lost_events_are_made_up_for(host: Host, monkeypatch: pytest.Monke
 
 
 async def test_a_large_directory_is_listed_bit_by_bit(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logins come in between. Events that are lost meanwhile do not make the listing begin again."""
+    """Logins go on during a listing. Events lost during it do not restart it."""
     monkeypatch.setattr(displaylocks, "_UPDATE", 0.0005)
     monkeypatch.setattr(displaylocks, "_REST", 0.001)
     for number in range(20000):

@@ -28,7 +28,7 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 
 @pytest.fixture
 async def unwatched(world: World, monkeypatch: pytest.MonkeyPatch) -> Executor:
-    """A daemon that found a living instance, whose sentinel it cannot set anew (before Linux 6.5)."""
+    """A daemon that found a living instance but cannot renew its sentinel (before Linux 6.5)."""
 
     def fail(*_: object) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -43,7 +43,7 @@ async def unwatched(world: World, monkeypatch: pytest.MonkeyPatch) -> Executor:
 
 @pytest.fixture
 async def ended(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
-    """At start, nobody is found in the namespace."""
+    """A daemon that found no process in the namespace at start."""
     monkeypatch.setattr(instances, "open_living", lambda _: None)
     monkeypatch.setattr(removal, "is_set_aside", lambda _: False)
     world.state.save(INSTANCE)

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 async def test_an_instance_that_was_already_set_aside(
     world: World, monkeypatch: pytest.MonkeyPatch, lives: bool
 ) -> None:
-    """The daemon ended before it forgot it. A login would be refused: nothing is there to be joined."""
+    """The former daemon ended before it forgot the instance. A login could not join it and would fail."""
     if not lives:
         monkeypatch.setattr(instances, "open_living", lambda _: None)
     monkeypatch.setattr(inside, "renew_sentinel", lambda *_: 1)
@@ -42,7 +42,7 @@ def former_user(_: Instance) -> None:
 async def test_an_unwatched_instance_has_not_ended(
     unwatched: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its files would be deleted under whoever lives in it."""
+    """Otherwise its files would be deleted while processes use them."""
     monkeypatch.setattr(instances, "require_same_user", former_user)
     with pytest.raises(OSError, match="processes live"):
         await unwatched.rejoin(INSTANCE)

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 async def test_a_stored_namespace_that_cannot_be_examined(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lives: bool
 ) -> None:
-    """No /proc is mounted there, and the state file is lost: none of ours, and no reason not to start."""
+    """It has no /proc, and the state file is lost: not polytmp's. The daemon must start all the same."""
 
     def mounts_in(_: int) -> list[Mount]:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/thread-self/mountinfo")

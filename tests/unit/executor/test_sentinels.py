@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""When an instance has ended: who still has it mounted, and what cannot be determined yet."""
+"""When an instance has ended: which processes still have it mounted, and searches that fail."""
 
 import asyncio
 import errno
@@ -37,7 +37,7 @@ async def test_a_process_that_stays_is_waited_for(ended: World, monkeypatch: pyt
         ended.mounted = {BARRIER: process.pid}
         ended.executor.start()
         await eventually(lambda: ended.looks)
-        await asyncio.sleep(0.1)  # a second look must not come
+        await asyncio.sleep(0.1)  # a second search must not follow
         assert ended.looks == 1
         ended.mounted = {}
     finally:

@@ -26,12 +26,12 @@ INSTANCE = Instance(UID, "alice", 0, 0, (InstanceDirectory(TMP, BARRIER),), name
 
 
 def namespace(*_: object) -> Descriptor:
-    """What stands for a descriptor of the instance's namespace."""
+    """A stand-in for a descriptor of the instance's namespace."""
     return Descriptor.open("/dev/null", os.O_RDONLY)
 
 
 class FakeDisplays:
-    """Remembers to whose instances displays are shown."""
+    """Remembers the users whose instances get displays."""
 
     def __init__(self) -> None:
         self.shown: set[int] = set()
@@ -65,7 +65,7 @@ class World:
         self.executor = self.start()
 
     def start(self, stored: Stored = Stored()) -> Executor:  # noqa: B008  # it is frozen
-        """Another daemon, with what the FD store has for it."""
+        """Start another daemon, which gets this from the FD store."""
         self.executor = Executor(self.state, "a" * 32, stored, cast("DisplayLocks", self.displays))
         self.executor.follow(self.ended.append)
         return self.executor
