@@ -67,7 +67,7 @@ async def test_a_call_times_out(connection: Connection, client: Client) -> None:
     with pytest.raises(BusError, match="no answer from") as caught:
         await connection.ask(deaf.name, "/", "org.example.Deaf", "Do", timeout=0.05)
     assert caught.value.name == "org.freedesktop.DBus.Error.Timeout"
-    # late, with descriptors: neither is taken for another answer, nor kept
+    # late, with descriptors: not taken for another reply, and closed
     deaf.bus.send(Message.new_method_return(deaf.taken[0], "h", [0], [0]))
     for _ in range(3):
         assert await connection.ask_bus("GetId")

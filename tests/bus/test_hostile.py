@@ -48,7 +48,7 @@ async def ping(client: Client) -> None:
     assert await client.result("Ping", interface=PEER) is None
 
 
-# Descriptors in answers
+# Descriptors in replies
 
 
 async def test_acquire_returns_a_working_descriptor(
@@ -61,7 +61,9 @@ async def test_acquire_returns_a_working_descriptor(
         assert os.fstat(fd) == os.fstat(backend.fd)
     finally:
         os.close(fd)
-    assert (backend.acquired, backend.callers) == ([1000], [os.getpid()]), "which process asks is known"
+    assert (backend.acquired, backend.callers) == ([1000], [os.getpid()]), (
+        "the backend learns which process calls"
+    )
 
 
 async def test_replies_leave_no_descriptor_open(service: Service, client: Client) -> None:
@@ -126,7 +128,7 @@ async def test_a_caller_that_wants_no_reply_gets_none(
     await eventually(lambda: backend.reloads)
     await ping(client)
     assert backend.acquired
-    assert answers == [""], "the answer to Ping alone"
+    assert answers == [""], "only the reply to Ping"
     await eventually(lambda: len(descriptors()) == before)
 
 
@@ -211,7 +213,7 @@ async def test_novel_signatures_in_one_message_are_bounded(service: Service, cli
 async def test_no_method_accepts_a_large_body(service: Service, client: Client, member: str) -> None:
     name, text = await client.error(member, "s", ["x" * BODY_AT_MOST])
     assert name == "org.freedesktop.DBus.Error.InvalidArgs"
-    assert (UNREAD in text) == (LIBRARY == "dbus_next")  # dbus-fast reads it all, compiled
+    assert (UNREAD in text) == (LIBRARY == "dbus_next")  # dbus-fast, which is compiled, reads everything
     await ping(client)
 
 

@@ -150,7 +150,7 @@ async def test_signals_over_the_life_of_an_instance(
     made = view(1000)
     backend.views.show(View(1000, "alice", State.PREPARING, control_group=made.control_group))
     backend.views.show(made)
-    backend.views.show(made)  # nothing is new
+    backend.views.show(made)  # no change
     backend.views.hide(1000)
     backend.views.hide(1000)
     backend.views.show_directories(("/srv",))
@@ -169,7 +169,9 @@ async def test_signals_over_the_life_of_an_instance(
     (added,) = client.named("InterfacesAdded")
     assert added.body[0] == path
     assert plain(added.body[1][INSTANCE])["State"] == "preparing"
-    assert "Directories" not in added.body[1][INSTANCE], "everybody hears signals: other users' paths"
+    assert "Directories" not in added.body[1][INSTANCE], (
+        "every user receives signals, and the paths are private"
+    )
     assert client.named("InstanceNew")[0].body == [1000, path]
     changed, manager = client.named("PropertiesChanged")
     assert (changed.body[0], plain(changed.body[1]), changed.body[2]) == (
@@ -350,7 +352,7 @@ async def test_only_one_service_owns_the_name(
         await second.publish()
 
 
-# Tools that others use
+# Foreign tools
 
 
 async def test_busctl(shown: Callable[..., str], bus: str) -> None:
@@ -367,7 +369,7 @@ async def test_busctl(shown: Callable[..., str], bus: str) -> None:
     assert acquired.returncode == 0, acquired.stderr
 
 
-# Who may what
+# Permissions
 
 
 async def test_root_only(shown: Callable[..., str], backend: Backend, bus: str) -> None:

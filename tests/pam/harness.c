@@ -36,7 +36,7 @@ static struct options {
 extern char **environ;
 static char messages[16384];
 
-/* Allocations made by the session calls, one of which fails. ASan has a malloc() of its own. */
+/* Allocations made by the session calls, one of which fails. ASan has its own malloc(). */
 static __thread bool counting;
 static __thread int allocations;
 #ifndef __SANITIZE_ADDRESS__

@@ -107,7 +107,7 @@ class SystemLog:
         self._marks[mark] = done = threading.Event()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(mark, self._path)
-        assert done.wait(10), "nothing reads the log"
+        assert done.wait(10), "the log is not read"
         lines, self._lines = self._lines, []
         return lines
 

@@ -36,7 +36,7 @@ UNREACHABLE = [
 ]
 ANSWERED = [
     "org.polytmp1.Error.Failed",
-    "org.polytmp1.Error.Exempted",  # is not Exempt
+    "org.polytmp1.Error.Exempted",  # not Exempt
     "org.polytmp1.Error.NotPolyinstantiated",
     f"{DBUS}AccessDenied",
     f"{DBUS}InvalidArgs",

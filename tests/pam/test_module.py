@@ -114,9 +114,7 @@ def test_every_failing_allocation(
     for n in range(total):
         session = world.open_session("-a", str(n), bus=address)
         seen.add(session.result)
-        if (
-            session.result == PAM_SYSTEM_ERR
-        ):  # libpam itself, after the module: no memory for its audit message
+        if session.result == PAM_SYSTEM_ERR:  # libpam has no memory for its audit message, after the module
             continue
         assert session.moved == (session.result == PAM_SUCCESS), n
         assert session.fds == session.fds_before, n

@@ -28,7 +28,7 @@ async def eventually(condition: Callable[[], object], seconds: float = 30.0) -> 
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     while not condition():
-        assert loop.time() < end, "did not come about in time"
+        assert loop.time() < end, "the condition did not hold in time"
         await asyncio.sleep(0.002)  # between two checks of the condition
 
 
@@ -41,7 +41,7 @@ def no_descriptor_leaks() -> Iterator[None]:
     if len(after) > len(before):  # an unreferenced object is no leak; collecting is slow, so only if needed
         gc.collect()
         after = descriptors()
-    # pytest and asyncio may have put others in their place
+    # pytest and asyncio may have replaced some
     assert len(after) <= len(before), {fd: to for fd, to in after.items() if before.get(fd) != to}
 
 

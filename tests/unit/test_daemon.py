@@ -90,7 +90,7 @@ async def test_unknown_user(world: World) -> None:
 async def test_a_failed_prepare_fails_all_waiting_logins(world: World) -> None:
     logins = [world.login(), world.login()]
     await eventually(lambda: world.executor.waits("prepare"))
-    # Each has its user's name looked up in a thread first.
+    # Each first looks up its user's name in a thread.
     await eventually(lambda: len(world.daemon._records[1000].waiting) == len(logins))
     world.executor.answer("prepare", OSError(2, "No such file or directory", "/proc/1/root/srv/none"))
     for login in logins:
@@ -210,7 +210,7 @@ async def test_a_failed_removal_is_shown_until_an_administrator_retries_it(world
     world.executor.answer("remove 1", OSError(1, "Operation not permitted"))
     await eventually(lambda: world.state() is State.FAILED)
     world.presence.user_removed(1000)
-    assert world.state() is State.FAILED, "logind forgets the user, the files are there"
+    assert world.state() is State.FAILED, "logind has forgotten the user, but the files are left"
     again = asyncio.ensure_future(world.daemon.remove(1000))
     await eventually(lambda: world.executor.waits("remove 1"))
     world.executor.answer("remove 1", OSError(16, "is a mount point"))
@@ -219,7 +219,7 @@ async def test_a_failed_removal_is_shown_until_an_administrator_retries_it(world
     assert world.state() is State.FAILED
     again = asyncio.ensure_future(world.daemon.remove(1000))
     await eventually(lambda: world.executor.waits("remove 1"))
-    assert world.state() is State.FAILED, "until it is done"
+    assert world.state() is State.FAILED, "until the removal is done"
     world.executor.answer("remove 1")
     await again
     assert world.state() is None

@@ -23,7 +23,7 @@ NO_NAMESPACE = 1
 
 
 class Patience:
-    """Cancels after it has been asked a few times."""
+    """Cancels after a few checks."""
 
     def __init__(self, times: int = FEW) -> None:
         self.left = times
@@ -70,10 +70,10 @@ def test_a_cancelled_search_for_holders_ends(looks: list[str]) -> None:
     assert len([path for path in looks if "/fd/" in path]) >= MANY
     looks.clear()
     assert holders.find(NO_NAMESPACE, (), cancelled=Patience()) == []
-    assert len(looks) <= FEW, "each thread asks whether to go on"
+    assert len(looks) <= FEW, "each thread checks for cancellation"
     looks.clear()
     assert holders.find(NO_NAMESPACE, (), cancelled=Patience(MANY + FEW)) == []
-    assert len([path for path in looks if "/fd/" in path]) <= FEW, "and so does each descriptor"
+    assert len([path for path in looks if "/fd/" in path]) <= FEW, "each descriptor checks for cancellation"
 
 
 def test_descriptors_are_left_out_at_the_timeout(looks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

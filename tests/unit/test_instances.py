@@ -55,8 +55,8 @@ def test_a_namespace_without_proc_is_not_polytmps(namespace: Path, monkeypatch: 
     ("root", "peer", "privileged", "is_ours"),
     [
         (f"/{BARRIER}/tmp", "shared:7", True, True),
-        ("/polytmp-1000/tmp", "shared:7", True, False),  # another one's, in which the number is used again
-        (f"/{BARRIER}/tmp", "master:7", True, False),  # made from ours, by root
+        ("/polytmp-1000/tmp", "shared:7", True, False),  # of another instance, which reuses the number
+        (f"/{BARRIER}/tmp", "master:7", True, False),  # derived from the instance's by root
         (f"/{BARRIER}/tmp", "shared:7", False, False),  # by the user
     ],
 )
@@ -80,9 +80,9 @@ def test_a_namespace_is_recognised_by_its_mounts(
     ("users", "name", "is_former"),
     [
         ({"alice": 1000}, "alice", False),
-        ({"alice": 1000, "ally": 1000}, "ally", False),  # two names of one user
+        ({"alice": 1000, "ally": 1000}, "ally", False),  # two names for one UID
         ({"alice": 1000}, "carol", True),  # userdel, or usermod -l
-        ({"alice": 1000, "carol": 1001}, "carol", True),  # she came back, with another UID
+        ({"alice": 1000, "carol": 1001}, "carol", True),  # a user of that name with another UID
         ({"alice": 1000}, "1000", False),  # the state file had no user names when it was written
         ({}, "alice", False),
         ({}, "carol", True),

@@ -114,7 +114,7 @@ class World(RuleBasedStateMachine):
         self.standing, self.claims = Standing(), Claims()
         self.shown = False
         self.generation = 0
-        self.directories: int | None = None  # of the instance that the record speaks of
+        self.directories: int | None = None  # of the recorded instance
         self.waiting: list[int] = []
         self.answers: dict[int, str] = {}
         self.logins = 0
@@ -168,7 +168,7 @@ class World(RuleBasedStateMachine):
                 assert all(n.ended for n in self.namespaces.values() if n.directories == self.directories)
                 self.asked.append((action, self.directories, self.generation))
             case Action.FORGET:
-                assert self.shown, "forgot what was not shown"
+                assert self.shown, "hid an instance that was not shown"
                 self.shown = False
                 self.directories = None
 
@@ -259,7 +259,7 @@ class World(RuleBasedStateMachine):
             self.claims = self.claims.with_slice(populated=populated)
             self._settle()
 
-    # What may happen
+    # Rules
 
     @rule()
     def user_new(self) -> None:
@@ -329,7 +329,7 @@ class World(RuleBasedStateMachine):
         del self.namespaces[number].processes[name]
         self._kernel()
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def active_is_held_and_nothing_else_is(self) -> None:

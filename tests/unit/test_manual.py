@@ -199,7 +199,9 @@ def test_each_return_value_of_the_module_is_explained() -> None:
 def members() -> Iterator[tuple[str, str, str]]:
     """(interface, member, how the page writes it) for everything in the golden XML."""
     for name in ("manager", "instance"):
-        tree = ET.fromstring((ROOT / f"tests/bus/golden/{name}.xml").read_text())  # our own file
+        tree = ET.fromstring(
+            (ROOT / f"tests/bus/golden/{name}.xml").read_text()
+        )  # a file of this repository
         for interface in tree.iter("interface"):
             for member in interface:
                 if member.tag in {"method", "signal", "property"}:

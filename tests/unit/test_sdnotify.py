@@ -88,7 +88,7 @@ def test_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_take_stored() -> None:
-    """In a child: PID 1 passes descriptors from 3 on, and here 3 is in use."""
+    """In a child: PID 1 passes descriptors from 3 on, and 3 is in use in this process."""
     pid = os.fork()
     if pid == 0:
         code = 1

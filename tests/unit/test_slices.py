@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Slices: inotify on cgroup.events, here on plain files in the place of the cgroup file system."""
+"""Slices: inotify on cgroup.events, with plain files instead of a cgroup file system."""
 
 import errno
 import os
@@ -140,7 +140,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_watches(watched: Slices, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """fs.inotify.max_user_watches is reached, until something is put in there."""
+    """fs.inotify.max_user_watches is reached until the test appends to the list."""
     free: list[str] = []
     add_watch = watched._inotify.add_watch
 
@@ -194,7 +194,7 @@ async def test_a_slice_that_cannot_be_watched_goes_away(
 async def test_a_slice_that_moved_to_a_cgroup_that_cannot_be_watched(
     cgroups: Path, watched: Slices, heard: Heard, no_watches: list[str]
 ) -> None:
-    """What becomes of the former one says nothing of it."""
+    """What happens to the former cgroup no longer matters."""
     no_watches.append("one")
     old = cgroup(cgroups, "old.slice", 1)
     cgroup(cgroups, "new.slice", 1)

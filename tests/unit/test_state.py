@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""State files: what is written is read, and whatever else lies there is named and left out."""
+"""State files: what is written is read back; anything else in the directory is reported and skipped."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def only_problem(place: Path) -> str:
-    """Exactly one file is wrong, and the others are read all the same."""
+    """The problem with the only bad file; the others must still be read."""
     state = StateDirectory(place)
     state.save(INSTANCE)
     found, problems = state.load()
@@ -105,7 +105,7 @@ JSON = st.recursive(
     st.sampled_from(["path", "lifetime", "shared", "barrier"]),
 )
 def test_decode_raises_only_what_it_documents(value: Any, key: str, inner: str) -> None:
-    """Wrong throughout, wrong in one place, wrong in a place within."""
+    """All wrong, wrong in one value, or wrong in a nested value."""
     record = encode(INSTANCE)
     entry = {**record["directories"][0], inner: value}
     for wrong in (value, {**record, key: value}, {**record, "directories": [entry]}):

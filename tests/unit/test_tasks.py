@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tasks that nobody awaits: they are kept, their errors are logged, and their owner ends them."""
+"""Tasks that no code awaits: they are kept, their errors are logged, and their owner ends them."""
 
 import asyncio
 import gc

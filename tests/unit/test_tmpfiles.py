@@ -57,7 +57,7 @@ def test_another_shared_directory() -> None:
 
 
 def test_tmp_that_persists() -> None:
-    """Its barriers have other names, and so have the mount points in them."""
+    """Its barriers and the mount points in them have other names."""
     assert lines(Directory("/tmp", Lifetime.PERSISTENT, (".X11-unix", ".ours"))) == [
         "x /tmp/polytmp-?*",
         "X /tmp/polytmp-?*/tmp",
@@ -81,7 +81,7 @@ def test_a_directory_with_two_names(tmp_path: Path) -> None:
     "name", ["plain", "a b", "50%b", "tab\there", 'quo"te', "it's", "über", "back\\slash", "st*r", "[x]"]
 )
 def test_systemd_tmpfiles_accepts_the_lines(tmp_path: Path, name: str) -> None:
-    """As it would at "age 0": everything that nothing keeps it from is gone."""
+    """As with "age 0": it deletes everything that no line protects."""
     config, directory = tmp_path / "usr/lib/tmpfiles.d", f"/{name}"
     config.mkdir(parents=True)
     (tmp_path / "etc").mkdir()

@@ -39,7 +39,7 @@ class Crowd:
             await asyncio.sleep(0)
 
     async def leave(self, uid: int) -> None:
-        """All of the user's questions are taken back."""
+        """Cancel all requests of the user."""
         for task in (task for owner, task in self.tasks if owner == uid):
             task.cancel()
         await self.settle()

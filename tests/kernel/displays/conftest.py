@@ -39,7 +39,7 @@ async def host(base: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hos
         finally:
             host.updates += 1
 
-    # in a container PID 1 may be another's
+    # in a container, PID 1 may belong to another user
     monkeypatch.setattr("polytmpd.kernel.host.ROOT", "/proc/self/root")
     monkeypatch.setattr(Registry, "update", counted)
     (base / SOCKETS).mkdir()

@@ -72,7 +72,7 @@ async def test_instances_come_and_go(host: Host) -> None:
     assert str(BOB) in host.shown(), "before the user enters"
     host.locks.instance_gone(ALICE)
     await host.shows([ALICE])
-    assert (host.base / SOCKETS / "X7").exists(), "the socket is not ours"
+    assert (host.base / SOCKETS / "X7").exists(), "the socket is not polytmp's"
     await host.locks.instance_came(host.instance(ALICE, "-again"))
     assert host.shown() == [str(ALICE)]
 
