@@ -15,7 +15,8 @@ from tests.bed import Machine, Session, eventually
 pytestmark = pytest.mark.e2e
 
 # Without TCP and abstract sockets: only the path in /tmp/.X11-unix is left.
-OPTIONS = "-ac -nolisten tcp -nolisten local"
+OPTIONS = "-ac -noreset -nolisten tcp -nolisten local"
+"""Without -noreset a server resets itself when its last client leaves, and refuses clients meanwhile."""
 COPIES = (
     "find /tmp /tmp/polytmp-*/tmp -maxdepth 1 -name '.X*-lock' -uid 0 -perm 444 "
     "-exec getfattr --absolute-names -m trusted.polytmp {} + 2>/dev/null | sed -n 's/^# file: //p'"

@@ -110,7 +110,7 @@ async def test_which_user_a_process_belongs_to(
     assert threading.get_ident() not in {thread for thread, _ in looked}
 
 
-async def test_a_reused_pid_belongs_to_the_new_process(
+async def test_a_reused_namespace_number_belongs_to_the_newest_owner(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """alice's namespace has ended but is shown until her instance is deleted. bob's reuses its inode."""
