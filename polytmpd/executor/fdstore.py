@@ -45,6 +45,7 @@ def take() -> Stored:
     """Take what PID 1 kept for us; call it once, at start. Closes what polytmpd did not put there."""
     namespaces: dict[int, Descriptor] = {}
     inotify: Descriptor | None = None
+    foreign: set[str] = set()
     for name, fd in sdnotify.take_stored():
         uid = name.removeprefix(_NAMESPACE)
         if name == SENTINELS and inotify is None and is_inotify(fd):
@@ -60,6 +61,10 @@ def take() -> Stored:
             log.warning("Found %s in the FD store, but polytmpd did not put it there, closing it", name)
             sdnotify.remove(name)
             fd.close()
+            foreign.add(name)
+    for name, kept in ((SENTINELS, inotify), *((_name(uid), fd) for uid, fd in namespaces.items())):
+        if name in foreign and kept is not None:
+            sdnotify.store(name, kept)  # FDSTOREREMOVE removed every descriptor of that name
     return Stored(namespaces, inotify)
 
 

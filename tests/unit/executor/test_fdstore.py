@@ -123,6 +123,8 @@ def test_take_keeps_the_first_descriptor_of_a_name(
     monkeypatch: pytest.MonkeyPatch, removed: list[str], name: str, path: str
 ) -> None:
     first, second = opened(path), opened(path)
+    kept: list[tuple[str, int]] = []
+    monkeypatch.setattr(sdnotify, "store", lambda name, fd: kept.append((name, fd)))
     keep(monkeypatch, (name, first), (name, second))
     with first:
         stored = take()
@@ -131,6 +133,7 @@ def test_take_keeps_the_first_descriptor_of_a_name(
         assert not first.closed
     assert second.closed
     assert removed == [name]
+    assert kept == [(name, first)], "removing a name removed the first one, too"
 
 
 # Namespaces that are held
@@ -193,4 +196,7 @@ def test_a_namespace_is_held_even_if_its_state_cannot_be_written(
     namespaces.hold(INSTANCE, namespace())
     namespaces.forget(UID)
     assert UID in namespaces
-    assert [record.message.count("No space left on device, ignoring") for record in caplog.records] == [1, 1]
+    assert [record.message.count(", ignoring: No space left on device") for record in caplog.records] == [
+        1,
+        1,
+    ]
