@@ -4,8 +4,7 @@
 The library has an object server too, but it does not tell methods who calls them, sends tracebacks to the
 caller, and never closes descriptors that it sent. Its introspection lacks EmitsChangedSignal and shows
 children that do not exist, and InterfacesAdded comes from the wrong path. Each of these would have to be
-patched from outside, once for each of the two libraries. What is here is a table of interfaces and some 200
-lines.
+patched from outside, once for each of the two libraries. This module is shorter.
 Not here: what org.polytmp1 offers (service).
 """
 
