@@ -27,12 +27,13 @@ REMOVING_PATTERN: Final = f"{PREFIX}removing-*"
 RANDOM_BYTES: Final = 8
 
 _RANDOM: Final = "[0-9a-f]{16}"
-_ENDING: Final = rf"{PREFIX}[0-9a-f]{{32}}-(\d{{1,10}})-{_RANDOM}"
-_KEPT: Final = rf"{PREFIX}(\d{{1,10}})"
+_UID: Final = r"(0|[1-9]\d{0,9})"
+_ENDING: Final = f"{PREFIX}[0-9a-f]{{32}}-{_UID}-{_RANDOM}"
+_KEPT: Final = f"{PREFIX}{_UID}"
 _BARRIER: Final = re.compile(f"{_ENDING}|{_KEPT}", re.ASCII)
 _KEPT_BARRIER: Final = re.compile(_KEPT, re.ASCII)
 _LEFTOVER: Final = re.compile(f"{PREFIX}removing-{_RANDOM}|{_ENDING}", re.ASCII)
-_OBJECT: Final = re.compile(r"/org/polytmp1/instance/_(\d+)", re.ASCII)
+_OBJECT: Final = re.compile(f"/org/polytmp1/instance/_{_UID}", re.ASCII)
 
 
 def barrier(boot_id: str, uid: int, random: str) -> str:

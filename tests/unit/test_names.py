@@ -35,6 +35,8 @@ def test_which_names_are_leftovers_at_start() -> None:
         "polytmp-1000 ",
         "polytmp-1000\n",
         "polytmp-12345678901",
+        "polytmp-01000",  # polytmp writes no leading zeros
+        names.barrier(BOOT_ID, 1000, RANDOM).replace("-1000-", "-01000-"),
         "polytmp-\u0661",  # a digit, but not an ASCII one
         names.removing(RANDOM),
         names.former(1000, RANDOM),
@@ -47,6 +49,12 @@ def test_which_names_are_leftovers_at_start() -> None:
 def test_names_that_are_not_barriers(name: str) -> None:
     assert names.owner(name) is None
     assert names.kept_owner(name) is None
+
+
+@pytest.mark.parametrize("number", ["", "x", "-1", "01000", "12345678901", "9" * 5000, "1000/x", "1000\n"])
+def test_paths_that_are_not_instances(number: str) -> None:
+    """A path may come from any caller. Python refuses to convert 5000 digits."""
+    assert names.object_owner(f"/org/polytmp1/instance/_{number}") is None
 
 
 def test_an_instance_that_ends_is_not_kept() -> None:
