@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The fixtures of the display tests: a base directory, and a host in it."""
+"""The host of the display tests, in a base directory (tests/kernel/conftest.py)."""
 
 import asyncio
-import os
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +13,6 @@ from tests.kernel.displays.host import Host
 from tests.unit.settled import no_descriptor_leaks
 
 __all__ = ["no_descriptor_leaks"]
-
-
-@pytest.fixture(params=["/var/tmp", "/dev/shm"])
-def base(request: pytest.FixtureRequest) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.fail("these tests need root")
-    path = Path(tempfile.mkdtemp(prefix="polytmp-test-", dir=request.param))
-    path.chmod(0o1777)
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture
