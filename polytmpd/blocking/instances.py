@@ -87,20 +87,17 @@ def open_living(instance: Instance) -> Descriptor | None:
     """Open the instance's namespace; None if no process lives in it or holds it open.
 
     The kernel reuses inode numbers, the lowest first: the number may belong to another namespace by now,
-    even to one that the user made from their own. So the mounts decide. Raises TimeoutError if this cannot
-    be determined, see processes.open_namespace().
+    even to one that the user made from their own. So the mounts decide. Raises OSError if they cannot be
+    read, and TimeoutError as processes.open_namespace() does.
     """
     fd = processes.open_namespace(instance.namespace)
     if fd is None:
         return None
-    try:
+    with fd:
         mounts = inside.mounts_in(fd) if mountns.is_privileged(fd) else []
-    except OSError:  # another namespace by now, without /proc: a sandbox that is being made
-        mounts = []
-    mounted = {recovery.barrier_of(mount) for mount in mounts}
-    if recovery.is_host_peer(mounts) and all(entry.barrier in mounted for entry in instance.directories):
-        return fd
-    fd.close()
+        mounted = {recovery.barrier_of(mount) for mount in mounts}
+        if recovery.is_host_peer(mounts) and all(entry.barrier in mounted for entry in instance.directories):
+            return Descriptor(fd.detach())
     return None
 
 

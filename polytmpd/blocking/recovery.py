@@ -5,26 +5,21 @@ Not here: what follows from what is found (executor).
 """
 
 import errno
-import functools
 import itertools
+import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from polytmpd.blocking import accounts
 from polytmpd.core import names
 from polytmpd.core.model import Directory, Instance, InstanceDirectory
 from polytmpd.core.names import INNER
-from polytmpd.kernel import host, mountinfo, mountns, processes
-from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel import host, inside, mountinfo, mountns, namespaces
 from polytmpd.kernel.mountinfo import Mount
 
-_BARRIERS: Final = f"/{names.PREFIX}".encode()
-"""Occurs in every line of mountinfo about a barrier."""
-_LINES_BETWEEN: Final = 4096
-"""How many lines are read between checks for cancellation."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +70,23 @@ def living(directories: Sequence[Directory]) -> Iterator[Living]:
     """The namespaces that polytmp made and a process lives in, without those that users made from them.
 
     A user's own (unshare, bwrap) has the same directories mounted, but is no longer in the host's peer
-    group. Blocks: reads the mounts of every process in /proc, except in namespaces that a user can make
-    without privilege, because users decide how long those tables are.
+    group. Blocks: reads all of /proc, but no tables of namespaces that a user can make without privilege,
+    because users decide how long those are. Logs which namespaces cannot be read.
     """
     peers = _peers(mountinfo.read("1"))
     hosts_own = host.namespace_inode()
-    for namespace, _, mounts in processes.in_each_namespace(_privileged_mounts):
-        private = _private(mounts, directories)
-        owner = names.owner(next(iter(private.values()), ""))
-        if namespace != hosts_own and owner is not None and _peers(mounts) & peers:
-            yield Living(owner, namespace, tuple(mounts))
-
-
-def _privileged_mounts(process: str) -> list[Mount]:
-    with Descriptor.open(f"/proc/{process}/ns/mnt", os.O_RDONLY) as fd:
-        return mountinfo.read(process) if mountns.is_privileged(fd) else []
+    for found in namespaces.inhabited():
+        if found.inode == hosts_own or not mountns.is_privileged(found.fd):
+            continue
+        try:
+            # As a login would see it: a process in it may be in a chroot.
+            mounts = inside.mounts_in(found.fd)
+        except OSError as error:
+            log.error("Failed to read the mounts of the namespace of process %d: %s", found.pid, error)
+            continue
+        owner = names.owner(next(iter(_private(mounts, directories).values()), ""))
+        if owner is not None and _peers(mounts) & peers:
+            yield Living(owner, found.inode, tuple(mounts))
 
 
 def reconstruct(
@@ -117,10 +114,11 @@ def mounted_barriers(
 ) -> dict[str, int]:
     """Which of the barriers, each (directory, name), are mounted in any namespace: name → a process.
 
-    A mount counts if it is of the instance or of something in it, for example a bind mount of the user's
-    /tmp in another namespace. A user's own file system with another user's barrier in its path does not
-    count. Nor do our own threads, which make namespaces. Raises OSError; ECANCELED if cancelled. Blocks
-    for as long as users like, by the length of their tables, so no login may wait for it.
+    0 instead of a process if none lives in that namespace, but something keeps it. A mount counts if it is
+    of the instance or of something in it, for example a bind mount of the user's /tmp in another namespace.
+    A user's own file system with another user's barrier in its path does not count. Raises OSError if
+    anything cannot be read, because it may be in use; ECANCELED if cancelled. Blocks for as long as users
+    like, by the length of their tables, so no login may wait for it.
     """
     wanted: dict[tuple[str, str], set[str]] = {}
     for path, name in places:
@@ -128,10 +126,13 @@ def mounted_barriers(
     if not wanted:
         return {}
     found: dict[str, int] = {}
-    look = functools.partial(_mounted, wanted=wanted, cancelled=cancelled)
-    for _, pid, barriers in processes.in_each_namespace(look):
-        for name in barriers:
-            found.setdefault(name, pid)
+    devices = {device for device, _ in wanted}
+    for namespace in namespaces.every(cancelled):
+        for device, root in namespaces.roots(namespace, devices, cancelled):
+            for (its_device, directory), barriers in wanted.items():
+                if its_device == device:
+                    for name in _lies_in(root, directory, barriers):
+                        found.setdefault(name, namespace.pid)
     return found
 
 
@@ -144,26 +145,6 @@ def _identity(path: str) -> tuple[str, str]:
             below = os.path.relpath(path, entry.mount_point)
             return entry.device, os.path.normpath(f"{entry.root.rstrip('/')}/{below}")
     raise OSError(errno.EAGAIN, "the mount that contains it is gone", path)
-
-
-def _mounted(
-    process: str, wanted: Mapping[tuple[str, str], Collection[str]], cancelled: Callable[[], bool]
-) -> set[str]:
-    if process.partition("/")[0] == str(os.getpid()):
-        return set()
-    found: set[str] = set()
-    for number, line in enumerate(mountinfo.lines(process)):
-        if number % _LINES_BETWEEN == 0 and cancelled():
-            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
-        if _BARRIERS in line:
-            device, root = mountinfo.device_and_root(line)
-            found.update(
-                name
-                for (its_device, directory), barriers in wanted.items()
-                if its_device == device
-                for name in _lies_in(root, directory, barriers)
-            )
-    return found
 
 
 def _lies_in(root: str, directory: str, barriers: Collection[str]) -> Iterator[str]:

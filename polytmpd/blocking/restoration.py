@@ -62,7 +62,7 @@ def renew_sentinel(instance: Instance, stored: Descriptor | None, watch: Callabl
 
 
 def _recognise(uid: int, fd: Descriptor, directories: Sequence[Directory]) -> Instance | None:
-    """The instance of a stored namespace, identified by its mounts; None if its /proc does not list them."""
+    """The instance of a stored namespace, identified by its mounts; None if it is none or unreadable."""
     try:
         mounts = inside.mounts_in(fd)
     except OSError as error:

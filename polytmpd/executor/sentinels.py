@@ -8,8 +8,9 @@ Not here: setting a sentinel (kernel/mountns), and what follows from an end (dae
 Hard facts
 - A mount namespace made from the instance's (unshare, bwrap) has a copy of the sentinel, which keeps it. A
   bind mount of the instance in any other namespace has none, for example after bwrap --bind /tmp /tmp. If
-  such a process is moved to another cgroup, the slice does not show it either. So polytmpd searches for
-  processes that have the instance mounted.
+  such a process is moved to another cgroup, the slice does not show it either. So polytmpd searches all
+  namespaces for the instance. What cannot be read may have it mounted: the search is repeated, and the
+  instance stays until a search succeeds.
 - If no sentinel is watched, silence means nothing. Such an instance never ends by itself.
 """
 
@@ -189,9 +190,7 @@ class Sentinels:
                     return
             if looked >= tell_due:
                 tell_due = looked + _TELL_AGAIN
-                log.info(
-                    "Process %d has the instance of UID %d mounted in its own namespace, waiting", pid, uid
-                )
+                log.info("%s", _in_words(pid, uid))
             # The process may unmount it and live on, for example root's shell.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(_exit_of(pid), _LOOK_AGAIN)
@@ -200,8 +199,16 @@ class Sentinels:
             rest = min(rest * 2, _LOOK_AGAIN)
 
 
+def _in_words(pid: int, uid: int) -> str:
+    if pid == 0:
+        return f"A mount namespace without processes has the instance of UID {uid} mounted, waiting"
+    return f"Process {pid} has the instance of UID {uid} mounted in its own namespace, waiting"
+
+
 async def _exit_of(pid: int) -> None:
-    """Return when the process has ended, see pidfd_open(2). Raises OSError, such as EMFILE."""
+    """Return when the process has ended, see pidfd_open(2); never for 0. Raises OSError, such as EMFILE."""
+    if pid == 0:
+        await asyncio.Event().wait()
     try:
         fd = Descriptor(os.pidfd_open(pid))
     except ProcessLookupError:

@@ -6,6 +6,9 @@ Not here: making a namespace (kernel/mountns), and which mounts to act on.
 Hard facts
 - setns(CLONE_NEWNS) needs a thread with its own fs_struct, so unshare(CLONE_FS) comes first. It affects only
   this thread, which must not return to a pool: it ends afterwards.
+- setns() also moves the thread to the namespace's root directory, whatever root the processes in it have
+  chosen. A /proc in there is the user's, or missing. So the thread's own directory of the host's /proc is
+  opened before, and its mountinfo through that.
 - A descriptor that was opened through a mount of the namespace keeps that mount's file system busy. None may
   outlive these functions, or the sentinel never reports the end.
 - The sentinel lies beneath a private directory, where no path leads. It is mounted once; to watch it again,
@@ -53,14 +56,24 @@ _SENTINEL_OPTIONS: Final = (("size", "4k"), ("nr_inodes", "2"), ("mode", "0000")
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
-def mounts_in(namespace: int) -> list[Mount]:
-    """The mounts of a namespace. Blocks for about a millisecond. Raises OSError."""
+def open_table(namespace: int) -> Descriptor:
+    """Open the mount table of a namespace as its own root directory shows it; the caller closes it.
 
-    def look() -> list[Mount]:
-        enter(namespace)
-        return mountinfo.read()
+    Blocks for about a millisecond. Raises OSError.
+    """
+
+    def look() -> Descriptor:
+        with Descriptor.open("/proc/thread-self", os.O_PATH | os.O_DIRECTORY) as own:
+            enter(namespace)
+            return Descriptor.open("mountinfo", os.O_RDONLY, dir_fd=own)
 
     return in_disposable_thread(look)
+
+
+def mounts_in(namespace: int) -> list[Mount]:
+    """The mounts of a namespace. Blocks for about a millisecond. Raises OSError."""
+    with open_table(namespace) as table:
+        return mountinfo.read_from(table)
 
 
 def renew_sentinel(

@@ -8,14 +8,16 @@ Hard facts
   nothing limits the depth of a directory, lines of any number of kilobytes. Making 8000 such mounts takes
   less than a second and gives a table of 1.6 GB. So such tables are read line by line, and of each line only
   the beginning.
+- The table of a process has only the mounts that its root directory reaches: a process in a chroot hides the
+  others. An open table belongs to the namespace and the root that the process had when it was opened.
 """
 
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import BinaryIO, Final
 
 _TABLE_AT_MOST: Final = 32 << 20
 _LINE_AT_MOST: Final = 64 << 10
@@ -83,23 +85,42 @@ def read(process: str = "thread-self") -> list[Mount]:
 
     Raises OSError; EFBIG if the table is larger than 32 MiB.
     """
+    with open(f"/proc/{process}/mountinfo", "rb") as file:
+        return parse(_whole(file))
+
+
+def read_from(table: int) -> list[Mount]:
+    """read() from an open table."""
+    with open(table, "rb", closefd=False) as file:
+        return parse(_whole(file))
+
+
+def _whole(file: BinaryIO) -> bytes:
     # Open it once and read to the end: if the table changes meanwhile, the kernel continues at the right
     # mount.
-    with open(f"/proc/{process}/mountinfo", "rb") as file:
-        table = file.read(_TABLE_AT_MOST + 1)
+    table = file.read(_TABLE_AT_MOST + 1)
     if len(table) > _TABLE_AT_MOST:
-        text = f"mount table larger than {_TABLE_AT_MOST >> 20} MiB"
-        raise OSError(errno.EFBIG, text, f"/proc/{process}/mountinfo")
-    return parse(table)
+        raise OSError(errno.EFBIG, f"mount table larger than {_TABLE_AT_MOST >> 20} MiB")
+    return table
 
 
-def lines(process: str) -> Iterator[bytes]:
+def lines(process: str) -> Generator[bytes, None, None]:
     """The lines of a table of any size, each cut off after 64 KiB. Blocking. Raises OSError."""
     with open(f"/proc/{process}/mountinfo", "rb") as file:
-        while line := file.readline(_LINE_AT_MOST):
-            yield line
-            while not line.endswith(b"\n") and line:
-                line = file.readline(_LINE_AT_MOST)
+        yield from _lines(file)
+
+
+def lines_from(table: int) -> Iterator[bytes]:
+    """lines() from an open table."""
+    with open(table, "rb", closefd=False) as file:
+        yield from _lines(file)
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    while line := file.readline(_LINE_AT_MOST):
+        yield line
+        while not line.endswith(b"\n") and line:
+            line = file.readline(_LINE_AT_MOST)
 
 
 def device_and_root(line: bytes) -> tuple[str, str]:

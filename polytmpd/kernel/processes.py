@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from polytmpd.kernel.descriptor import Descriptor
 
@@ -34,8 +34,6 @@ _THREADS_AT_MOST: Final = 1000
 
 Threads that live in another namespace than their leader are rare, and few: those of container runtimes.
 """
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,30 +141,6 @@ def _open_checked(path: str, inode: int) -> Descriptor | None:
         if os.fstat(fd).st_ino == inode:
             return Descriptor(fd.detach())
     return None
-
-
-def in_each_namespace(look: Callable[[str], T]) -> Iterator[tuple[int, int, T]]:
-    """(inode, pid, result of look) of each mount namespace that a process lives in, once each.
-
-    look(process) reads /proc/{process}/mountinfo. If it raises OSError, another process is tried; ECANCELED
-    is passed on. Blocking: reads all of /proc.
-    """
-    seen: set[int] = set()
-    for pid in pids():
-        for path in namespace_paths(pid):
-            inode = _inode(path)
-            if inode is None or inode in seen:
-                continue
-            process = path.removeprefix("/proc/").removesuffix("/ns/mnt")
-            try:
-                found = look(process)
-            except OSError as error:
-                if error.errno == errno.ECANCELED:
-                    raise
-                continue
-            if _inode(path) == inode:
-                seen.add(inode)
-                yield inode, pid, found
 
 
 def commands(pids: Sequence[int], cancelled: Callable[[], bool] = lambda: False) -> list[str]:

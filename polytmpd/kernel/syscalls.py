@@ -20,7 +20,8 @@ import fcntl
 import os
 import struct
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 from polytmpd.kernel.descriptor import Descriptor
 
@@ -58,6 +59,14 @@ FS_APPEND_FL: Final = 0x00000020
 
 NS_GET_USERNS: Final = 0xB701
 NS_GET_NSTYPE: Final = 0xB703
+NS_GET_MNTNS_ID: Final = 0x8008B705
+NS_MNT_GET_NEXT: Final = 0x8010B70B
+NS_MNT_GET_PREV: Final = 0x8010B70C
+
+LSMT_ROOT: Final = 0xFFFFFFFFFFFFFFFF
+STATMOUNT_SB_BASIC: Final = 0x1
+STATMOUNT_MNT_BASIC: Final = 0x2
+STATMOUNT_MNT_ROOT: Final = 0x8
 
 FSOPEN_CLOEXEC: Final = 1
 FSCONFIG_SET_STRING: Final = 1
@@ -68,6 +77,8 @@ MOUNT_ATTR_NODEV: Final = 0x4
 MOUNT_ATTR_NOEXEC: Final = 0x8
 
 _SYS_OPENAT2: Final = 437
+_SYS_STATMOUNT: Final = 457
+_SYS_LISTMOUNT: Final = 458
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -224,6 +235,64 @@ def get_nstype(fd: int) -> int:
 def get_userns(fd: int) -> Descriptor:
     """ioctl_ns(2) NS_GET_USERNS: the user namespace that owns the namespace."""
     return Descriptor(fcntl.ioctl(fd, NS_GET_USERNS))
+
+
+def get_mntns_id(fd: int) -> int:
+    """ioctl_nsfs(2) NS_GET_MNTNS_ID, Linux 6.11: the ID of a mount namespace, never given again."""
+    buffer = bytearray(8)
+    fcntl.ioctl(fd, NS_GET_MNTNS_ID, buffer)
+    return int(struct.unpack("=Q", buffer)[0])
+
+
+def neighbour(fd: int, request: int) -> Descriptor:
+    """ioctl_nsfs(2) NS_MNT_GET_NEXT or NS_MNT_GET_PREV, Linux 6.12: another mount namespace of the system.
+
+    ENOENT at the end. EPERM in a PID namespace other than the initial one, since Linux 6.18.
+    """
+    return Descriptor(fcntl.ioctl(fd, request, bytearray(struct.pack("=IIQ", 16, 0, 0))))
+
+
+def listmount(namespace_id: int, mount_id: int, after: int, count: int) -> list[int]:
+    """listmount(2), Linux 6.8; of another namespace, 6.11.
+
+    The IDs of at most `count` mounts below a mount, in ascending order, that come after an ID. Such IDs are
+    never given again.
+    """
+    request = struct.pack("=IIQQQ", 32, 0, mount_id, after, namespace_id)
+    found = (ctypes.c_uint64 * count)()
+    result = _on_mounts(_SYS_LISTMOUNT, request, found, count)
+    return found[: _check(result)]
+
+
+def _on_mounts(number: int, request: bytes, buffer: "ctypes.Array[Any]", size: int) -> int:
+    result: int = _libc.syscall(
+        ctypes.c_long(number), ctypes.c_char_p(request), buffer, ctypes.c_size_t(size), ctypes.c_uint(0)
+    )
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class StatMount:
+    """What statmount() was asked for. device: MAJOR:MINOR. root: not escaped, unlike in mountinfo."""
+
+    device: str
+    mount_id: int
+    parent_id: int
+    root: bytes
+
+
+def statmount(namespace_id: int, mount_id: int, mask: int, size: int = 4096) -> StatMount:
+    """statmount(2), Linux 6.8; of another namespace, 6.11. mask: STATMOUNT_*.
+
+    Raises EOVERFLOW if the answer is longer than `size` bytes.
+    """
+    request = struct.pack("=IIQQQ", 32, 0, mount_id, mask, namespace_id)
+    buffer = ctypes.create_string_buffer(size)
+    _check(_on_mounts(_SYS_STATMOUNT, request, buffer, size))
+    # struct statmount in <linux/mount.h>: the strings begin at 512.
+    major, minor, own, parent, root = struct.unpack_from("=16xII16xQQ48xI", buffer)
+    text = ctypes.string_at(ctypes.byref(buffer, 512 + root)) if mask & STATMOUNT_MNT_ROOT else b""
+    return StatMount(f"{major}:{minor}", own, parent, text)
 
 
 def inotify_init1(flags: int) -> Descriptor:

@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which process has an instance mounted, wherever its directory is."""
 
+import contextlib
+import errno
 import os
+import signal
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from polytmpd.blocking import recovery
-from polytmpd.kernel import syscalls
+from polytmpd.kernel import host, namespaces, syscalls
+from polytmpd.kernel.descriptor import Descriptor
 from tests.kernel import children
 from tests.kernel.world import run_alone
 
 BARRIER = "polytmp-1001"
 _MS_BIND = 4096
+
+
+def _without_listmount() -> contextlib.AbstractContextManager[object]:
+    refused = OSError(errno.ENOTTY, "needs Linux 6.11")
+    return mock.patch.object(namespaces, "get_mntns_id", side_effect=refused)
 
 
 def _taken_along(base: str) -> None:
@@ -37,6 +49,8 @@ def _taken_along(base: str) -> None:
     os.close(ready[1])
     assert os.read(ready[0], 1) == b"."
     assert recovery.mounted_barriers(places) == {BARRIER: pid}
+    with _without_listmount():
+        assert recovery.mounted_barriers(places) == {BARRIER: pid}
     os.close(done[1])
     assert os.waitpid(pid, 0) == (pid, 0)
     assert recovery.mounted_barriers(places) == {}
@@ -75,3 +89,162 @@ def _in_a_bind_mount() -> None:
 )
 def test_an_instance_that_is_mounted_elsewhere(where: Callable[[], None]) -> None:
     run_alone(__name__, where.__name__)
+
+
+@dataclass
+class Cage:
+    """A namespace with an instance mounted on /mnt/here, and the processes in it."""
+
+    base: str
+    pids: list[int] = field(default_factory=list)
+    ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def start(self, work: Callable[[], object]) -> int:
+        """Have a process call work() in the namespace, and stay; returns its pid."""
+        ready = os.pipe()
+
+        def live() -> None:
+            if self.pids:
+                with Descriptor.open(f"/proc/{self.pids[0]}/ns/mnt", os.O_RDONLY) as fd:
+                    syscalls.unshare(syscalls.CLONE_FS)
+                    syscalls.setns(fd, syscalls.CLONE_NEWNS)
+            else:
+                children.alone()
+                Path("/mnt/here").mkdir(exist_ok=True)
+                syscalls.mount(f"{self.base}/{BARRIER}/tmp", "/mnt/here", None, _MS_BIND)
+            work()
+            os.write(ready[1], b".")
+            signal.pause()
+
+        self.pids.append(children.start(live))
+        os.close(ready[1])
+        assert os.read(ready[0], 1) == b".", "it has started"
+        os.close(ready[0])
+        self.ends.callback(os.waitpid, self.pids[-1], 0)
+        self.ends.callback(os.kill, self.pids[-1], signal.SIGKILL)
+        return self.pids[-1]
+
+    def users(self) -> dict[str, int]:
+        return recovery.mounted_barriers([(self.base, BARRIER)])
+
+
+@contextlib.contextmanager
+def cage() -> Iterator[Cage]:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as base:
+        os.makedirs(f"{base}/{BARRIER}/tmp")
+        made = Cage(base)
+        assert made.users() == {}
+        with made.ends:
+            yield made
+        assert made.users() == {}, "and it is not in use any more"
+
+
+def _chroot() -> None:
+    Path("/mnt/empty").mkdir(exist_ok=True)
+    os.chroot("/mnt/empty")
+
+
+def _chroot_into_a_cover() -> None:
+    """What is on /mnt/here is in reach of the working directory alone."""
+    os.chdir("/mnt/here")
+    syscalls.mount("cover", "/", "tmpfs", 0)
+    os.chroot("/..")
+    assert not Path("/mnt/here").exists()
+
+
+def case_a_process_in_a_chroot_hides_nothing_from_the_others() -> None:
+    with cage() as it:
+        lowest = it.start(_chroot)
+        it.start(lambda: None)
+        assert it.users() == {BARRIER: lowest}
+        with _without_listmount():
+            assert it.users() == {BARRIER: lowest}
+
+
+def case_all_processes_are_in_a_chroot() -> None:
+    with cage() as it:
+        pid = it.start(_chroot)
+        assert it.users() == {BARRIER: pid}
+        with _without_listmount():
+            assert it.users() == {BARRIER: pid}
+
+
+def case_one_process_is_beneath_a_cover() -> None:
+    """A new process in the namespace would not see the mount, and neither does the first."""
+    with cage() as it:
+        lowest = it.start(_chroot)
+        it.start(lambda: syscalls.mount("cover", "/", "tmpfs", 0))
+        assert it.users() == {BARRIER: lowest}
+        with _without_listmount():
+            assert it.users() == {BARRIER: lowest}
+
+
+def case_no_process_reaches_the_mount_by_a_path() -> None:
+    with cage() as it:
+        pid = it.start(_chroot_into_a_cover)
+        assert it.users() == {BARRIER: pid}
+
+
+def case_a_namespace_that_another_process_has_open() -> None:
+    with cage() as it, cage() as other:
+        inside = it.start(lambda: None)
+        fd = Descriptor.open(f"/proc/{inside}/ns/mnt", os.O_RDONLY)
+        holder = other.start(lambda: None)
+        fd.close()
+        it.ends.close()
+        it.pids.clear()
+        assert it.users() == {BARRIER: holder}
+
+
+def case_what_cannot_be_read_may_be_in_use() -> None:
+    too_long = OSError(errno.EOVERFLOW, "Value too large")
+    with cage() as it:
+        pid = it.start(lambda: None)
+        with (
+            mock.patch.object(namespaces, "_root", side_effect=too_long),
+            pytest.raises(OSError, match="too long to be read"),
+        ):
+            it.users()
+        lack = OSError(errno.EMFILE, "Too many open files")
+        with (
+            mock.patch.object(Descriptor, "open", side_effect=lack),
+            pytest.raises(OSError, match="Too many open files"),
+        ):
+            it.users()
+        assert it.users() == {BARRIER: pid}
+
+
+CASES = sorted(name for name in globals() if name.startswith("case_"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case: str) -> None:
+    run_alone(__name__, case)
+
+
+def test_a_namespace_in_flight() -> None:
+    """No process lives in it or has it open. A kernel that lists no namespaces does not show it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, mock.patch.object(host, "_NAMESPACE", "/proc/self/ns/mnt"):
+        ready, done = os.pipe(), os.pipe()
+
+        def lives_there() -> None:
+            os.close(done[1])
+            children.alone()
+            os.write(ready[1], b".")
+            os.read(done[0], 1)
+
+        pid = children.start(lives_there)
+        os.read(ready[0], 1)
+        with Descriptor.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY) as fd:
+            inode = os.fstat(fd).st_ino
+            socket.send_fds(ours, [b"."], [fd])
+        assert {found.inode: found.pid for found in namespaces.every()}[inode] == pid
+        os.close(done[1])
+        os.waitpid(pid, 0)
+        others = [found.pid for found in namespaces.every() if found.inode == inode]
+        assert others == ([0] if namespaces._shows_neighbours() else [])
+        _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
+        for number in (*fds, *ready, done[0]):
+            os.close(number)
+        assert inode not in [found.inode for found in namespaces.every()]

@@ -39,15 +39,16 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_namespace_without_proc_is_not_polytmps(namespace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The inode was reused by a sandbox in the making, which has no /proc yet."""
-
+def test_a_namespace_that_cannot_be_read_has_not_ended(
+    namespace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def mounts_in(_: int) -> list[Mount]:
-        raise FileNotFoundError(2, "No such file or directory", "/proc/thread-self/mountinfo")
+        raise OSError(24, "Too many open files", "/proc/thread-self")
 
     monkeypatch.setattr(inside, "mounts_in", mounts_in)
     monkeypatch.setattr(mountns, "is_privileged", lambda _: True)
-    assert instances.open_living(INSTANCE) is None
+    with pytest.raises(OSError, match="Too many open files"):
+        instances.open_living(INSTANCE)
     assert opened(namespace) == []
 
 
