@@ -22,8 +22,9 @@ def wait_for(machine: Machine, user: str, state: str) -> None:
     eventually(lambda: observe.state(machine, user) == state, 30, f"{user}'s instance is {state}")
 
 
-def wait_until_gone(machine: Machine, user: str = "alice") -> None:
-    eventually(lambda: observe.gone(machine, user), 30, f"{user}'s instance is gone")
+def wait_until_gone(machine: Machine, user: str = "alice", timeout: float = 30) -> None:
+    """timeout is in seconds."""
+    eventually(lambda: observe.gone(machine, user), timeout, f"{user}'s instance is gone")
 
 
 def stays(machine: Machine, user: str = "alice") -> None:
@@ -208,6 +209,115 @@ def test_a_private_namespace_made_by_the_user_counts_too(
     leave(machine, "unshare -Urm sleep infinity >/dev/null 2>&1 &", elsewhere)
     stays(machine)
     end(machine)
+
+
+# What processes hide from who reads their mountinfo
+
+CAGE = (
+    "setsid -f bwrap --unshare-user --uid 0 --gid 0 --cap-add ALL --bind /usr /usr --symlink usr/lib /lib "
+    "--symlink usr/lib64 /lib64 --symlink usr/bin /bin --dev /dev --bind /tmp /tmp sh -c '{}' "
+    ">/dev/null 2>&1"
+)
+WRITER = 'sh -c "while date >/tmp/alive; do sleep 0.2; done"'
+CHROOTED = "exec /usr/sbin/chroot /usr /bin/sleep infinity"
+
+
+def cage(machine: Machine, move: Callable[[list[str]], None], command: str) -> list[str]:
+    """Leave behind only a bwrap of alice's with nothing of polytmp's but a bind mount of her /tmp.
+
+    Returns the PIDs of the processes in it, the lowest first.
+    """
+    with machine.session("alice") as alice:
+        alice.run("echo mark > /tmp/mark")
+        alice.run(CAGE.format(command))
+        eventually(
+            lambda: machine.run("pgrep", "-xf", "/bin/sleep infinity").stdout, what="the cage is there"
+        )
+        lowest = machine.run("pgrep", "-xf", "/bin/sleep infinity").stdout.strip()
+        found = machine.sh(
+            f"at=$(readlink /proc/{lowest}/ns/mnt); for pid in $(pgrep -u alice); do "
+            "test $(readlink /proc/$pid/ns/mnt) != $at || echo $pid; done"
+        ).stdout.split()
+        move(found)
+        # bwrap's own parent process stays in the instance's namespace.
+        machine.run("pkill", "-KILL", "-u", "alice", "-xf", "bwrap.*")
+    return found
+
+
+def is_waited_for(machine: Machine, text: str) -> None:
+    eventually(
+        lambda: text in machine.journal("-u", "polytmpd", "-n", "20", "--output=cat"),
+        20,
+        "the search is over",
+    )
+    stays(machine)
+
+
+def test_a_process_in_a_chroot_does_not_hide_what_another_writes(
+    machine: Machine, elsewhere: Callable[[list[str]], None]
+) -> None:
+    """Both are in a namespace of alice's, outside of her slice; the one in the chroot has the lowest PID."""
+    found = cage(machine, elsewhere, f"{WRITER} & {CHROOTED}")
+    assert machine.run("readlink", f"/proc/{found[0]}/root").stdout.strip() == "/usr"
+    assert len(found) > 1
+    try:
+        is_waited_for(machine, "has the instance of UID 1001 mounted")
+        alive = f"{observe.directories(machine, 'alice')['/tmp']}/alive"
+        machine.run("rm", alive)
+        eventually(lambda: machine.run("cat", alive, check=False).stdout, what="it still writes")
+        machine.run("systemctl", "restart", "polytmpd")
+        is_waited_for(machine, "has the instance of UID 1001 mounted")
+    finally:
+        machine.sh("pkill -KILL -u alice; true")
+    wait_until_gone(machine)
+
+
+def test_all_processes_are_in_a_chroot(machine: Machine, elsewhere: Callable[[list[str]], None]) -> None:
+    cage(machine, elsewhere, CHROOTED)
+    try:
+        is_waited_for(machine, "has the instance of UID 1001 mounted")
+    finally:
+        machine.sh("pkill -KILL -u alice; true")
+    wait_until_gone(machine)
+
+
+def test_a_users_own_namespace_held_by_a_descriptor_alone(
+    machine: Machine, elsewhere: Callable[[list[str]], None]
+) -> None:
+    (inside,) = cage(machine, elsewhere, CHROOTED)
+    holder = machine.popen("sh", "-c", f"exec 9</proc/{inside}/ns/mnt; echo open; cat")
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"open\n"
+    machine.run("kill", "-KILL", inside)
+    is_waited_for(machine, "has the instance of UID 1001 mounted")
+    stays(machine)
+    holder.communicate()
+    wait_until_gone(machine, timeout=60)
+
+
+def test_a_chroot_in_the_instance_does_not_hide_it_from_a_daemon_that_lost_everything(
+    machine: Machine, elsewhere: Callable[[list[str]], None]
+) -> None:
+    with machine.session("alice") as alice:
+        alice.run("echo mark > /tmp/mark")
+        alice.run("sudo setsid -f chroot --userspec=1001:1001 /usr /bin/sleep infinity >/dev/null 2>&1")
+        eventually(lambda: machine.run("pgrep", "-xf", "/bin/sleep infinity").stdout, what="it has started")
+        alice.run("setsid -f sleep 7777")
+        elsewhere(machine.run("pgrep", "-u", "alice", "-x", "sleep").stdout.split())
+        before = alice.run(observe.NAMESPACE).strip()
+    stays(machine)
+    machine.run("systemctl", "stop", "polytmpd")
+    if machine.release != "bookworm":  # systemd 252 has done so itself
+        machine.run("systemctl", "clean", "--what=fdstore", "polytmpd")
+    machine.run("rm", "-r", "/run/polytmpd/instances")
+    machine.run("systemctl", "start", "polytmpd")
+    stays(machine)
+    assert f"mnt:[{observe.status(machine, 'alice')['namespace']}]" == before
+    with machine.session("alice") as alice:
+        assert alice.run(observe.NAMESPACE).strip() == before
+        assert alice.run("cat /tmp/mark").strip() == "mark"
+    machine.run("pkill", "-KILL", "-u", "alice", "-x", "sleep")
+    wait_until_gone(machine)
 
 
 def test_fifty_logins_leave_nothing(machine: Machine) -> None:
