@@ -44,6 +44,7 @@ from polytmpd.kernel.syscalls import (
     move_mount,
     open_tree,
     openat2,
+    set_propagation,
     setns,
     umount2,
     unshare,
@@ -173,12 +174,15 @@ def enter(namespace: int) -> None:
 def clone(path: str) -> Descriptor:
     """Clone the host's mount or directory at path, for attach(); the caller closes it.
 
-    Raises OSError, also if root does not own it now: names come and go.
+    The clone is private: a copy of a shared mount is its peer. Raises OSError, also if root does not own it
+    now: names come and go.
     """
     with Descriptor.open(path, _DIRECTORY) as directory:
         if (owner := os.fstat(directory).st_uid) != 0:
             raise OSError(errno.EPERM, f"now owned by UID {owner}, not by root", path)
-        return open_tree(directory, "", OPEN_TREE_CLONE | AT_EMPTY_PATH)
+        with open_tree(directory, "", OPEN_TREE_CLONE | AT_EMPTY_PATH) as tree:
+            set_propagation(tree, MS_PRIVATE)
+            return Descriptor(tree.detach())
 
 
 def attach(tree: int, path: str, flags: int = 0) -> None:
@@ -187,11 +191,21 @@ def attach(tree: int, path: str, flags: int = 0) -> None:
         move_mount(tree, target, flags)
 
 
+def new_sentinel() -> Descriptor:
+    """Make a sentinel, for attach(); the caller closes it. Raises OSError."""
+    return fsmount(SENTINEL, "tmpfs", _SENTINEL_OPTIONS)
+
+
 def set_sentinel(path: str, watch_sentinel: Callable[[str], int], flags: int = 0) -> int:
     """Mount a sentinel at path; returns its watch descriptor. flags: as for attach(). Raises OSError."""
-    with fsmount(SENTINEL, "tmpfs", _SENTINEL_OPTIONS) as sentinel:
+    with new_sentinel() as sentinel:
         attach(sentinel, path, flags)
-        return watch_sentinel(f"/proc/self/fd/{sentinel}")
+        return watch(sentinel, watch_sentinel)
+
+
+def watch(sentinel: int, watch_sentinel: Callable[[str], int]) -> int:
+    """Watch a sentinel; returns the watch descriptor. Raises OSError."""
+    return watch_sentinel(f"/proc/self/fd/{sentinel}")
 
 
 def detach_all(mounts: Iterable[Mount]) -> list[Mount]:
@@ -228,6 +242,6 @@ def _set_sentinel_beneath(path: str, watch_sentinel: Callable[[str], int]) -> in
 
 def _set_sentinel_under_shared(place: str, watch_sentinel: Callable[[str], int]) -> int:
     with open_tree(AT_FDCWD, place, OPEN_TREE_CLONE) as cover:
-        watch = set_sentinel(place, watch_sentinel)
+        number = set_sentinel(place, watch_sentinel)
         attach(cover, place)
-        return watch
+        return number

@@ -15,6 +15,7 @@ Hard facts
 import errno
 import os
 import re
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Final
@@ -45,6 +46,8 @@ class Mount:
 
 
 def _unescape(field: bytes) -> str:
+    if b"\\" not in field:
+        return os.fsdecode(field)
     # The kernel writes space, tab, newline, backslash and '#' as three octal digits (seq_path, mangle).
     return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
 
@@ -144,14 +147,29 @@ def is_below(path: str, directory: str) -> bool:
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
-def outside(mounts: Iterable[Mount], directories: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(mount point, device, root) of each mount outside of the directories.
+def below(table: Iterable[bytes], directories: Iterable[str]) -> list[Mount]:
+    """The mounts of a table in or on the directories, in the kernel's order.
 
-    These are what a namespace must share with the host.
+    The others are not parsed: there may be a thousand.
+    """
+    wanted = tuple(directories)
+    return [
+        parse_line(line)
+        for line in table
+        if any(is_below(_unescape(line.split(b" ", 5)[4]), directory) for directory in wanted)
+    ]
+
+
+def outside(table: Iterable[bytes], directories: Iterable[str]) -> Counter[tuple[bytes, ...]]:
+    """What a namespace must share with the host: the mounts of a table outside of the directories.
+
+    (mount point, device, root, peer group) each, as the kernel writes them.
     """
     hidden = tuple(directories)
-    return sorted(
-        (mount.mount_point, mount.device, mount.root)
-        for mount in mounts
-        if not any(is_below(mount.mount_point, directory) for directory in hidden)
-    )
+    found: Counter[tuple[bytes, ...]] = Counter()
+    for line in table:
+        _, _, device, root, point, _, *tags = line.split(b" - ")[0].split(b" ")
+        if not any(is_below(_unescape(point), directory) for directory in hidden):
+            shared = next((tag for tag in tags if tag.startswith(b"shared:")), b"")
+            found[point, device, root, shared] += 1
+    return found

@@ -11,6 +11,12 @@ Hard facts
   util-linux's unshare(1) makes them private by default; the system call does not.
 - Making a mount private and undoing it: move_mount(2) with MOVE_MOUNT_SET_GROUP, Linux 5.15. Source and
   target must both be roots of mounts, and the target must be private.
+- What happens on the host between the two is missed. As a slave a mount still receives events, but what is
+  mounted meanwhile becomes a slave, too. So the containing mounts are slaves for a few system calls, and
+  private between two. Any user may mount a thousand times per second (fusermount3).
+- poll(2) of a mount table reports each event in its namespace since the table was opened or last polled.
+  Without an event, nothing was missed. Otherwise the tables are compared: what was missed stays different,
+  and what comes and goes in between does not.
 - Mounts below /tmp on the host are copied, too. When the host unmounts them, the copies would stay behind,
   hidden and busy: nothing propagates below a private parent. So they are detached here. They are made
   private first, recursively: MNT_DETACH of a shared subtree would propagate to the host.
@@ -24,8 +30,10 @@ Hard facts
 import contextlib
 import errno
 import os
+import select
 import stat
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,7 +46,8 @@ from polytmpd.kernel.inside import (
     detach_all,
     enter,
     in_disposable_thread,
-    set_sentinel,
+    new_sentinel,
+    watch,
 )
 from polytmpd.kernel.mountinfo import Mount
 from polytmpd.kernel.syscalls import (
@@ -47,17 +56,19 @@ from polytmpd.kernel.syscalls import (
     MOVE_MOUNT_SET_GROUP,
     MS_PRIVATE,
     MS_REC,
+    MS_SLAVE,
     OPEN_TREE_CLONE,
     get_nstype,
     get_userns,
     mount,
     move_mount,
     open_tree,
+    set_propagation,
     unshare,
 )
 
-_BUILDS_AT_MOST: Final = 8
-_READS_AT_MOST: Final = 50
+_BUILDS_AT_MOST: Final = 16
+_READS_AT_MOST: Final = 8
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
 
 
@@ -138,33 +149,91 @@ class _Containing:
     host_fd: Descriptor
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What is mounted for one directory. sentinel: beneath the source, in one of the directories."""
+
+    directory: PrivateDirectory
+    source: Descriptor
+    shared: dict[str, Descriptor]
+    sentinel: Descriptor | None
+
+    def cover(self) -> None:
+        if self.sentinel is not None:
+            attach(self.sentinel, self.directory.path)
+        attach(self.source, self.directory.path)
+
+    def share(self) -> None:
+        for place, tree in self.shared.items():
+            attach(tree, place)
+
+
 def _build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[str], int]) -> Namespace:
     with contextlib.ExitStack() as fds:
         enter(fds.enter_context(host.open_namespace()))
         containing = _find_containing(directories, fds)
         unshare(CLONE_NEWNS)
-        paths = {directory.path for directory in directories}
-        for mount_point in containing:  # a private directory's own mount stays private, with all below it
-            mount("none", mount_point, None, MS_PRIVATE | (MS_REC if mount_point in paths else 0))
-        table = mountinfo.read()
-        watch = -1
-        for number, directory in enumerate(directories):
-            source = fds.enter_context(_open_source(directory))
-            places = [f"{directory.path}/{name}" for name in directory.shared]
-            shared = [fds.enter_context(clone(place)) for place in places]
-            _detach_below(table, directory.path)
-            if number == 0:
-                watch = set_sentinel(directory.path, watch_sentinel)
-            attach(source, directory.path)
-            for place, tree in zip(places, shared, strict=True):
-                attach(tree, place)
-        for mount_point, holder in containing.items():
-            if mount_point not in paths and holder.mount.propagates:
-                with Descriptor.open(mount_point, _DIRECTORY) as root:
-                    move_mount(holder.host_fd, root, MOVE_MOUNT_SET_GROUP)
-        _compare_with_host(directories, containing)
+        paths = [directory.path for directory in directories]
+        for mount_point in set(paths) & set(containing):  # these stay private, with all below them
+            mount("none", mount_point, None, MS_PRIVATE | MS_REC)
+        outer = {
+            fds.enter_context(Descriptor.open(mount_point, _DIRECTORY)): holder
+            for mount_point, holder in containing.items()
+            if mount_point not in paths
+        }
+        with contextlib.closing(mountinfo.lines("thread-self")) as lines:
+            table = mountinfo.below(lines, paths)
+        sentinel = fds.enter_context(new_sentinel())
+        prepared = [_prepare(directory, fds, sentinel) for directory in directories[:1]]
+        prepared += [_prepare(directory, fds, None) for directory in directories[1:]]
+        for each in prepared:
+            if each.directory.path in containing:
+                _detach_below(table, each.directory.path)
+                each.cover()
+        _away_from_host(outer, paths, lambda: _cover_plain(prepared, containing, table))
+        for each in prepared:
+            each.share()
+        number = watch(sentinel, watch_sentinel)
         inode = os.stat("/proc/thread-self/ns/mnt").st_ino
-        return Namespace(Descriptor.open("/proc/thread-self/ns/mnt", os.O_RDONLY), inode, watch)
+        return Namespace(Descriptor.open("/proc/thread-self/ns/mnt", os.O_RDONLY), inode, number)
+
+
+def _prepare(
+    directory: PrivateDirectory, fds: contextlib.ExitStack, sentinel: Descriptor | None
+) -> _Prepared:
+    source = fds.enter_context(_open_source(directory))
+    places = [f"{directory.path}/{name}" for name in directory.shared]
+    shared = {place: fds.enter_context(clone(place)) for place in places}
+    return _Prepared(directory, source, shared, sentinel)
+
+
+def _cover_plain(prepared: Sequence[_Prepared], containing: Collection[str], table: Sequence[Mount]) -> None:
+    for each in prepared:
+        if each.directory.path not in containing:
+            _detach_below(table, each.directory.path)
+            each.cover()
+
+
+def _away_from_host(
+    outer: Mapping[Descriptor, _Containing], paths: Sequence[str], work: Callable[[], None]
+) -> None:
+    """Call work() while these mounts of ours send nothing to the host. Every system call in it counts.
+
+    Raises _HostChangedError if an event of the host was missed.
+    """
+    with open("/proc/1/mountinfo", "rb") as events:
+        for root in outer:
+            mount("none", f"/proc/thread-self/fd/{root}", None, MS_SLAVE)
+        work()
+        for root, holder in outer.items():
+            if holder.mount.propagates:
+                mount("none", f"/proc/thread-self/fd/{root}", None, MS_PRIVATE)
+                move_mount(holder.host_fd, root, MOVE_MOUNT_SET_GROUP)
+        poll = select.poll()
+        poll.register(events, select.POLLPRI)
+        happened = any(what & (select.POLLERR | select.POLLPRI) for _, what in poll.poll(0))
+    if happened and outer:
+        _compare_with_host(paths)
 
 
 def _find_containing(
@@ -200,6 +269,7 @@ def _open_source(directory: PrivateDirectory) -> Descriptor:
         status = os.fstat(tree)
         if (status.st_dev, status.st_ino) != directory.identity or not stat.S_ISDIR(status.st_mode):
             raise OSError(errno.ESTALE, "not the instance directory that was made a moment ago", path)
+        set_propagation(tree, MS_PRIVATE)  # the copy of a shared mount is its peer
         return Descriptor(tree.detach())
 
 
@@ -221,21 +291,25 @@ def _detach_below(table: Sequence[Mount], path: str) -> None:
     detach_all(entry for entry in below if entry.parent_id not in shared)
 
 
-def _compare_with_host(directories: Sequence[PrivateDirectory], containing: dict[str, _Containing]) -> None:
+def _compare_with_host(paths: Sequence[str]) -> None:
     """Raise _HostChangedError unless this namespace has the host's mounts outside of the directories.
 
-    Between MS_PRIVATE and MOVE_MOUNT_SET_GROUP an event of the host could be missed, for good. The host's
-    table is read before and after our own: a difference counts only if the host did not change meanwhile.
+    Events do arrive again, and the host may go on changing: no two tables are of the same moment. Each table
+    is compared with what the other one had both before and after it. What was missed is different each time.
     """
-    paths = [directory.path for directory in directories]
-    if all(mount_point in paths for mount_point in containing):
-        return
+
+    def table(process: str) -> Counter[tuple[bytes, ...]]:
+        with contextlib.closing(mountinfo.lines(process)) as lines:
+            return mountinfo.outside(lines, paths)
+
+    own_before = extra = table("thread-self")
+    host_before = missing = table("1")
     for _ in range(_READS_AT_MOST):
-        before = mountinfo.outside(mountinfo.read("1"), paths)
-        own = mountinfo.outside(mountinfo.read(), paths)
-        after = mountinfo.outside(mountinfo.read("1"), paths)
-        if before == own:
+        own = table("thread-self")
+        extra = extra & ((own_before & own) - host_before)
+        host_now = table("1")
+        missing = missing & ((host_before & host_now) - own)
+        if not missing and not extra:
             return
-        if before == after:
-            raise _HostChangedError
+        own_before, host_before = own, host_now
     raise _HostChangedError

@@ -33,6 +33,7 @@ CLONE_NEWNS: Final = 0x00020000
 
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 1 << 18
+MS_SLAVE: Final = 1 << 19
 
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
@@ -93,6 +94,7 @@ for _name, _argtypes in {
     "umount2": (_path, _int),
     "open_tree": (_int, _path, _uint),
     "move_mount": (_int, _path, _int, _path, _uint),
+    "mount_setattr": (_int, _path, _uint, ctypes.c_char_p, ctypes.c_size_t),
     "fsopen": (_path, _uint),
     "fsconfig": (_int, _uint, _path, ctypes.c_char_p, _int),
     "fsmount": (_int, _uint, _uint),
@@ -182,6 +184,12 @@ def move_mount(from_fd: int, to_fd: int, flags: int = 0) -> None:
         ),
         limit=_MOUNTS,
     )
+
+
+def set_propagation(tree: int, propagation: int) -> None:
+    """mount_setattr(2), Linux 5.12: MS_PRIVATE or such, also of a tree that is not mounted yet."""
+    attributes = struct.pack("=QQQQ", 0, 0, propagation, 0)
+    _check(_libc.mount_setattr(tree, b"", AT_EMPTY_PATH, attributes, len(attributes)))
 
 
 def fsmount(source: str, fstype: str, options: Sequence[tuple[str, str]]) -> Descriptor:

@@ -35,8 +35,12 @@ from polytmpd.kernel import descriptor, host, inside, mountinfo, mountns, proces
 DIRECTORY: Final = Path("/run/polytmp-faults")
 
 CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
-    (mountns, "", ("mount", "unshare", "open_tree", "move_mount", "build")),
-    (inside, "", ("mount", "umount2", "unshare", "setns", "open_tree", "move_mount", "fsmount")),
+    (mountns, "", ("mount", "unshare", "open_tree", "move_mount", "set_propagation", "build")),
+    (
+        inside,
+        "",
+        ("mount", "umount2", "unshare", "setns", "open_tree", "move_mount", "set_propagation", "fsmount"),
+    ),
     (storage, "os", ("mkdir", "rmdir", "symlink", "fchown", "fchmod", "setxattr", "removexattr")),
     (storage, "syscalls", ("renameat2",)),
     (shared, "os", ("mkdir", "fchown", "fchmod")),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polytmpd.kernel.mountinfo import Mount, is_below, mount_id_of, outside, parse, parse_line, read
+from polytmpd.kernel.mountinfo import Mount, below, is_below, mount_id_of, outside, parse, parse_line, read
 
 pytestmark = pytest.mark.unit
 
@@ -120,6 +120,22 @@ def test_paths_are_compared_by_component() -> None:
     assert not is_below("/", "/tmp")
 
 
+TABLE = [
+    b"1 0 0:1 / / rw shared:7 master:2 - x x rw",
+    b"2 1 0:2 / /tmp/a rw - x x rw",
+    b"3 1 0:3 /r /tmpfoo rw master:2 - x x rw",
+    rb"4 1 0:4 / /with\040space/b rw shared:8 - x - rw",
+    b"5 1 0:3 /r /tmpfoo rw master:3 - x x rw",
+]
+
+
 def test_what_must_be_shared_with_the_host() -> None:
-    lines = [b"1 0 0:1 / / rw - x x rw", b"2 1 0:2 / /tmp/a rw - x x rw", b"3 1 0:3 /r /tmpfoo rw - x x rw"]
-    assert outside(parse(b"\n".join(lines)), ["/tmp"]) == [("/", "0:1", "/"), ("/tmpfoo", "0:3", "/r")]
+    assert outside(TABLE, ["/tmp", "/with space"]) == {
+        (b"/", b"0:1", b"/", b"shared:7"): 1,
+        (b"/tmpfoo", b"0:3", b"/r", b""): 2,
+    }
+
+
+def test_the_mounts_below_directories() -> None:
+    assert [mount.mount_id for mount in below(TABLE, ["/tmp", "/with space"])] == [2, 4]
+    assert [mount.mount_id for mount in below(TABLE, ["/tmpfoo"])] == [3, 5]
