@@ -16,13 +16,16 @@ import errno
 import os
 import re
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, cast
 
 _TABLE_AT_MOST: Final = 32 << 20
 _LINE_AT_MOST: Final = 64 << 10
 _OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+Key = tuple[bytes, bytes, bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,10 @@ def _unescape(field: bytes) -> str:
         return os.fsdecode(field)
     # The kernel writes space, tab, newline, backslash and '#' as three octal digits (seq_path, mangle).
     return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
+
+
+def _escape(path: str) -> bytes:
+    return re.sub(rb"[ \t\n\\#]", lambda match: b"\\%03o" % match[0][0], os.fsencode(path))
 
 
 def parse_line(line: bytes) -> Mount:
@@ -147,29 +154,59 @@ def is_below(path: str, directory: str) -> bool:
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
+def with_ids(table: Iterable[bytes], ids: Collection[int]) -> dict[int, Mount]:
+    """Those of the mounts that are in the table, by ID; it is read until all are found."""
+    wanted = {str(number).encode() for number in ids}
+    found: dict[int, Mount] = {}
+    for line in table:
+        if line.partition(b" ")[0] in wanted:
+            entry = parse_line(line)
+            found[entry.mount_id] = entry
+            if len(found) == len(wanted):
+                break
+    return found
+
+
 def below(table: Iterable[bytes], directories: Iterable[str]) -> list[Mount]:
     """The mounts of a table in or on the directories, in the kernel's order.
 
     The others are not parsed: there may be a thousand.
     """
-    wanted = tuple(directories)
+    wanted = [(b" " + _escape(directory), directory) for directory in directories]
     return [
         parse_line(line)
         for line in table
-        if any(is_below(_unescape(line.split(b" ", 5)[4]), directory) for directory in wanted)
+        if any(
+            begin in line and is_below(_unescape(line.split(b" ", 5)[4]), directory)
+            for begin, directory in wanted
+        )
     ]
 
 
-def outside(table: Iterable[bytes], directories: Iterable[str]) -> Counter[tuple[bytes, ...]]:
-    """What a namespace must share with the host: the mounts of a table outside of the directories.
+class Outside:
+    """Reads what a namespace must share with the host: the mounts outside of some directories."""
 
-    (mount point, device, root, peer group) each, as the kernel writes them.
-    """
-    hidden = tuple(directories)
-    found: Counter[tuple[bytes, ...]] = Counter()
-    for line in table:
-        _, _, device, root, point, _, *tags = line.split(b" - ")[0].split(b" ")
-        if not any(is_below(_unescape(point), directory) for directory in hidden):
-            shared = next((tag for tag in tags if tag.startswith(b"shared:")), b"")
-            found[point, device, root, shared] += 1
-    return found
+    def __init__(self, directories: Iterable[str]) -> None:
+        self._directories = tuple(directories)
+        self._known: dict[bytes, Key | None] = {}
+        """What follows the IDs in a line → its key: the next table has nearly the same lines."""
+
+    def of(self, table: Iterable[bytes]) -> Counter[Key]:
+        """(mount point, device, root, peer group) of each such mount, as the kernel writes them."""
+        found = Counter(map(self._key, table))
+        del found[None]
+        return cast("Counter[Key]", found)
+
+    def _key(self, line: bytes) -> Key | None:
+        rest = line.split(b" ", 2)[2]
+        try:
+            return self._known[rest]
+        except KeyError:
+            key = self._known[rest] = self._parse(rest)
+            return key
+
+    def _parse(self, rest: bytes) -> Key | None:
+        device, root, point, _, *tags = rest.partition(b" - ")[0].split(b" ")
+        if any(is_below(_unescape(point), directory) for directory in self._directories):
+            return None
+        return point, device, root, next((tag for tag in tags if tag.startswith(b"shared:")), b"")

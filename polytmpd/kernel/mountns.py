@@ -15,8 +15,8 @@ Hard facts
   mounted meanwhile becomes a slave, too. So the containing mounts are slaves for a few system calls, and
   private between two. Any user may mount a thousand times per second (fusermount3).
 - poll(2) of a mount table reports each event in its namespace since the table was opened or last polled.
-  Without an event, nothing was missed. Otherwise the tables are compared: what was missed stays different,
-  and what comes and goes in between does not.
+  Without an event, nothing was missed. Otherwise the namespace is built again. Only if that happens many
+  times are the tables compared: what was missed stays different, and what comes and goes does not.
 - Mounts below /tmp on the host are copied, too. When the host unmounts them, the copies would stay behind,
   hidden and busy: nothing propagates below a private parent. So they are detached here. They are made
   private first, recursively: MNT_DETACH of a shared subtree would propagate to the host.
@@ -29,11 +29,12 @@ Hard facts
 
 import contextlib
 import errno
+import functools
 import os
 import select
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,8 +68,10 @@ from polytmpd.kernel.syscalls import (
     unshare,
 )
 
-_BUILDS_AT_MOST: Final = 16
-_READS_AT_MOST: Final = 8
+_BUILDS_AT_MOST: Final = 32
+_BUILDS_UNCOMPARED: Final = 6
+"""With a thousand mounts on the host, another attempt takes 10 ms, and comparing takes 50 ms or more."""
+_READS_AT_MOST: Final = 4
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
 
 
@@ -114,9 +117,10 @@ def build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[str
     """
     if not directories:
         raise OSError(errno.EINVAL, "no directory to make private")
-    for _ in range(_BUILDS_AT_MOST):
+    for number in range(_BUILDS_AT_MOST):
+        build_once = functools.partial(_build, directories, watch_sentinel, number >= _BUILDS_UNCOMPARED)
         try:
-            return in_disposable_thread(lambda: _build(directories, watch_sentinel))
+            return in_disposable_thread(build_once)
         except _HostChangedError:
             continue
     raise OSError(
@@ -151,24 +155,33 @@ class _Containing:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What is mounted for one directory. sentinel: beneath the source, in one of the directories."""
+    """What is mounted for one directory, and the directory itself, in the new namespace.
 
-    directory: PrivateDirectory
+    sentinel: beneath the source, in one of the directories.
+    """
+
+    path: str
+    place: Descriptor
     source: Descriptor
     shared: dict[str, Descriptor]
     sentinel: Descriptor | None
 
     def cover(self) -> None:
+        place = self.place
         if self.sentinel is not None:
-            attach(self.sentinel, self.directory.path)
-        attach(self.source, self.directory.path)
+            move_mount(self.sentinel, place)
+            place = self.sentinel
+        move_mount(self.source, place)
 
     def share(self) -> None:
         for place, tree in self.shared.items():
             attach(tree, place)
 
 
-def _build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[str], int]) -> Namespace:
+def _build(
+    directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[str], int], compare: bool
+) -> Namespace:
+    """compare: find out whether a mount event was missed, rather than raise _HostChangedError at once."""
     with contextlib.ExitStack() as fds:
         enter(fds.enter_context(host.open_namespace()))
         containing = _find_containing(directories, fds)
@@ -184,13 +197,15 @@ def _build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[st
         with contextlib.closing(mountinfo.lines("thread-self")) as lines:
             table = mountinfo.below(lines, paths)
         sentinel = fds.enter_context(new_sentinel())
-        prepared = [_prepare(directory, fds, sentinel) for directory in directories[:1]]
-        prepared += [_prepare(directory, fds, None) for directory in directories[1:]]
-        for each in prepared:
-            if each.directory.path in containing:
-                _detach_below(table, each.directory.path)
-                each.cover()
-        _away_from_host(outer, paths, lambda: _cover_plain(prepared, containing, table))
+        sentinels = [sentinel, *([None] * len(directories))]
+        prepared = [_prepare(*each, fds) for each in zip(directories, sentinels, strict=False)]
+        own = [each for each in prepared if each.path in containing]
+        plain = [each for each in prepared if each.path not in containing]
+        _cover(own, table)
+        if plain and _away_from_host(outer, lambda: _cover(plain, table)):
+            if not compare:
+                raise _HostChangedError
+            _compare_with_host(paths)
         for each in prepared:
             each.share()
         number = watch(sentinel, watch_sentinel)
@@ -199,41 +214,37 @@ def _build(directories: Sequence[PrivateDirectory], watch_sentinel: Callable[[st
 
 
 def _prepare(
-    directory: PrivateDirectory, fds: contextlib.ExitStack, sentinel: Descriptor | None
+    directory: PrivateDirectory, sentinel: Descriptor | None, fds: contextlib.ExitStack
 ) -> _Prepared:
     source = fds.enter_context(_open_source(directory))
+    place = fds.enter_context(Descriptor.open(directory.path, _DIRECTORY | os.O_NOFOLLOW))
     places = [f"{directory.path}/{name}" for name in directory.shared]
-    shared = {place: fds.enter_context(clone(place)) for place in places}
-    return _Prepared(directory, source, shared, sentinel)
+    shared = {path: fds.enter_context(clone(path)) for path in places}
+    return _Prepared(directory.path, place, source, shared, sentinel)
 
 
-def _cover_plain(prepared: Sequence[_Prepared], containing: Collection[str], table: Sequence[Mount]) -> None:
+def _cover(prepared: Sequence[_Prepared], table: Sequence[Mount]) -> None:
     for each in prepared:
-        if each.directory.path not in containing:
-            _detach_below(table, each.directory.path)
-            each.cover()
+        _detach_below(table, each.path)
+        each.cover()
 
 
-def _away_from_host(
-    outer: Mapping[Descriptor, _Containing], paths: Sequence[str], work: Callable[[], None]
-) -> None:
+def _away_from_host(outer: Mapping[Descriptor, _Containing], work: Callable[[], None]) -> bool:
     """Call work() while these mounts of ours send nothing to the host. Every system call in it counts.
 
-    Raises _HostChangedError if an event of the host was missed.
+    Returns whether an event of the host may have been missed.
     """
-    with open("/proc/1/mountinfo", "rb") as events:
+    with open("/proc/1/mountinfo", "rb", buffering=0) as events:
         for root in outer:
-            mount("none", f"/proc/thread-self/fd/{root}", None, MS_SLAVE)
+            set_propagation(root, MS_SLAVE)
         work()
         for root, holder in outer.items():
             if holder.mount.propagates:
-                mount("none", f"/proc/thread-self/fd/{root}", None, MS_PRIVATE)
+                set_propagation(root, MS_PRIVATE)
                 move_mount(holder.host_fd, root, MOVE_MOUNT_SET_GROUP)
         poll = select.poll()
         poll.register(events, select.POLLPRI)
-        happened = any(what & (select.POLLERR | select.POLLPRI) for _, what in poll.poll(0))
-    if happened and outer:
-        _compare_with_host(paths)
+        return any(what & (select.POLLERR | select.POLLPRI) for _, what in poll.poll(0))
 
 
 def _find_containing(
@@ -243,11 +254,15 @@ def _find_containing(
 
     Runs in the host's namespace, before unshare().
     """
-    by_id = {entry.mount_id: entry for entry in mountinfo.read()}
-    found: dict[str, _Containing] = {}
+    ids: dict[str, int] = {}
     for directory in directories:
         with Descriptor.open(directory.path, _DIRECTORY | os.O_NOFOLLOW) as fd:
-            entry = by_id.get(mountinfo.mount_id_of(fd))
+            ids[directory.path] = mountinfo.mount_id_of(fd)
+    with contextlib.closing(mountinfo.lines("thread-self")) as lines:
+        by_id = mountinfo.with_ids(lines, set(ids.values()))
+    found: dict[str, _Containing] = {}
+    for directory in directories:
+        entry = by_id.get(ids[directory.path])
         if entry is None:
             raise _HostChangedError
         if entry.mount_point in found:
@@ -298,9 +313,11 @@ def _compare_with_host(paths: Sequence[str]) -> None:
     is compared with what the other one had both before and after it. What was missed is different each time.
     """
 
-    def table(process: str) -> Counter[tuple[bytes, ...]]:
+    outside = mountinfo.Outside(paths)
+
+    def table(process: str) -> Counter[mountinfo.Key]:
         with contextlib.closing(mountinfo.lines(process)) as lines:
-            return mountinfo.outside(lines, paths)
+            return outside.of(lines)
 
     own_before = extra = table("thread-self")
     host_before = missing = table("1")

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polytmpd.kernel.mountinfo import Mount, below, is_below, mount_id_of, outside, parse, parse_line, read
+from polytmpd.kernel.mountinfo import (
+    Mount,
+    Outside,
+    below,
+    is_below,
+    mount_id_of,
+    parse,
+    parse_line,
+    read,
+    with_ids,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -130,10 +140,22 @@ TABLE = [
 
 
 def test_what_must_be_shared_with_the_host() -> None:
-    assert outside(TABLE, ["/tmp", "/with space"]) == {
-        (b"/", b"0:1", b"/", b"shared:7"): 1,
-        (b"/tmpfoo", b"0:3", b"/r", b""): 2,
+    outside = Outside(["/tmp", "/with space"])
+    for _ in range(2):
+        assert outside.of(TABLE) == {
+            (b"/", b"0:1", b"/", b"shared:7"): 1,
+            (b"/tmpfoo", b"0:3", b"/r", b""): 2,
+        }
+
+
+def test_mounts_by_their_ids() -> None:
+    table = iter(TABLE)
+    assert {number: mount.device for number, mount in with_ids(table, {1, 3}).items()} == {
+        1: "0:1",
+        3: "0:3",
     }
+    assert len(list(table)) == 2, "nothing is read after the last one"
+    assert with_ids(TABLE, {6}) == {}
 
 
 def test_the_mounts_below_directories() -> None:
