@@ -9,6 +9,7 @@ fuse.py trap DIRECTORY     the same, and other users may enter it (user_allow_ot
 fuse.py files DIRECTORY    has a file `file` and a directory `sub`; reading the file never ends
 fuse.py stuck DIRECTORY    as `files`; a process of it then hangs in mmap(2) with its memory map locked, so
                            that reading its /proc/PID/cmdline never ends; prints that process's PID
+fuse.py storm DIRECTORY    has 990 that never answer, and unmounts and mounts them in three loops
 """
 
 import ctypes
@@ -107,8 +108,33 @@ def stuck(directory: str) -> None:
     signal.pause()
 
 
+STORM, LOOPS = 990, 3
+
+
+def storm(directory: str) -> None:
+    """fuse.conf allows 1000 at most. Each loop comes round after a while: most mounts stay for seconds."""
+    places = [f"{directory}/{number}" for number in range(STORM)]
+    for place in places:
+        os.makedirs(place, exist_ok=True)
+    devices = {place: mount(place) for place in places}
+    print("mounted", flush=True)
+
+    def loop(first: int) -> None:
+        while True:
+            for place in places[first::LOOPS]:
+                subprocess.run(["fusermount3", "-uz", "--", place], check=True)
+                os.close(devices[place])
+                devices[place] = mount(place)
+
+    for first in range(LOOPS):
+        threading.Thread(target=loop, args=(first,), daemon=True).start()
+    signal.pause()
+
+
 def main() -> None:
     kind, directory = sys.argv[1:]
+    if kind == "storm":
+        storm(directory)
     device = mount(directory, *(["allow_other,fsname=attack"] if kind == "trap" else []))
     if kind not in {"hung", "trap"}:
         server = Server(device)

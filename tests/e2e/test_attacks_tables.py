@@ -81,3 +81,13 @@ def test_descriptors_without_end(machine: Machine) -> None:
         with attack(machine, "svc", program("tables.py", "descriptors", "40"), "ready"):
             assert machine.run("su", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
         stays_bobs(machine)
+
+
+def test_a_storm_of_mounts_refuses_no_login(machine: Machine) -> None:
+    """990 FUSE mounts that a user mounts and unmounts in three loops. Each login makes an instance."""
+    machine.sh("install -d -o svc /srv/storm")
+    with attack(machine, "svc", program("fuse.py", "storm", "/srv/storm"), "mounted"):
+        for _ in range(10):
+            assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+            eventually(lambda: observe.gone(machine, "alice"), 60, "alice's instance is gone")
+    machine.sh("umount -l /srv/storm/*; rm -r /srv/storm", check=False)
