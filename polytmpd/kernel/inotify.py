@@ -21,6 +21,7 @@ from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.syscalls import inotify_add_watch, inotify_init1, inotify_rm_watch
 
 IN_MODIFY: Final = 0x00000002
+IN_CLOSE_NOWRITE: Final = 0x00000010
 IN_MOVED_FROM: Final = 0x00000040
 IN_MOVED_TO: Final = 0x00000080
 IN_CREATE: Final = 0x00000100

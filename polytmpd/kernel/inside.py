@@ -11,6 +11,8 @@ Hard facts
   opened before, and its mountinfo through that.
 - A descriptor that was opened through a mount of the namespace keeps that mount's file system busy. None may
   outlive these functions, or the sentinel never reports the end.
+- A directory that is removed stays mounted in other namespaces, and nothing can be made in it. In mountinfo,
+  its root ends in "//deleted". Nothing can be mounted on it (ENOENT), only beneath it.
 - The sentinel lies beneath a private directory, where no path leads. It is mounted once; to watch it again,
   mount a new one. move_mount(2) can mount beneath what is there: MOVE_MOUNT_BENEATH, Linux 6.5. On older
   kernels the new one goes on top of a shared directory, which then covers it again. For some microseconds
@@ -123,6 +125,39 @@ def share_again(namespace: int, path: str, names: Sequence[str]) -> list[str]:
         return changed
 
     return in_disposable_thread(share)
+
+
+def replace(namespace: int, removed: Mount, source: int) -> None:
+    """Mount a directory of the host in place of a mount whose directory was removed.
+
+    source: the new directory, opened in the host's namespace; O_PATH is enough. The mount point never shows
+    the host's directory. Raises OSError; EAGAIN if something else is mounted there now.
+    """
+
+    def swap() -> None:
+        with contextlib.ExitStack() as fds:
+            enter(fds.enter_context(host.open_namespace()))
+            tree = fds.enter_context(open_tree(source, "", OPEN_TREE_CLONE | AT_EMPTY_PATH))
+            set_propagation(tree, MS_PRIVATE)  # a copy of the host's mount is its peer
+            setns(namespace, CLONE_NEWNS)
+            target = fds.enter_context(
+                openat2(AT_FDCWD, removed.mount_point, os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
+            )
+            if mountinfo.mount_id_of(target) != removed.mount_id:
+                raise OSError(errno.EAGAIN, "something else is mounted there now", removed.mount_point)
+            _require_sentinel_beneath(removed)
+            place = f"/proc/thread-self/fd/{target}"
+            try:
+                move_mount(tree, target, MOVE_MOUNT_BENEATH)
+            except OSError as error:
+                if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+                    raise
+                umount2(place, MNT_DETACH)  # for some microseconds the sentinel is seen
+                attach(tree, removed.mount_point)
+            else:
+                umount2(place, MNT_DETACH)
+
+    in_disposable_thread(swap)
 
 
 def detach(namespace: int, directories: Sequence[str], chosen: Callable[[Mount], bool]) -> list[str]:
@@ -245,3 +280,13 @@ def _set_sentinel_under_shared(place: str, watch_sentinel: Callable[[str], int])
         number = set_sentinel(place, watch_sentinel)
         attach(cover, place)
         return number
+
+
+def _require_sentinel_beneath(mount: Mount) -> None:
+    """Raise OSError if what lies beneath is the host's: its peers would get what is mounted on it."""
+    if not any(
+        (entry.mount_id, entry.mount_point, entry.source) == (mount.parent_id, mount.mount_point, SENTINEL)
+        for entry in mountinfo.read()
+    ):
+        text = "was made by an earlier polytmpd and cannot be replaced; end the user's processes"
+        raise OSError(errno.EOPNOTSUPP, text, mount.mount_point)

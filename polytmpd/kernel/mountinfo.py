@@ -22,6 +22,8 @@ from typing import BinaryIO, Final, cast
 
 _TABLE_AT_MOST: Final = 32 << 20
 _LINE_AT_MOST: Final = 64 << 10
+_REMOVED: Final = "//deleted"
+"""What the kernel adds to the root of such a mount. No path has two slashes in a row."""
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -41,6 +43,16 @@ class Mount:
     master: int | None
     fstype: str
     source: str
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the directory or file that is mounted has been deleted."""
+        return self.root.endswith(_REMOVED)
+
+    @property
+    def former_root(self) -> str:
+        """The root as it was called before it was deleted."""
+        return self.root.removesuffix(_REMOVED)
 
     @property
     def propagates(self) -> bool:

@@ -22,6 +22,9 @@ Hard facts
   private first, recursively: MNT_DETACH of a shared subtree would propagate to the host.
 - open_tree(OPEN_TREE_CLONE) and move_mount() act only on mounts of the caller's own namespace (check_mnt in
   fs/namespace.c). So the sources are opened after unshare(), and must have the inodes that storage made.
+- In the end, the mount that contains a plain directory is the host's peer again: what is mounted on that
+  directory from then on appears on the host, too. So beneath each private directory lies the sentinel, a
+  private mount. kernel/inside can mount on it, and the user never sees the host's directory.
 - Any descriptor that was opened through a mount of the new namespace keeps that mount's file system busy.
   None may outlive build(), or the sentinel never reports the end.
 - fs.mount-max (100000 by default) makes unshare() fail with ENOSPC, and so does user.max_mnt_namespaces.
@@ -34,7 +37,7 @@ import os
 import select
 import stat
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,6 +55,7 @@ from polytmpd.kernel.inside import (
 )
 from polytmpd.kernel.mountinfo import Mount
 from polytmpd.kernel.syscalls import (
+    AT_EMPTY_PATH,
     AT_FDCWD,
     CLONE_NEWNS,
     MOVE_MOUNT_SET_GROUP,
@@ -155,23 +159,16 @@ class _Containing:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What is mounted for one directory, and the directory itself, in the new namespace.
-
-    sentinel: beneath the source, in one of the directories.
-    """
+    """What is mounted for one directory, and the directory itself, in the new namespace."""
 
     path: str
     place: Descriptor
     source: Descriptor
     shared: dict[str, Descriptor]
-    sentinel: Descriptor | None
 
-    def cover(self) -> None:
-        place = self.place
-        if self.sentinel is not None:
-            move_mount(self.sentinel, place)
-            place = self.sentinel
-        move_mount(self.source, place)
+    def cover(self, sentinel: int) -> None:
+        move_mount(sentinel, self.place)
+        move_mount(self.source, sentinel)
 
     def share(self) -> None:
         for place, tree in self.shared.items():
@@ -197,12 +194,12 @@ def _build(
         with contextlib.closing(mountinfo.lines("thread-self")) as lines:
             table = mountinfo.below(lines, paths)
         sentinel = fds.enter_context(new_sentinel())
-        sentinels = [sentinel, *([None] * len(directories))]
-        prepared = [_prepare(*each, fds) for each in zip(directories, sentinels, strict=False)]
+        sentinels = _copies(sentinel, fds)
+        prepared = [_prepare(directory, fds) for directory in directories]
         own = [each for each in prepared if each.path in containing]
         plain = [each for each in prepared if each.path not in containing]
-        _cover(own, table)
-        if plain and _away_from_host(outer, lambda: _cover(plain, table)):
+        _cover(own, table, sentinels)
+        if plain and _away_from_host(outer, lambda: _cover(plain, table, sentinels)):
             if not compare:
                 raise _HostChangedError
             _compare_with_host(paths)
@@ -213,20 +210,25 @@ def _build(
         return Namespace(Descriptor.open("/proc/thread-self/ns/mnt", os.O_RDONLY), inode, number)
 
 
-def _prepare(
-    directory: PrivateDirectory, sentinel: Descriptor | None, fds: contextlib.ExitStack
-) -> _Prepared:
+def _copies(mounted: Descriptor, fds: contextlib.ExitStack) -> Iterator[Descriptor]:
+    """A mount, and then as many copies of it as are asked for. It must be mounted before the first copy."""
+    yield mounted
+    while True:
+        yield fds.enter_context(open_tree(mounted, "", OPEN_TREE_CLONE | AT_EMPTY_PATH))
+
+
+def _prepare(directory: PrivateDirectory, fds: contextlib.ExitStack) -> _Prepared:
     source = fds.enter_context(_open_source(directory))
     place = fds.enter_context(Descriptor.open(directory.path, _DIRECTORY | os.O_NOFOLLOW))
     places = [f"{directory.path}/{name}" for name in directory.shared]
     shared = {path: fds.enter_context(clone(path)) for path in places}
-    return _Prepared(directory.path, place, source, shared, sentinel)
+    return _Prepared(directory.path, place, source, shared)
 
 
-def _cover(prepared: Sequence[_Prepared], table: Sequence[Mount]) -> None:
+def _cover(prepared: Iterable[_Prepared], table: Sequence[Mount], sentinels: Iterator[Descriptor]) -> None:
     for each in prepared:
         _detach_below(table, each.path)
-        each.cover()
+        each.cover(next(sentinels))
 
 
 def _away_from_host(outer: Mapping[Descriptor, _Containing], work: Callable[[], None]) -> bool:

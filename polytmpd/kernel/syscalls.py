@@ -27,6 +27,7 @@ from polytmpd.kernel.descriptor import Descriptor
 
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
+AT_RECURSIVE: Final = 0x8000
 
 CLONE_FS: Final = 0x00000200
 CLONE_NEWNS: Final = 0x00020000
@@ -233,6 +234,18 @@ def get_inode_flags(fd: int) -> int:
 def set_inode_flags(fd: int, flags: int) -> None:
     """ioctl_iflags(2). Clearing FS_IMMUTABLE_FL and FS_APPEND_FL requires CAP_LINUX_IMMUTABLE."""
     fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", flags))
+
+
+def clear_inode_flags(fd: int, flags: int) -> bool:
+    """Clear these flags. False if none of them is set, or the file system has none, or we may not."""
+    try:
+        found = get_inode_flags(fd)
+        if not found & flags:
+            return False
+        set_inode_flags(fd, found & ~flags)
+    except OSError:
+        return False
+    return True
 
 
 def get_nstype(fd: int) -> int:

@@ -17,6 +17,7 @@ import pytest
 
 from polytmpd.kernel import inotify, inside, mountinfo, mountns, processes, syscalls
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.mountinfo import Mount
 from polytmpd.kernel.mountns import Namespace, PrivateDirectory
 from tests.bed import eventually
 from tests.kernel import children
@@ -218,6 +219,75 @@ def renewed_sentinel() -> None:
         os.close(namespace.fd)
         found = soon(it.ended)
         assert found == [watch]
+
+
+def case_replaced_beneath() -> None:
+    with bed() as it:
+        namespace = it.build()
+        for directory in it.directories:
+            replaced(it, namespace, directory)
+        os.close(namespace.fd)
+        assert soon(it.ended) == [namespace.watch], "nothing keeps the namespace"
+
+
+def case_replaced_before_linux_6_5() -> None:
+    def too_old(from_fd: int, to_fd: int, flags: int = 0) -> None:
+        if flags & syscalls.MOVE_MOUNT_BENEATH:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        syscalls.move_mount(from_fd, to_fd, flags)
+
+    with bed() as it, mock.patch.object(inside, "move_mount", too_old):
+        namespace = it.build()
+        for directory in it.directories:
+            replaced(it, namespace, directory)
+        os.close(namespace.fd)
+        assert soon(it.ended) == [namespace.watch]
+
+
+def case_never_above_the_hosts() -> None:
+    """The host would get what is mounted there. Earlier daemons set a sentinel in one directory only."""
+    with bed() as it:
+        namespace = it.build()
+        path = it.directories[1].path
+        within(namespace, f"mkdir {path}/kept; mount --bind {path}/kept {path}/kept")
+        table = inside.mounts_in(namespace.fd)
+        entry = next(mount for mount in table if mount.mount_point == f"{path}/kept")
+        before = points()
+        with Descriptor.open(path, os.O_PATH) as fd, pytest.raises(OSError, match="earlier polytmpd"):
+            inside.replace(namespace.fd, entry, fd)
+        assert points() == before
+        within(namespace, f"umount {path}/kept")
+
+
+def replaced(it: Bed, namespace: Namespace, directory: PrivateDirectory) -> None:
+    path = directory.path
+    inner = Path(path, directory.source)
+    within(namespace, f"touch {path}/former")
+    # In a namespace of their own the directories are no mount points, as in the host's.
+    subprocess.run(["rm", "-rf", inner.parent], check=True)
+    removed = private(namespace, path)
+    assert removed.is_removed
+    assert removed.former_root.endswith("/barrier/tmp")
+    assert "No such file" in within(namespace, f"touch {path}/x 2>&1 || true")
+    inner.mkdir(parents=True)
+    before = points()
+    with Descriptor.open(inner, os.O_PATH) as fd:
+        inside.replace(namespace.fd, removed, fd)
+        with pytest.raises(OSError, match="something else is mounted"):
+            inside.replace(namespace.fd, removed, fd)
+    within(namespace, f"touch {path}/mine")
+    assert os.listdir(inner) == ["mine"]
+    assert points() == before, "the host has no new mount"
+    found = private(namespace, path)
+    assert not found.is_removed
+    assert not found.propagates
+
+
+def private(namespace: Namespace, path: str) -> Mount:
+    """The one mount of an inner directory at the path."""
+    table = inside.mounts_in(namespace.fd)
+    [found] = [mount for mount in table if mount.mount_point == path and "/barrier/tmp" in mount.root]
+    return found
 
 
 def case_something_else_in_its_place_is_refused() -> None:
