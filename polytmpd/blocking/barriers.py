@@ -15,7 +15,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +23,8 @@ from polytmpd.kernel import syscalls
 from polytmpd.kernel.descriptor import Descriptor
 
 MODE: Final = 0o700
+PROTECTED: Final = syscalls.FS_IMMUTABLE_FL | syscalls.FS_APPEND_FL
+"""With one of these flags an inode cannot be deleted or renamed; a directory keeps its entries, too."""
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
 RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_XDEV | syscalls.RESOLVE_NO_MAGICLINKS
 """For one component below a descriptor. No mount is entered. With O_PATH|O_NOFOLLOW, a symbolic link is
@@ -105,6 +107,22 @@ def open_path(dirfd: int, name: str) -> Descriptor:
 def reopen(fd: int, fds: ExitStack) -> Descriptor:
     """Open the same directory for reading: an O_PATH descriptor cannot set its owner and mode."""
     return fds.enter_context(Descriptor.open(".", DIRECTORY, dir_fd=fd))
+
+
+def protect(fd: int) -> None:
+    """Make a directory immutable, if the file system and our capabilities allow it.
+
+    Not even root can then remove or rename it, or what is in it, without chattr -i.
+    """
+    with suppress(OSError):
+        flags = syscalls.get_inode_flags(fd)
+        if not flags & syscalls.FS_IMMUTABLE_FL:
+            syscalls.set_inode_flags(fd, flags | syscalls.FS_IMMUTABLE_FL)
+
+
+def unprotect(fd: int) -> bool:
+    """Clear the flags that protect a file or directory. False if there were none, or it cannot be done."""
+    return syscalls.clear_inode_flags(fd, PROTECTED)
 
 
 def path_in(base_fd: int, *names: str) -> str:

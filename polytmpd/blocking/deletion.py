@@ -57,7 +57,6 @@ _ATTEMPTS: Final = 8
 _REPORT_EVERY: Final = 1024
 
 _RESOLVE: Final = barriers.RESOLVE | syscalls.RESOLVE_NO_SYMLINKS
-_PROTECTED: Final = syscalls.FS_IMMUTABLE_FL | syscalls.FS_APPEND_FL
 _NOT_EMPTY: Final = (errno.ENOTEMPTY, errno.EEXIST)
 _NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 
@@ -87,6 +86,7 @@ def remove_tree(
     where = barriers.path_in(base_fd, name)
     with ExitStack() as fds:
         barrier = barriers.open_barrier(base_fd, name, fds)
+        barriers.unprotect(barrier)
         work = _Removal(barrier, where, report or (lambda _: None), cancelled or (lambda: False))
         try:
             complete = work.run()
@@ -297,7 +297,7 @@ class _Removal:
         try:
             os.fchown(fd, 0, 0)
         except PermissionError:
-            if not _clear_flags(fd):
+            if not barriers.unprotect(fd):
                 raise
             os.fchown(fd, 0, 0)
         os.fchmod(fd, 0o700)
@@ -345,7 +345,7 @@ class _Removal:
         cleared = False
         if not frame.unprotected:
             frame.unprotected = True
-            cleared = _clear_flags(frame.fd)
+            cleared = barriers.unprotect(frame.fd)
         try:
             path_fd = syscalls.openat2(frame.fd, name, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
         except OSError:
@@ -357,7 +357,7 @@ class _Removal:
             if stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
                 # Through /proc this is the inode that was examined, whatever the name means by now.
                 with Descriptor.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_NONBLOCK) as fd:
-                    return _clear_flags(fd) or cleared
+                    return barriers.unprotect(fd) or cleared
         return cleared
 
     # --- progress and failures ---
@@ -385,15 +385,3 @@ class _Removal:
             more = self._in_the_way_count - 1
             error.strerror = f"{error.strerror} (and {more} more could not be removed)"
         raise error
-
-
-def _clear_flags(fd: int) -> bool:
-    """True if the file was immutable or append-only and no longer is."""
-    try:
-        flags = syscalls.get_inode_flags(fd)
-        if not flags & _PROTECTED:
-            return False
-        syscalls.set_inode_flags(fd, flags & ~_PROTECTED)
-    except OSError:  # no flags on this file system, or no capability: the first error says more
-        return False
-    return True

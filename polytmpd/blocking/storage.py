@@ -5,6 +5,9 @@ The base directory, for example /tmp, contains the barrier (barriers), which onl
 contains the inner directory `tmp`, with the owner, mode, ACL and label of the base directory. The user gets
 it as their /tmp. A barrier that is kept also contains the name of its user.
 
+While a barrier is in use, it and the mount points in the inner directory are immutable: a cleaner that root
+runs on the host can empty the inner directory, but not remove it from under its user.
+
 Every function takes a descriptor of the base directory, which stays the caller's (O_PATH is enough), and
 raises only OSError.
 Not here: emptying a tree (deletion), mounts (kernel/mountns), and which instance should exist.
@@ -18,7 +21,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -26,7 +29,7 @@ from typing import Final
 from polytmpd.blocking import barriers
 from polytmpd.core import names
 from polytmpd.core.names import INNER
-from polytmpd.kernel import syscalls
+from polytmpd.kernel import inotify, syscalls
 from polytmpd.kernel.descriptor import Descriptor
 
 MARK: Final = "user"
@@ -80,8 +83,10 @@ def make(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") ->
             with barriers.naming(f"{where}/{MARK}"):
                 os.symlink(user, MARK, dir_fd=barrier)
                 undo.callback(_unlink_quietly, barrier, MARK)
-        inner_fd = _furnish(base, barrier, where, mountpoints, fds, undo)
+        inner_fd, furnished = _furnish(base, barrier, where, mountpoints, fds, undo)
         undo.pop_all()
+        for directory in (barrier, *furnished):
+            barriers.protect(directory)
         return inner_fd
 
 
@@ -98,12 +103,15 @@ def adopt(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") -
         where = barriers.path_in(base_fd, name, *mountpoints)
         base = barriers.open_base(base_fd, fds)
         barrier = barriers.open_barrier(base, name, fds)
-        inner_fd = _furnish(base, barrier, where, mountpoints, fds, undo)
+        barriers.unprotect(barrier)
+        inner_fd, furnished = _furnish(base, barrier, where, mountpoints, fds, undo)
         undo.pop_all()
         if user:
             # Usually EEXIST. A full disk must not keep out a user who needs nothing new: next time will do.
             with suppress(OSError):
                 os.symlink(user, MARK, dir_fd=barrier)
+        for directory in (barrier, *furnished):
+            barriers.protect(directory)
         return inner_fd
 
 
@@ -127,12 +135,61 @@ def remembered(base_fd: int, name: str) -> str | None:
                 raise FileExistsError(errno.EEXIST, "not a symbolic link that polytmpd made", MARK) from None
 
 
-def set_aside(base_fd: int, name: str, new: str) -> None:
-    """Rename the barrier; the old name is then free."""
+def guard(base_fd: int, name: str, mountpoints: Sequence[str], add: Callable[[str, int], None]) -> bool:
+    """Protect a barrier in use, and call add(path, mask) for what inotify(7) has to watch to report the removal
+    of the barrier, its inner directory or a mount point. Only root can remove them.
+
+    The paths are valid during the call only. False if something is missing already. Raises OSError.
+    """
     with ExitStack() as fds:
-        where = barriers.path_in(base_fd, name, new)
+        where = barriers.path_in(base_fd, name, *mountpoints)
         base = barriers.open_base(base_fd, fds)
-        barriers.open_barrier(base, name, fds)
+        try:
+            barrier = barriers.open_barrier(base, name, fds)
+            barriers.protect(barrier)  # one that an earlier daemon made is not
+            # The inner directory itself would send nothing while it is mounted, and all that its user does.
+            add(f"/proc/self/fd/{barrier}", inotify.IN_DELETE | inotify.IN_DELETE_SELF | inotify.IN_ONLYDIR)
+            inner = fds.enter_context(barriers.open_path(barrier, INNER))
+            with barriers.naming(f"{where}/{INNER}"):
+                for mountpoint in mountpoints:
+                    with barriers.open_path(inner, mountpoint) as fd:
+                        if os.fstat(fd).st_uid != 0:
+                            return False
+                        with ExitStack() as own:
+                            barriers.protect(barriers.reopen(fd, own))
+                        add(f"/proc/self/fd/{fd}", inotify.IN_DELETE_SELF | inotify.IN_ONLYDIR)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+
+def release(base_fd: int, name: str, mountpoints: Sequence[str]) -> None:
+    """End the protection of a barrier that is kept and no longer in use, so that root can delete it.
+
+    Raises OSError: FileNotFoundError if there is none, FileExistsError if it is not ours.
+    """
+    with ExitStack() as fds:
+        where = barriers.path_in(base_fd, name, *mountpoints)
+        base = barriers.open_base(base_fd, fds)
+        barrier = barriers.open_barrier(base, name, fds)
+        with barriers.naming(where):
+            _release(barrier, mountpoints)
+
+
+def kept(base_fd: int) -> list[str]:
+    """The names in a base directory that kept barriers have, whatever they belong to."""
+    with ExitStack() as fds:
+        base = barriers.open_base(base_fd, fds)
+        with barriers.naming(barriers.path_of(base)), os.scandir(base) as entries:
+            return [entry.name for entry in entries if names.kept_owner(entry.name) is not None]
+
+
+def set_aside(base_fd: int, name: str, new: str, mountpoints: Sequence[str] = ()) -> None:
+    """Rename the barrier, and end its protection; the old name is then free."""
+    with ExitStack() as fds:
+        where = barriers.path_in(base_fd, name, new, *mountpoints)
+        base = barriers.open_base(base_fd, fds)
+        _release(barriers.open_barrier(base, name, fds), mountpoints)
         with barriers.naming(where):
             syscalls.renameat2(base, name, base, new, syscalls.RENAME_NOREPLACE)
 
@@ -169,8 +226,12 @@ def leftovers(base_fd: int) -> Leftovers:
 
 def _furnish(
     base: int, barrier: int, where: str, mountpoints: Sequence[str], fds: ExitStack, undo: ExitStack
-) -> Descriptor:
-    """Bring the inside of a barrier into the state it should have, however much of it already exists."""
+) -> tuple[Descriptor, list[int]]:
+    """Bring the inside of a barrier into the state it should have, however much of it already exists.
+
+    Returns a descriptor of the inner directory, the caller's, and those of the mount points, which `fds`
+    closes.
+    """
     path = f"{where}/{INNER}"
     with barriers.naming(path):
         wanted = os.fstat(base)
@@ -184,27 +245,45 @@ def _furnish(
         os.fchmod(inner, stat.S_IMODE(wanted.st_mode))
         if os.fstat(inner).st_dev != wanted.st_dev:
             raise FileExistsError(errno.EEXIST, "not on the file system of its base directory", path)
+    furnished: list[int] = []
     for mountpoint in mountpoints:
         with barriers.naming(f"{path}/{mountpoint}"):
-            _place_mountpoint(inner, mountpoint, fds, undo)
+            furnished.append(_place_mountpoint(inner, mountpoint, fds, undo))
     with barriers.naming(path):
-        return Descriptor.open(".", os.O_PATH | os.O_DIRECTORY, dir_fd=inner)
+        return Descriptor.open(".", os.O_PATH | os.O_DIRECTORY, dir_fd=inner), furnished
 
 
-def _place_mountpoint(inner: int, name: str, fds: ExitStack, undo: ExitStack) -> None:
+def _place_mountpoint(inner: int, name: str, fds: ExitStack, undo: ExitStack) -> int:
     """Make a mount point, even if processes of the user keep putting something else in a kept directory."""
     for _attempt in range(_ATTEMPTS):
         with suppress(FileExistsError):
             directory = _open_or_make(inner, name, fds, undo, uid=0, gid=0)
             if directory is not None:
+                barriers.unprotect(directory)
                 _set_owner_and_mode(directory, 0, 0, _MOUNTPOINT_MODE)
                 for acl in _ACLS:
                     _copy_xattr(None, directory, acl)
-                return
+                return directory
         with suppress(FileNotFoundError, FileExistsError):
             moved = f"{name}.moved-{secrets.token_hex(4)}"
             syscalls.renameat2(inner, name, inner, moved, syscalls.RENAME_NOREPLACE)
     raise OSError(errno.EBUSY, "a process keeps putting something else where a mount point must be", name)
+
+
+def _release(barrier: int, mountpoints: Sequence[str]) -> None:
+    barriers.unprotect(barrier)
+    with suppress(OSError), barriers.open_path(barrier, INNER) as inner:
+        for mountpoint in mountpoints:
+            _release_mountpoint(inner, mountpoint)
+
+
+def _release_mountpoint(inner: int, name: str) -> None:
+    """The user may have put something else there, which is left alone."""
+    with suppress(OSError), barriers.open_path(inner, name) as found:
+        status = os.fstat(found)
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == 0:
+            with ExitStack() as fds:
+                barriers.unprotect(barriers.reopen(found, fds))
 
 
 def _open_or_make(

@@ -29,6 +29,17 @@ def make(base: Path) -> None:
         os.close(storage.make(fd, NAME, SOCKETS))
 
 
+def keep(base: Path) -> None:
+    """Makes a barrier of which the instance has ended."""
+    make(base)
+    release(base)
+
+
+def release(base: Path) -> None:
+    with opened(base) as fd:
+        storage.release(fd, NAME, SOCKETS)
+
+
 def adopt(base: Path) -> None:
     with opened(base) as fd:
         os.close(storage.adopt(fd, NAME, SOCKETS))

@@ -22,8 +22,10 @@ from tests.kernel.places import (
     acl,
     adopt,
     assert_as_made,
+    keep,
     make,
     opened,
+    release,
     squat,
 )
 
@@ -185,17 +187,19 @@ def test_not_a_name(base: Path, name: str) -> None:
 
 
 def test_adopt(base: Path) -> None:
-    make(base)
+    keep(base)
     inner = base / NAME / "tmp"
     (inner / "kept").write_text("x")
     adopt(base)
     assert_as_made(base)
     assert (inner / "kept").read_text() == "x"
+    release(base)
     base.chmod(0o1770)
     (inner / ".X11-unix").chmod(0o700)
     (inner / ".ICE-unix").rmdir()
     adopt(base)
     assert_as_made(base)
+    release(base)
     shutil.rmtree(inner)
     adopt(base)
     assert_as_made(base)
@@ -254,7 +258,7 @@ def test_adopt_and_set_aside_enter_no_mount(base: Path, place: str, kind: str) -
 
 @pytest.mark.parametrize("kind", [kind for kind in SQUATTERS if kind != "mode"])
 def test_adopt_moves_what_is_in_place_of_a_mount_point(base: Path, kind: str) -> None:
-    make(base)
+    keep(base)
     inner = base / NAME / "tmp"
     (inner / ".X11-unix").rmdir()
     squat(inner / ".X11-unix", kind)
@@ -269,7 +273,7 @@ def test_adopt_moves_what_is_in_place_of_a_mount_point(base: Path, kind: str) ->
 def test_adopt_that_fails_removes_what_it_made_and_nothing_else(
     base: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(base)
+    keep(base)
     inner = base / NAME / "tmp"
     (inner / "kept").touch()
     (inner / ".ICE-unix").rmdir()
@@ -297,7 +301,7 @@ def test_adopt_that_fails_removes_what_it_made_and_nothing_else(
 
 def test_adopt_while_the_user_interferes(base: Path) -> None:
     """A process left over from before keeps creating links in place of the mount point."""
-    make(base)
+    keep(base)
     inner = base / NAME / "tmp"
     fd = os.open(inner, os.O_RDONLY)
 
@@ -344,7 +348,7 @@ def test_a_barrier_without_a_user(base: Path) -> None:
 
 
 def test_a_user_mark_that_is_not_a_link(base: Path) -> None:
-    make(base)
+    keep(base)
     (base / NAME / "user").write_text("alice")
     with opened(base) as fd, pytest.raises(FileExistsError, match="not a symbolic link") as caught:
         storage.remembered(fd, NAME)

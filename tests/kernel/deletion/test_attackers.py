@@ -79,7 +79,8 @@ def build_battlefield(inner: Path) -> list[int]:
         for extra in range(10):
             (path / f"dir{extra}" / "x").mkdir(parents=True)
     for path in inner.rglob("*"):
-        os.chown(path, ATTACKER, ATTACKER)
+        if path.name != ".X11-unix":  # immutable
+            os.chown(path, ATTACKER, ATTACKER)
     return [os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in paths]
 
 
