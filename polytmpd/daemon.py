@@ -98,7 +98,7 @@ class Daemon:
         self._records: dict[int, _Record] = {}
         self._tasks = Tasks()
         presence.follow(self)
-        executor.follow(self.namespace_ended)
+        executor.follow(self.namespace_ended, self.instance_changed)
 
     async def start(self) -> None:
         """Take over what lives, delete leftovers, and follow events. Raises OSError, BusError."""
@@ -138,6 +138,12 @@ class Daemon:
     def namespace_ended(self, uid: int) -> None:
         if uid in self._records:
             self._feed(self._records[uid], Event.NAMESPACE_ENDED)
+
+    def instance_changed(self, instance: Instance) -> None:
+        record = self._records.get(instance.uid)
+        if record is not None and record.instance is not None:
+            record.instance = replace(record.instance, directories=instance.directories)
+            self._publish(record)
 
     # What is asked for
 

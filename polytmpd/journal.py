@@ -27,6 +27,7 @@ class MessageId(StrEnum):
     BAD_CONFIG = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e05"
     FORMER_USER = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e06"
     DEVICE_GONE = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e07"
+    DIRECTORY_LOST = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e08"
 
 
 def fields(

@@ -12,8 +12,9 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from polytmpd.blocking import accounts, deletion, recovery, shared, storage
 from polytmpd.core import names
@@ -31,6 +32,8 @@ from polytmpd.kernel.mountinfo import Mount
 
 log = logging.getLogger(__name__)
 
+_ATTEMPTS: Final = 16
+
 
 def prepare(
     uid: int, user: str, directories: Sequence[Directory], boot_id: str, watch: Callable[[str], int]
@@ -42,6 +45,7 @@ def prepare(
     """
     made: list[InstanceDirectory] = []
     fresh: list[InstanceDirectory] = []
+    adopted: list[InstanceDirectory] = []
     places: list[mountns.PrivateDirectory] = []
     user = accounts.name_of(uid, user)  # logind may still have a former name
     try:
@@ -53,12 +57,12 @@ def prepare(
                 )
                 inner, is_new = _make_or_adopt(base, entry, uid, user)
                 made.append(entry)
-                if is_new:
-                    fresh.append(entry)
+                (fresh if is_new else adopted).append(entry)
                 places.append(_place(entry, inner))
         namespace = mountns.build(places, watch)
     except BaseException:
         _roll_back(fresh)
+        release(adopted)
         raise
     now, monotonic = time.time_ns() // 1000, time.monotonic_ns() // 1000
     instance = Instance(uid, user, now, monotonic, tuple(made), namespace.inode)
@@ -67,12 +71,102 @@ def prepare(
 
 def rebuild(instance: Instance, watch: Callable[[str], int]) -> tuple[Instance, Descriptor, int]:
     """Like prepare(), but over the directories that the instance has. Raises OSError."""
+    entries = []
     places = []
+    for known in instance.directories:
+        with host.open_directory(known.directory.path) as base:
+            entry, inner = _find_or_make_again(base, instance, known)
+            entries.append(entry)
+            places.append(_place(entry, inner))
+    namespace = mountns.build(places, watch)
+    instance = replace(instance, directories=tuple(entries), namespace=namespace.inode)
+    return instance, namespace.fd, namespace.watch
+
+
+def guard(instance: Instance, add: Callable[[str, int], None]) -> bool:
+    """Guard the instance's directories against removal, see storage.guard().
+
+    False if something is missing already. Raises OSError.
+    """
+    complete = True
     for entry in instance.directories:
         with host.open_directory(entry.directory.path) as base:
-            places.append(_place(entry, storage.adopt(base, entry.barrier, entry.directory.shared)))
-    namespace = mountns.build(places, watch)
-    return replace(instance, namespace=namespace.inode), namespace.fd, namespace.watch
+            complete &= storage.guard(base, entry.barrier, entry.directory.shared, add)
+    return complete
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """The directories of an instance as they are now, and the paths of those that had to be mended.
+
+    Not `is_watched`: something was missing again at the end.
+    """
+
+    directories: tuple[InstanceDirectory, ...]
+    mended: tuple[str, ...] = ()
+    is_watched: bool = True
+
+
+def mend(
+    instance: Instance, held: Descriptor | None, add: Callable[[str, int], None], is_lost: bool
+) -> Mended:
+    """Guard a living instance's directories, and give it again what was removed of them on the host.
+
+    held: its namespace, if we have it; closed at the end. add: see storage.guard(). is_lost: whether
+    something may have been removed before. Raises OSError.
+    """
+    with contextlib.ExitStack() as fds:
+        if held is not None:
+            fds.enter_context(held)
+        if not is_lost and guard(instance, add):
+            return Mended(instance.directories)
+        namespace = held if held is not None else open_living(instance)
+        if namespace is None:
+            return Mended(instance.directories)
+        with namespace:
+            directories, mended = _revive(namespace, instance)
+        return Mended(directories, mended, guard(replace(instance, directories=directories), add))
+
+
+def _revive(
+    namespace: Descriptor, instance: Instance
+) -> tuple[tuple[InstanceDirectory, ...], tuple[str, ...]]:
+    """A directory has another barrier if the name of the former one is taken. It can be called again."""
+    mounts = inside.mounts_in(namespace)
+    entries: list[InstanceDirectory] = []
+    mended: list[str] = []
+    for known in instance.directories:
+        path, entry = known.directory.path, known
+        private = [
+            mount
+            for mount in mounts
+            if mount.mount_point == path and recovery.is_inner(mount, known.barrier)
+        ]
+        removed = next((mount for mount in private if mount.is_removed), None)
+        points = {mount.mount_point for mount in mounts}
+        if removed is not None or not all(f"{path}/{name}" in points for name in known.directory.shared):
+            with host.open_directory(path) as base:
+                if removed is not None:
+                    entry, inner = _find_or_make_again(base, instance, known)
+                    with inner:
+                        inside.replace(namespace, removed, inner)
+                else:
+                    storage.adopt(base, known.barrier, known.directory.shared).close()
+                names = _shareable(base, entry.directory)
+            inside.share_again(namespace, path, names)
+            mended.append(path)
+        entries.append(entry)
+    return tuple(entries), tuple(mended)
+
+
+def release(entries: Sequence[InstanceDirectory]) -> None:
+    """End the protection of barriers that are kept, and of no instance now. Logs what fails."""
+    for entry in entries:
+        try:
+            with contextlib.suppress(FileNotFoundError), host.open_directory(entry.directory.path) as base:
+                storage.release(base, entry.barrier, entry.directory.shared)
+        except OSError as error:
+            log.warning("%s may still be immutable, see chattr(1): %s, ignoring", entry.host_path, error)
 
 
 def require_same_user(instance: Instance) -> None:
@@ -164,7 +258,7 @@ def _is_ours(instance: Instance, mount: Mount) -> bool:
     for entry in instance.directories:
         path = entry.directory.path
         if mount.mount_point == path:
-            return mount.root.endswith(f"/{entry.barrier}/{INNER}")
+            return recovery.is_inner(mount, entry.barrier)
         if mount.mount_point in {f"{path}/{name}" for name in entry.directory.shared}:
             return True
     return False
@@ -183,13 +277,37 @@ def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> 
     return storage.make(base, entry.barrier, entry.directory.shared, user), True
 
 
+def _find_or_make_again(
+    base: int, instance: Instance, entry: InstanceDirectory
+) -> tuple[InstanceDirectory, Descriptor]:
+    """The directory of a living instance, with a descriptor of its inner directory, the caller's.
+
+    It is made again if it is gone. Another user may have taken its name meanwhile: then it gets a new one,
+    unless it has to be found under that name at the next login. Raises OSError.
+    """
+    is_kept = entry.directory.lifetime is Lifetime.PERSISTENT
+    user = instance.user if is_kept else ""
+    for _attempt in range(_ATTEMPTS):
+        try:
+            return entry, storage.adopt(base, entry.barrier, entry.directory.shared)
+        except FileNotFoundError:
+            pass
+        except FileExistsError:
+            if is_kept:
+                raise
+            entry = replace(entry, barrier=names.with_random(entry.barrier, _random()))
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            return entry, storage.make(base, entry.barrier, entry.directory.shared, user)
+    raise OSError(errno.EBUSY, "a process keeps removing it", entry.host_path)
+
+
 def _keep_for_a_former_user(base: int, entry: InstanceDirectory, uid: int, user: str) -> None:
     """Set aside what a former user of the UID left, for root to find."""
     former = storage.remembered(base, entry.barrier)
     if former is None or not accounts.is_former(former, uid, user):
         return
     aside = names.former(uid, _random())
-    storage.set_aside(base, entry.barrier, aside)
+    storage.set_aside(base, entry.barrier, aside, entry.directory.shared)
     log.warning(
         "UID %d belonged to %s and now belongs to %s: moved the former files in %s to %s/%s",
         uid,

@@ -33,11 +33,16 @@ class Living:
 
 def barrier_of(mount: Mount) -> str | None:
     """The barrier's name if the mount is the inner directory of an instance or is in it; else None."""
-    parts = mount.root.split("/")
+    parts = mount.former_root.split("/")
     for name, inner in itertools.pairwise(parts):
         if inner == INNER and names.owner(name) is not None:
             return name
     return None
+
+
+def is_inner(mount: Mount, barrier: str) -> bool:
+    """Whether the mount is the inner directory of that barrier, even if that has been deleted."""
+    return mount.former_root.endswith(f"/{barrier}/{INNER}")
 
 
 def _private(mounts: Sequence[Mount], directories: Sequence[Directory]) -> dict[str, str]:
@@ -49,7 +54,7 @@ def _private(mounts: Sequence[Mount], directories: Sequence[Directory]) -> dict[
     found: dict[str, str] = {}
     for mount in mounts:
         barrier = barrier_of(mount)
-        if barrier is not None and mount.mount_point in paths and mount.root.endswith(f"/{barrier}/{INNER}"):
+        if barrier is not None and mount.mount_point in paths and is_inner(mount, barrier):
             found[mount.mount_point] = barrier
     return found
 
@@ -94,13 +99,17 @@ def reconstruct(
 ) -> Instance | None:
     """The instance that has these mounts; None if it is not that user's."""
     points = {mount.mount_point for mount in mounts}
+    removed = {mount.mount_point for mount in mounts if mount.is_removed}
     entries = []
     for directory in directories:
         path = os.path.realpath(directory.path)
         barrier = _private(mounts, [directory]).get(path)
         if barrier is None or names.owner(barrier) != uid:
             continue
-        shared = tuple(name for name in directory.shared if f"{path}/{name}" in points)
+        # If the directory was removed on the host, the mounts in it are gone. They are made again.
+        shared = directory.shared
+        if path not in removed:
+            shared = tuple(name for name in shared if f"{path}/{name}" in points)
         entries.append(InstanceDirectory(replace(directory, path=path, shared=shared), barrier))
     if not entries:
         return None

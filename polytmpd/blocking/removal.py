@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from polytmpd.blocking import deletion, recovery, storage
+from polytmpd.blocking import deletion, instances, recovery, storage
 from polytmpd.blocking.instances import effective
 from polytmpd.core import names
 from polytmpd.core.model import Directory, Instance, Lifetime
@@ -29,11 +29,15 @@ class Place(NamedTuple):
 
 
 def set_aside(instance: Instance) -> list[Place]:
-    """Rename what does not persist. Raises OSError if nothing can be renamed; logs partial failures."""
+    """Rename what does not persist, and end the protection of the rest.
+
+    Raises OSError if nothing can be renamed; logs partial failures.
+    """
     aside: list[Place] = []
     failure: OSError | None = None
     for entry in instance.directories:
         if entry.directory.lifetime is Lifetime.PERSISTENT:
+            instances.release([entry])
             continue
         try:
             with host.open_directory(entry.directory.path) as base:
@@ -115,6 +119,20 @@ def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[Pl
         for name, reason in found.foreign:
             log.warning("%s/%s was not made by polytmpd, ignoring: %s", directory.path, name, reason)
     return leftovers
+
+
+def release_kept(directories: Sequence[Directory], known: set[str]) -> None:
+    """End the protection of what is kept and of no instance: a crash has left it.
+
+    known: the barriers of instances.
+    """
+    for directory in effective(directories):
+        if directory.lifetime is Lifetime.PERSISTENT:
+            with contextlib.suppress(OSError), host.open_directory(directory.path) as base:
+                for name in storage.kept(base):
+                    if name not in known:
+                        with contextlib.suppress(OSError):  # FileExistsError: it is not ours
+                            storage.release(base, name, directory.shared)
 
 
 def unused(leftovers: Sequence[Place], cancelled: Callable[[], bool]) -> list[Place]:

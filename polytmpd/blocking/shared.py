@@ -13,8 +13,10 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Callable
 from typing import Final
 
+from polytmpd.kernel import host
 from polytmpd.kernel.descriptor import Descriptor
 
 _MODE: Final = 0o1777
@@ -34,6 +36,21 @@ def ensure(base_fd: int, name: str) -> None:
         _finish(base_fd, name)
     elif reason := _objection(found):
         raise OSError(errno.EPERM, f"{reason}; remove it and run systemd-tmpfiles --create", name)
+
+
+def watch(path: str, name: str, add: Callable[[str], int]) -> int:
+    """Make the host's directory if it is missing, and return add(path) of what is there.
+
+    -1 if it must not be shared: it says so at the next login. Raises OSError if it cannot be watched.
+    """
+    with host.open_directory(path) as base:
+        try:
+            ensure(base, name)
+            fd = Descriptor.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=base)
+        except OSError:
+            return -1
+        with fd:
+            return add(f"/proc/self/fd/{fd}")
 
 
 def _finish(base_fd: int, name: str) -> None:

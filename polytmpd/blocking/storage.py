@@ -136,8 +136,10 @@ def remembered(base_fd: int, name: str) -> str | None:
 
 
 def guard(base_fd: int, name: str, mountpoints: Sequence[str], add: Callable[[str, int], None]) -> bool:
-    """Protect a barrier in use, and call add(path, mask) for what inotify(7) has to watch to report the removal
-    of the barrier, its inner directory or a mount point. Only root can remove them.
+    """Protect a barrier in use, and have it watched.
+
+    add(path, mask) is called for what inotify(7) has to watch to report the removal of the barrier, its
+    inner directory or a mount point. Only root can remove them.
 
     The paths are valid during the call only. False if something is missing already. Raises OSError.
     """

@@ -41,6 +41,11 @@ def barrier(boot_id: str, uid: int, random: str) -> str:
     return f"{PREFIX}{boot_id}-{uid}-{random}"
 
 
+def with_random(barrier_name: str, random: str) -> str:
+    """The same barrier() under another name."""
+    return f"{barrier_name.rpartition('-')[0]}-{random}"
+
+
 def kept_barrier(uid: int) -> str:
     """The barrier of an instance that is kept between logins."""
     return f"{PREFIX}{uid}"

@@ -8,6 +8,7 @@ the end of an instance (sentinels).
 
 import asyncio
 import errno
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,10 @@ from polytmpd.core.model import Directory, Instance
 from polytmpd.devices import BlockDevice
 from polytmpd.displays.displaylocks import DisplayLocks
 from polytmpd.executor.fdstore import Namespaces, Stored
+from polytmpd.executor.losses import Losses
 from polytmpd.executor.removals import Removals
 from polytmpd.executor.sentinels import Sentinels
+from polytmpd.executor.shares import Shares
 from polytmpd.executor.workers import Workers
 from polytmpd.journal import MessageId, fields
 from polytmpd.kernel.descriptor import Descriptor
@@ -59,13 +62,19 @@ class Executor:
         self._tasks = Tasks()
         self._namespaces = Namespaces(state)
         self._sentinels = Sentinels(stored.inotify, self._instances, self._lock, self._searchers)
+        self._losses = Losses(self._mend)
+        self._shares = Shares(self._shares_changed)
+        self._changed: list[Callable[[Instance], None]] = []
         displays.follow(self.share_again)
 
     # Start and stop
 
-    def follow(self, ended: Callable[[int], None]) -> None:
-        """Call ended(uid) in the event loop when a user's instance has ended, after start()."""
+    def follow(self, ended: Callable[[int], None], changed: Callable[[Instance], None]) -> None:
+        """Call these in the event loop after start(): ended(uid) when a user's instance has ended, and
+        changed(instance) when its directories have other names.
+        """
         self._sentinels.follow(ended)
+        self._changed.append(changed)
 
     async def restore(self, directories: Sequence[Directory]) -> Restored:
         """Take over what a former daemon left, and find leftovers.
@@ -76,6 +85,7 @@ class Executor:
         restored = await asyncio.to_thread(self._take_over, directories)
         known = {entry.barrier for instance in self._instances.values() for entry in instance.directories}
         self._leftovers = await asyncio.to_thread(removal.find_leftovers, directories, known)
+        await asyncio.to_thread(removal.release_kept, directories, known)
         await self.tell_age_cleaner(directories)
         await self._displays.start(directories, (*restored.held, *restored.draining))
         return restored
@@ -135,6 +145,11 @@ class Executor:
     def start(self) -> None:
         """Report the ends of instances, including earlier ones, and delete leftovers."""
         self._sentinels.start()
+        self._losses.start()
+        self._shares.start()
+        for uid, instance in self._instances.items():
+            self._losses.look(uid, is_lost=True)
+            self._shares.add(instance)
         self._tasks.start(self._removals.delete_leftovers(self._leftovers, self._searchers))
 
     async def close(self) -> None:
@@ -143,6 +158,8 @@ class Executor:
         Deletions stop where they are; the next start of the daemon continues.
         """
         await self._tasks.close()
+        await self._losses.close()
+        await self._shares.close()
         await self._displays.close()
         self._removals.close()
         self._searchers.close()
@@ -221,6 +238,7 @@ class Executor:
         uid = instance.uid
         self._displays.instance_gone(uid)
         async with self._lock(uid):
+            self._losses.forget(uid)
             self._sentinels.forget(uid)
             known = uid in self._instances  # else it was set aside before, and could not be deleted
             aside = await asyncio.to_thread(removal.set_aside, instance) if known else []
@@ -273,6 +291,12 @@ class Executor:
         async for instance, changed in self._in_each_instance(share, f"share the new directories in {path}"):
             log.info("Shared the new %s with the instance of user %s", ", ".join(changed), instance.user)
 
+    async def _shares_changed(self, path: str) -> None:
+        """Share the host's new directories, and have the displays in them found."""
+        await self.share_again(path)
+        for instance in list(self._instances.values())[:1]:
+            await self._displays.instance_came(instance)
+
     async def device_gone(self, device: BlockDevice) -> None:
         """Detach what was mounted from it in private directories, where only the user sees it."""
         await self._detach(lambda mount: device.is_source_of(mount.device, mount.source))
@@ -313,6 +337,32 @@ class Executor:
             if changed:
                 yield instance, changed
 
+    async def _mend(self, uid: int, is_lost: bool) -> None:
+        """Watch the directories of a user's instance, and make what was removed of them on the host."""
+        async with self._lock(uid):
+            instance = self._instances.get(uid)
+            if instance is None:
+                return
+            held = self._namespaces.open_if_held(uid)
+            add = functools.partial(self._losses.add, uid)
+            found = await asyncio.to_thread(instances.mend, instance, held, add, is_lost)
+            if found.directories != instance.directories:
+                self._instances[uid] = instance = replace(instance, directories=found.directories)
+                self._namespaces.record(instance)
+                for changed in self._changed:
+                    changed(instance)
+        if not found.is_watched:
+            self._losses.look(uid, is_lost=True)
+        if not found.mended:
+            return
+        await self._displays.instance_came(instance)
+        log.warning(
+            "%s of user %s was removed on the host, with everything in it; made it again, empty",
+            ", ".join(found.mended),
+            instance.user,
+            extra=fields(MessageId.DIRECTORY_LOST, uid, instance.user),
+        )
+
     # Within
 
     def _lock(self, uid: int) -> asyncio.Lock:
@@ -327,4 +377,6 @@ class Executor:
         instance = replace(instance, watches=self._sentinels.watches(uid))
         self._instances[uid] = instance
         self._namespaces.hold(instance, fd)
+        self._losses.look(uid)
+        self._shares.add(instance)
         return instance

@@ -123,8 +123,10 @@ class Host:
                 target = str(fd.readlink())
                 held += target.startswith("mnt:[")
                 if target == "anon_inode:inotify":
-                    # IN_DELETE_SELF: only the watches of sentinels have this mask
-                    watches += (process / "fdinfo" / fd.name).read_text().count("mask:400 ")
+                    # Sentinels are watched for IN_DELETE_SELF alone. So are the mount points in an instance,
+                    # with the barrier beside them, which is watched for IN_DELETE, too.
+                    text = (process / "fdinfo" / fd.name).read_text()
+                    watches += 0 if "mask:600 " in text else text.count("mask:400 ")
         stored = int(service["NFileDescriptorStore"])
         return Traces(self.instances(), self.on_disk(), self.states(), held, watches, stored)
 

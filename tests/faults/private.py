@@ -109,7 +109,10 @@ class World:
         self.ended = asyncio.Event()
         state, displays = StateDirectory(PLACE / "state"), cast("DisplayLocks", NoDisplays())
         self.executor = Executor(state, "0" * 32, Stored(), displays)
-        self.executor.follow(lambda _: self.ended.set())
+        self.executor.follow(lambda _: self.ended.set(), lambda _: None)
+        # These work in the background, where a fault would hit them instead of the operation.
+        setattr(self.executor._losses, "look", lambda *_, **__: None)  # noqa: B010  # mypy: not a method
+        setattr(self.executor._shares, "add", lambda _: None)  # noqa: B010
 
     async def start(self) -> None:
         await self.executor.restore(())

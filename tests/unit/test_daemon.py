@@ -8,7 +8,7 @@ import pytest
 
 from polytmpd.bus.logind import Session, User
 from polytmpd.config import Config, Problem
-from polytmpd.core.model import Directory, Lifetime, State
+from polytmpd.core.model import Directory, Instance, Lifetime, State
 from polytmpd.core.policy import Exemptions
 from polytmpd.errors import (
     BusyError,
@@ -44,6 +44,20 @@ async def test_a_login_to_an_active_instance_does_not_wait(world: World) -> None
     await world.active()
     await world.handed_over(world.login(), world.login())
     assert world.executor.log.count("prepare 1000") == 1
+
+
+async def test_another_barrier_is_shown(world: World) -> None:
+    await world.active()
+    view = world.views.get(1000)
+    assert view is not None
+    [*others, last] = view.directories
+    other = replace(last, barrier="polytmp-other")
+    instance = Instance(1000, "alice", 0, 0, (*others, other))
+    world.executor.change(instance)
+    shown = world.views.get(1000)
+    assert shown == replace(view, directories=instance.directories)
+    world.executor.change(replace(instance, uid=1001))
+    assert world.state(1001) is None
 
 
 async def test_each_user_has_a_separate_instance(world: World) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd.blocking import accounts, instances
+from polytmpd.blocking import accounts, instances, recovery
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
 from polytmpd.kernel import inside, mountinfo, mountns, processes
 from polytmpd.kernel.descriptor import Descriptor
@@ -103,3 +103,23 @@ def test_who_is_a_former_user(
     present = accounts.name_of(1000, "alice")
     assert present == "alice"
     assert accounts.is_former(name, 1000, present) is is_former
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_what_was_removed_on_the_host_is_known_again(removed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the directory, the mounts in it went: all that is shared is shared again."""
+    monkeypatch.setattr(accounts, "name_of", lambda _, user: user)
+    directory = Directory("/tmp", Lifetime.INSTANCE, (".X11-unix", ".ICE-unix"))
+    root = f"/{BARRIER}/tmp" + ("//deleted" if removed else "")
+    lines = [LINE.format(root)]
+    if not removed:
+        lines.append("37 36 0:30 /.X11-unix /tmp/.X11-unix rw - tmpfs tmpfs rw")
+    mounts = [parse_line(line.encode()) for line in lines]
+    found = recovery.reconstruct(1000, 42, mounts, [directory])
+    assert found is not None
+    [entry] = found.directories
+    assert entry.barrier == BARRIER
+    assert entry.directory.shared == ((".X11-unix", ".ICE-unix") if removed else (".X11-unix",))
+    assert recovery.barrier_of(mounts[0]) == BARRIER
+    assert recovery.is_inner(mounts[0], BARRIER)
+    assert mounts[0].is_removed == removed

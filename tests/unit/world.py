@@ -59,8 +59,9 @@ class FakeExecutor:
             self.held[instance.uid] = descriptor()
         return self.restored
 
-    def follow(self, ended: Callable[[int], None]) -> None:
+    def follow(self, ended: Callable[[int], None], changed: Callable[[Instance], None]) -> None:
         self.end = ended
+        self.change = changed
 
     async def tell_age_cleaner(self, directories: Sequence[Directory]) -> None:
         self.spared = [directory.path for directory in directories]

@@ -10,7 +10,7 @@ import pytest
 from polytmpd.blocking import instances, recovery, removal, tmpfiles
 from polytmpd.executor.actions import Executor
 from polytmpd.kernel import inside
-from tests.unit.executor.world import BARRIER, INSTANCE, NOBODY, TMP, UID, World, namespace
+from tests.unit.executor.world import BARRIER, INSTANCE, NOBODY, TMP, UID, World, mend, namespace
 
 
 @pytest.fixture
@@ -22,6 +22,7 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     monkeypatch.setattr(recovery, "mounted_barriers", made.mounted_barriers)
     monkeypatch.setattr(instances, "open_living", namespace)
     monkeypatch.setattr(instances, "require_same_user", lambda _: None)
+    monkeypatch.setattr(instances, "mend", mend)
     yield made
     await made.executor.close()
 

@@ -5,17 +5,21 @@ Not here: making and deleting directories and namespaces (tests/kernel, tests/e2
 """
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from polytmpd.blocking import instances, removal
+from polytmpd.blocking.instances import Mended
 from polytmpd.core.model import Instance
 from polytmpd.executor.actions import Executor
+from polytmpd.journal import MessageId
 from polytmpd.kernel import inside
 from polytmpd.kernel.descriptor import Descriptor
-from tests.unit.executor.world import INSTANCE, TMP, UID, World, namespace
+from tests.unit.executor.world import BARRIER, INSTANCE, TMP, UID, World, namespace
+from tests.unit.settled import eventually
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_task_leaks")]
 
@@ -80,3 +84,33 @@ async def test_an_unwatched_instance_ends_when_root_removes_it(
     monkeypatch.setattr(removal, "set_aside", lambda _: [])
     await unwatched.remove(INSTANCE)
     assert unwatched.has_ended(UID)
+
+
+async def test_what_was_removed_is_made_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under another name, as another user took the former one. The bus and the next start know it."""
+    asked: list[bool] = []
+    other = replace(INSTANCE.directories[0], barrier=BARRIER.replace("b", "c"))
+
+    def mend(instance: Instance, held: Descriptor | None, _: object, is_lost: bool) -> Mended:
+        asked.append(is_lost)
+        if held is not None:
+            held.close()
+        if instance.directories == (other,):
+            return Mended((other,))
+        return Mended((other,), ("/tmp",), is_watched=False)
+
+    monkeypatch.setattr(inside, "renew_sentinel", lambda *_: 1)
+    monkeypatch.setattr(instances, "mend", mend)
+    world.state.save(INSTANCE)
+    await world.executor.restore([TMP])
+    world.displays.shown.clear()
+    world.executor.start()
+    await eventually(lambda: len(asked) == 2)
+    assert asked == [True, True], "at start something may have been removed; then it was not watched"
+    assert [instance.directories for instance in world.changed] == [(other,)]
+    assert world.state.load()[0][UID].directories == (other,)
+    assert world.displays.shown == {UID}
+    [record] = [record for record in caplog.records if "was removed on the host" in record.message]
+    assert vars(record)["MESSAGE_ID"] == MessageId.DIRECTORY_LOST

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from polytmpd.blocking.instances import Mended
 from polytmpd.blocking.state import StateDirectory
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
 from polytmpd.executor.actions import Executor
@@ -28,6 +29,13 @@ INSTANCE = Instance(UID, "alice", 0, 0, (InstanceDirectory(TMP, BARRIER),), name
 def namespace(*_: object) -> Descriptor:
     """A stand-in for a descriptor of the instance's namespace."""
     return Descriptor.open("/dev/null", os.O_RDONLY)
+
+
+def mend(instance: Instance, held: Descriptor | None, *_: object) -> Mended:
+    """Nothing was removed on the host."""
+    if held is not None:
+        held.close()
+    return Mended(instance.directories)
 
 
 class FakeDisplays:
@@ -58,6 +66,7 @@ class World:
     def __init__(self, state: Path) -> None:
         self.state = StateDirectory(state)
         self.ended: list[int] = []
+        self.changed: list[Instance] = []
         self.mounted: dict[str, int] = {}
         self.looks = 0
         self.failures: list[Exception] = []
@@ -67,7 +76,7 @@ class World:
     def start(self, stored: Stored = Stored()) -> Executor:  # noqa: B008  # it is frozen
         """Start another daemon, which gets this from the FD store."""
         self.executor = Executor(self.state, "a" * 32, stored, cast("DisplayLocks", self.displays))
-        self.executor.follow(self.ended.append)
+        self.executor.follow(self.ended.append, self.changed.append)
         return self.executor
 
     def mounted_barriers(self, *_: object) -> dict[str, int]:
