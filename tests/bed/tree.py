@@ -31,6 +31,7 @@ APT_CONFIGURATION = Path("/etc/apt/apt.conf.d")
 
 HOST_PACKAGES = [
     "acl",
+    "ansible-core",
     "at",
     "attr",
     "bash-completion",
@@ -45,17 +46,22 @@ HOST_PACKAGES = [
     "libglib2.0-bin",
     "libpam-systemd",
     "mount",
+    "opendoas",
     "openssh-server",
     "passwd",
+    "pkexec",
     "polkitd",
     "procps",
     "python3",
     "python3-dbus-next",
     "python3-pyudev",
     "python3-systemd",
+    "samba",
+    "smbclient",
     "strace",
     "sudo",
     "systemd",
+    "systemd-container",
     "systemd-sysv",
     "tmux",
     "udev",
@@ -137,6 +143,8 @@ for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub
     systemd-modules-load.service systemd-pstore.service; do
     ln -sf /dev/null "$root/etc/systemd/system/$unit"
 done
+# Here for the tests that start it.
+chroot "$root" systemctl disable --quiet smbd.service nmbd.service samba-ad-dc.service
 ln -sf /lib/systemd/system/multi-user.target "$root/etc/systemd/system/default.target"
 install -d "$root/var/log/journal"
 """
