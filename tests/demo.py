@@ -216,10 +216,10 @@ class Demo:
         with machine.session("bob") as bob:
             self._as(
                 bob,
-                "sudo -u alice sh -c 'echo still here > /tmp/note; exec sleep infinity' >/dev/null 2>&1 &",
+                "sudo -iu alice sh -c 'echo still here > /tmp/note; exec sleep infinity' >/dev/null 2>&1 &",
             )
             tell.check_soon(
-                "alice has logged out; a process that bob runs as alice, in bob's session, is left behind",
+                "alice has logged out; a login of hers, which bob made with sudo -i, is left behind",
                 lambda: (
                     machine.sh("pgrep -f -x 'sleep infinity'", check=False).stdout
                     and observe.state(machine, "alice") == "draining"

@@ -43,7 +43,7 @@ def test_names_are_exchanged_while_instances_are_made_and_removed(machine: Machi
                 )
                 process = machine.popen("su", "-", "alice", "-c", inside)
                 stack.callback(process.communicate, timeout=30)
-                assert machine.run("su", "bob", "-c", "touch /tmp/x && ls /tmp").stdout.split() == ["x"]
+                assert machine.run("su", "-", "bob", "-c", "touch /tmp/x && ls /tmp").stdout.split() == ["x"]
         wait_until_gone(machine)
         wait_until_gone(machine, "bob")
         for attacker in (in_tmp, in_var_tmp):
@@ -67,7 +67,7 @@ def test_the_parent_of_a_mount_is_exchanged_while_a_namespace_is_made(machine: M
     ):
         before = machine.sh(outside.format(1)).stdout
         for _ in range(12):
-            seen = machine.run("su", "alice", "-c", outside.format("self")).stdout
+            seen = machine.run("su", "-", "alice", "-c", outside.format("self")).stdout
             assert seen == before
             assert machine.sh(outside.format(1)).stdout == before
             wait_until_gone(machine)
@@ -97,9 +97,9 @@ def test_a_socket_directory_that_somebody_else_made(machine: Machine, squatter: 
     machine.run("rmdir", path)
     try:
         with untouched(machine):
-            machine.run("su", "svc", "-c", squatter.format(path))
+            machine.run("su", "-", "svc", "-c", squatter.format(path))
             before = machine.sh(show).stdout
-            listing = machine.run("su", "alice", "-c", "ls -A /tmp; touch /tmp/x", timeout=20).stdout
+            listing = machine.run("su", "-", "alice", "-c", "ls -A /tmp; touch /tmp/x", timeout=20).stdout
             assert ".ICE-unix" in listing.split()
             assert ".X11-unix" not in listing.split()
             assert machine.sh(show).stdout == before
@@ -109,7 +109,7 @@ def test_a_socket_directory_that_somebody_else_made(machine: Machine, squatter: 
             assert f"Failed to share {path} with new instances" in lines
     finally:
         machine.sh(f"rm -rf {path}")
-    machine.run("su", "alice", "-c", f"touch {path}/of-alice")
+    machine.run("su", "-", "alice", "-c", f"touch {path}/of-alice")
     assert machine.sh(f"stat -c '%F %a %u %g' {path}").stdout == "directory 1777 0 0\n"
     machine.run("rm", f"{path}/of-alice")
 
@@ -119,11 +119,11 @@ def test_a_barrier_with_something_mounted_on_it(machine: Machine) -> None:
     path = "/var/tmp/polytmp-1001"
     machine.sh(f"rm -rf {path}; install -d -o svc -m 0700 {path}")
     with attack(machine, "svc", program("fuse.py", "hung", path), "mounted"):
-        assert machine.run("su", "alice", "-c", "true", check=False, timeout=20).returncode != 0
-        assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
+        assert machine.run("su", "-", "alice", "-c", "true", check=False, timeout=20).returncode != 0
+        assert machine.run("su", "-", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
         assert "is a mount point" in machine.journal("-u", "polytmpd", "-n", "30")
     machine.sh(f"umount {path} && rmdir {path}")  # a dead FUSE is still mounted
-    assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+    assert machine.run("su", "-", "alice", "-c", "echo in").stdout == "in\n"
 
 
 def test_a_squatter_of_another_type_in_var_tmp(machine: Machine) -> None:
@@ -132,7 +132,7 @@ def test_a_squatter_of_another_type_in_var_tmp(machine: Machine) -> None:
     for make in ("mknod {0} c 5 0", "mknod {0} b 7 0", "mkdir -m 0711 {0}", "ln -s fifo {0}"):
         machine.sh(f"rm -rf {path}; {make.format(path)}")
         before = machine.sh(f"stat -c '%F %a %u %i' {path}").stdout
-        assert machine.run("su", "alice", "-c", "true", check=False, timeout=20).returncode != 0, make
+        assert machine.run("su", "-", "alice", "-c", "true", check=False, timeout=20).returncode != 0, make
         assert machine.sh(f"stat -c '%F %a %u %i' {path}").stdout == before
     machine.sh(f"rm -rf {path}")
 
@@ -211,8 +211,8 @@ def test_a_dead_and_a_hung_fuse_hold_nobody_else_up(machine: Machine) -> None:
         eventually(lambda: alice.run("cat ~/*.out").count("mounted") == 2, what="both FUSEs are mounted")
         assert "/home/alice/hung" in observe.mounts(machine)
         alice.run("pkill -KILL -f 'fuse.py hung /home/alice/dead'")
-        assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
-        assert machine.run("su", "alice", "-c", "echo in", timeout=20).stdout == "in\n"
+        assert machine.run("su", "-", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
+        assert machine.run("su", "-", "alice", "-c", "echo in", timeout=20).stdout == "in\n"
         wait_until_gone(machine, "bob")
         alice.run(
             "pkill -KILL -f fuse.py; fusermount3 -uz ~/hung; fusermount3 -uz ~/dead; rm -r ~/hung ~/dead"
@@ -237,7 +237,7 @@ def test_root_has_mounted_something_in_an_instance(machine: Machine, kind: str) 
             "a",
             "a/m",
         ]
-        assert machine.run("su", "alice", "-c", "touch /tmp/z; ls /tmp").stdout.split() == ["z"]
+        assert machine.run("su", "-", "alice", "-c", "touch /tmp/z; ls /tmp").stdout.split() == ["z"]
         machine.sh(f"umount {aside}/tmp/a/m")
     machine.run("systemctl", "restart", "polytmpd")
     eventually(lambda: not observe.on_disk(machine), what="the next daemon has deleted it")
@@ -260,8 +260,8 @@ def test_a_large_deletion_holds_nobody_up(machine: Machine) -> None:
         eventually(
             lambda: any("removing" in path for path in observe.on_disk(machine)), what="it is being deleted"
         )
-        assert machine.run("su", "bob", "-c", "echo in").stdout == "in\n"
-        assert machine.run("su", "alice", "-c", "ls /tmp").stdout == ""
+        assert machine.run("su", "-", "bob", "-c", "echo in").stdout == "in\n"
+        assert machine.run("su", "-", "alice", "-c", "ls /tmp").stdout == ""
         still = any("removing" in path for path in observe.on_disk(machine))
         wait_until_gone(machine, timeout=300)
         if still:
@@ -303,7 +303,12 @@ def test_the_age_cleaner_leaves_what_root_trusts(machine: Machine) -> None:
                 for barrier in barriers:
                     assert (
                         machine.run(
-                            "su", user, "-c", f"rmdir {barrier} || mv {barrier} {barrier}.x", check=False
+                            "su",
+                            "-",
+                            user,
+                            "-c",
+                            f"rmdir {barrier} || mv {barrier} {barrier}.x",
+                            check=False,
                         ).returncode
                         != 0
                     )

@@ -69,7 +69,7 @@ def test_descriptors_and_signatures_leave_nothing(machine: Machine) -> None:
     after = (observe.daemon_fds(machine), observe.daemon_memory(machine), observe.restarts(machine))
     assert (after[0], after[2]) == (before[0], before[2])
     assert after[1] < before[1] + 64 * 1024, "it caches 1000 signatures, 45 KiB each"
-    assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+    assert machine.run("su", "-", "alice", "-c", "echo in").stdout == "in\n"
 
 
 @pytest.mark.parametrize("command", ["pile 8", "pids 16 1"], ids=["messages", "answers-about-callers"])
@@ -81,7 +81,7 @@ def test_descriptors_that_wait_to_be_read(machine: Machine, command: str) -> Non
     try:
         with (
             attack(machine, "svc", program("rawbus.py", *command.split()), "sent"),
-            attack(machine, "root", "su alice -c 'echo in'") as login,
+            attack(machine, "root", "su - alice -c 'echo in'") as login,
         ):
             machine.run("kill", "-CONT", pid)
             for _ in range(5):
@@ -97,13 +97,13 @@ def test_a_flood_while_a_user_logs_in(machine: Machine) -> None:
 
     A longer flood holds up everything that needs the bus, above all logind: see docs/SECURITY.md.
     """
-    machine.run("su", "alice", "-c", "true")  # the first login leaves descriptors open
+    machine.run("su", "-", "alice", "-c", "true")  # the first login leaves descriptors open
     observe.log_everybody_out(machine)
     before = (observe.daemon_fds(machine), observe.restarts(machine))
     with attack(machine, "svc", program("rawbus.py", "flood", "2", "4")) as flood:
-        assert machine.run("su", "alice", "-c", "echo in", timeout=30).stdout == "in\n"
+        assert machine.run("su", "-", "alice", "-c", "echo in", timeout=30).stdout == "in\n"
         eventually(lambda: int(flood.output or 0) > 2000, 30, "there was a flood")
-    assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+    assert machine.run("su", "-", "alice", "-c", "echo in").stdout == "in\n"
     observe.log_everybody_out(machine)
     assert (observe.daemon_fds(machine), observe.restarts(machine)) == before
 
@@ -114,7 +114,7 @@ def test_huge_messages(machine: Machine) -> None:
     as_user(machine, "svc", program("rawbus.py", "big", "3", "30000000"))
     assert observe.restarts(machine) == before[1]
     assert observe.daemon_memory(machine) < before[0] + 150 * 1024
-    assert machine.run("su", "alice", "-c", "echo in", timeout=20).stdout == "in\n"
+    assert machine.run("su", "-", "alice", "-c", "echo in", timeout=20).stdout == "in\n"
 
 
 def test_many_questions_about_an_instance_with_many_mounts(machine: Machine) -> None:
@@ -127,7 +127,7 @@ def test_many_questions_about_an_instance_with_many_mounts(machine: Machine) -> 
             "the mounts are made",
         )
         ask(alice, 2, "ListHolders")
-        assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
+        assert machine.run("su", "-", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
         machine.run("loginctl", "terminate-user", "alice")
         alice.kill()
 
@@ -143,7 +143,7 @@ def test_questions_about_a_process_that_cannot_be_read(machine: Machine) -> None
         shown = machine.run("polytmpctl", "ps", "alice", timeout=20).stdout
         assert pid in shown
         ask(alice, 1, "ListProcesses")
-        assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
+        assert machine.run("su", "-", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
         machine.run("loginctl", "terminate-user", "alice")
         alice.kill()
 
@@ -166,7 +166,7 @@ def test_many_questions_whose_a_process_of_many_threads_is(machine: Machine) -> 
                 assert seconds(lambda: machine.run(*CALL.split(), "ListInstances", timeout=30)) < 3
             shown = machine.run(*CALL.split(), "GetInstanceByPID", "u", str(bob.pid), timeout=30).stdout
             assert shown == 'o "/org/polytmp1/instance/_1002"\n'
-            assert machine.run("su", "alice", "-c", "echo in", timeout=20).stdout == "in\n"
+            assert machine.run("su", "-", "alice", "-c", "echo in", timeout=20).stdout == "in\n"
         machine.run("loginctl", "terminate-user", "alice", "bob")
         alice.kill()
         bob.kill()
@@ -229,7 +229,7 @@ def test_two_names_for_one_uid_share_the_instance(machine: Machine) -> None:
     try:
         with machine.session("alice") as alice:
             alice.run("echo mine >/tmp/mine")
-            assert machine.run("su", "alicia", "-c", f"cat /tmp/mine; {observe.NAMESPACE}").stdout == (
+            assert machine.run("su", "-", "alicia", "-c", f"cat /tmp/mine; {observe.NAMESPACE}").stdout == (
                 "mine\n" + alice.run(observe.NAMESPACE)
             )
             assert len(observe.instances(machine)) == 1
@@ -244,7 +244,7 @@ def test_a_name_with_odd_characters(machine: Machine, name: str) -> None:
     machine.run("tee", "-a", "/etc/group", input=f"{name}:x:1200:\n")
     machine.run("tee", "-a", "/etc/shadow", input=f"{name}:*:19000:0:99999:7:::\n")
     try:
-        process = machine.popen("su", name, "-c", f"touch /tmp/x; ls /tmp; {observe.NAMESPACE}; cat")
+        process = machine.popen("su", "-", name, "-c", f"touch /tmp/x; ls /tmp; {observe.NAMESPACE}; cat")
         assert process.stdout is not None
         assert process.stdout.readline() == b"x\n"
         assert process.stdout.readline().startswith(b"mnt:[")

@@ -54,10 +54,8 @@ def test_a_session_in_a_chroot_is_left_alone(machine: Machine) -> None:
         "for d in usr etc var run home proc dev; do mkdir $d && mount --bind /$d $d; done"
     )
     try:
-        seen = machine.sh(
-            "chroot /srv/root sh -c 'cd /home && su alice -c \"readlink /proc/self/ns/mnt; pwd\"'"
-        )
-        assert seen.stdout.split() == [machine.sh(HOST).stdout.strip(), "/home"]
+        seen = machine.sh("chroot /srv/root sh -c 'su - alice -c \"readlink /proc/self/ns/mnt; pwd\"'")
+        assert seen.stdout.split() == [machine.sh(HOST).stdout.strip(), "/home/alice"]
         assert "user alice is in a chroot, keeping the chroot's /tmp" in machine.journal("-n", "50")
     finally:
         machine.sh("umount /srv/root/*; rm -r --one-file-system /srv/root", check=False)
@@ -223,7 +221,7 @@ def test_logins_against_removals(machine: Machine) -> None:
     script = f"""
 for round in $(seq {rounds}); do
     for who in 1 2; do
-        su alice -c 'readlink /proc/self/ns/mnt; echo $$ >/tmp/$$; test -s /tmp/$$ || echo lost' &
+        su - alice -c 'readlink /proc/self/ns/mnt; echo $$ >/tmp/$$; test -s /tmp/$$ || echo lost' &
     done
     wait
     sleep 0.0$((RANDOM % 5))

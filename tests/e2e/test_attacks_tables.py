@@ -29,7 +29,7 @@ def leave_behind(machine: Machine, alice: Session, command: str) -> None:
         "read </tmp/started",
     )
     machine.write("/srv/left-behind", "\n".join(lines))
-    number = int(alice.run("sudo -u bob bash /srv/left-behind"))
+    number = int(alice.run("sudo -iu bob bash /srv/left-behind"))
     eventually(lambda: observe.state(machine, "bob") == "draining", what="bob's instance drains")
     own = f"mnt:[{number}]"
     eventually(lambda: own not in observe.namespaces(machine), what="the namespace itself has ended")
@@ -37,7 +37,7 @@ def leave_behind(machine: Machine, alice: Session, command: str) -> None:
 
 def stays_bobs(machine: Machine) -> None:
     """bob's logins find the files, and in the end nothing is left."""
-    assert machine.run("su", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
+    assert machine.run("su", "-", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
     machine.sh("pkill -u bob; true")
     wait_until_gone(machine, "bob", 60)
 
@@ -46,8 +46,8 @@ def test_mounts_with_endless_paths(machine: Machine) -> None:
     """Half a gigabyte of mountinfo, made within moments: no login waits, and it does not fill the memory."""
     with attack(machine, "svc", program("tables.py", "mounts", "100", "2500"), "ready"):
         for _ in range(2):
-            assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
-            assert machine.run("su", "bob", "-c", "echo in").stdout == "in\n"
+            assert machine.run("su", "-", "alice", "-c", "echo in").stdout == "in\n"
+            assert machine.run("su", "-", "bob", "-c", "echo in").stdout == "in\n"
             eventually(lambda: observe.gone(machine, "alice"), 120, "alice's instance is gone")
             machine.run("systemctl", "restart", "polytmpd")
         with machine.session("alice"):
@@ -67,10 +67,10 @@ def test_a_trap_where_a_barrier_might_lie(machine: Machine) -> None:
         attack(machine, "svc", program("fuse.py", "trap", "/srv/trap"), "mounted"),
     ):
         for _ in range(2):
-            assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+            assert machine.run("su", "-", "alice", "-c", "echo in").stdout == "in\n"
             eventually(lambda: observe.gone(machine, "alice"), what="alice's instance is gone")
             machine.run("systemctl", "restart", "polytmpd")
-        assert machine.run("su", "bob", "-c", "echo in").stdout == "in\n"
+        assert machine.run("su", "-", "bob", "-c", "echo in").stdout == "in\n"
     machine.sh("umount -l /srv/trap; rm -r /srv/elsewhere", check=False)
 
 
@@ -79,7 +79,7 @@ def test_descriptors_without_end(machine: Machine) -> None:
     with machine.session("alice") as alice:
         leave_behind(machine, alice, "sh -c 'echo >/tmp/started; exec sleep infinity'")
         with attack(machine, "svc", program("tables.py", "descriptors", "40"), "ready"):
-            assert machine.run("su", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
+            assert machine.run("su", "-", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
         stays_bobs(machine)
 
 

@@ -256,7 +256,7 @@ def test_monitor(machine: Machine) -> None:
     stdout = process.stdout
 
     def listens() -> bool:
-        machine.run("su", "bob", "-c", "true")
+        machine.run("su", "-", "bob", "-c", "true")
         return bool(select.select([stdout], [], [], 0.5)[0])
 
     try:

@@ -80,14 +80,14 @@ def test_check_finds_what_blocks_a_users_logins(machine: Machine) -> None:
     machine.run("useradd", "--uid", "1009", "--create-home", "ninth")
     machine.run("mkdir", "-p", "/var/tmp/polytmp-1009/tmp")
     try:
-        assert machine.run("su", "ninth", "-c", "true", check=False).returncode != 0
+        assert machine.run("su", "-", "ninth", "-c", "true", check=False).returncode != 0
         done = ctl(machine, "check", "--json=short", check=False)
         found = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}[
             "/var/tmp/polytmp-1009"
         ]
         assert (found["verdict"], "logins of UID 1009 are refused" in found["text"]) == ("fail", True)
         machine.sh(found["remedy"].partition("then: ")[2].partition(",")[0])
-        machine.run("su", "ninth", "-c", "true")
+        machine.run("su", "-", "ninth", "-c", "true")
         assert ctl(machine, "check", check=False).returncode == 0
     finally:
         observe.log_everybody_out(machine)

@@ -38,7 +38,7 @@ def test_without_the_daemon_a_regular_user_is_refused(machine: Machine, stopped:
 
 @pytest.mark.parametrize(
     "command",
-    ["sudo -u bob sh -c 'touch /tmp/by-bob'", "sudo su bob -c 'touch /tmp/by-bob'"],
+    ["sudo -iu bob touch /tmp/by-bob", "sudo su - bob -c 'touch /tmp/by-bob'"],
     ids=["sudo", "su"],
 )
 def test_without_the_daemon_nobody_becomes_somebody_else(machine: Machine, command: str) -> None:

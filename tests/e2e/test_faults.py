@@ -149,7 +149,7 @@ def test_killed_at_each_step_of_a_rejoin(host: Host, straggler: str) -> None:
 
 def test_a_login_before_the_next_daemon_has_looked_around(host: Host) -> None:
     """The previous daemon died during a removal: a login must not join what it had set aside."""
-    su = ("su", "alice", "-c", f"{observe.NAMESPACE}; ls /tmp; touch /tmp/x")
+    su = ("su", "-", "alice", "-c", f"{observe.NAMESPACE}; ls /tmp; touch /tmp/x")
     begin = host.machine.now()
     for _ in range(10):
         host.plan(Plan(1, "kill", "storage.syscalls.renameat2"))

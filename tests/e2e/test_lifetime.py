@@ -157,10 +157,21 @@ def test_a_cron_job(machine: Machine) -> None:
     wait_until_gone(machine)
 
 
-def test_sudo_by_another_user(machine: Machine) -> None:
+def test_a_command_as_another_user(machine: Machine) -> None:
+    """bob's process lives in alice's namespace: her logout takes no file from under it."""
+    leave(machine, "sudo -u bob sh -c 'exec 9>/tmp/of-bob; exec sleep infinity' >/dev/null 2>&1 &")
+    stays(machine)
+    pid = eventually(lambda: machine.run("pgrep", "-u", "bob", "sleep").stdout.strip(), what="bob's process")
+    assert machine.run("cat", f"/proc/{pid}/root/tmp/mark").stdout == "mark\n"
+    assert machine.run("stat", "-Lc", "%h %U", f"/proc/{pid}/fd/9").stdout == "1 bob\n"
+    assert observe.state(machine, "bob") is None
+    end(machine)
+
+
+def test_a_login_by_another_user(machine: Machine) -> None:
     """The process is in bob's session and slice, but lives in alice's namespace."""
     with machine.session("bob") as bob:
-        bob.run("sudo -u alice sh -c 'echo mark > /tmp/mark; exec sleep infinity' >/dev/null 2>&1 &")
+        bob.run("sudo -iu alice sh -c 'echo mark > /tmp/mark; exec sleep infinity' >/dev/null 2>&1 &")
         started = ("pgrep", "-f", "-x", "sleep infinity")
         eventually(lambda: machine.run(*started).stdout, what="sudo has started it")
         stays(machine)

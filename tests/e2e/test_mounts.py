@@ -107,7 +107,7 @@ def test_mount_events_during_logins_are_not_missed(machine: Machine) -> None:
     )
     try:
         for _ in range(10):
-            machine.sh("su alice -c true")
+            machine.sh("su - alice -c true")
     finally:
         storm.kill()
         storm.communicate()

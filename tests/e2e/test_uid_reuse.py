@@ -24,7 +24,7 @@ def add(machine: Machine, user: str) -> None:
 
 def run(machine: Machine, user: str, script: str) -> str:
     """Log in once, run a script, and wait until everything of the login has gone."""
-    output = machine.run("su", user, "-c", script).stdout
+    output = machine.run("su", "-", user, "-c", script).stdout
     eventually(lambda: user not in observe.instances(machine), 30, f"{user}'s instance is gone")
     machine.sh(f"loginctl terminate-user {user}; pkill -KILL -U {UID}; true", check=False)
     eventually(
@@ -111,7 +111,7 @@ def test_a_former_users_processes(machine: Machine) -> None:
     )
     machine.run("userdel", "--remove", "carol")
     add(machine, "dave")
-    refused = machine.run("su", "dave", "-c", "cat /tmp/secret", check=False)
+    refused = machine.run("su", "-", "dave", "-c", "cat /tmp/secret", check=False)
     assert refused.returncode != 0
     assert "mine" not in refused.stdout
     assert "the instance of carol, a former user of UID" in machine.journal("-u", "polytmpd", "-n", "30")

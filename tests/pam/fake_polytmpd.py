@@ -41,7 +41,11 @@ def answer(message: Message, script: dict[str, Any]) -> Message | bool:
     ):  # that many times; without "errors", every time
         script["errors"] -= 1
         return Message.new_error(message, script["error"], script["text"])
-    fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in script.get("open", [])]
+    users = script.get("users")
+    if users is not None and str(message.body[0]) not in users:
+        return Message.new_error(message, script["others"], "not for them")
+    paths = users[str(message.body[0])] if users else script.get("open", [])
+    fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
     if script.get("pipe"):
         reader, writer = os.pipe()
         os.close(writer)

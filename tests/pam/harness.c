@@ -29,6 +29,7 @@
 
 static struct options {
         const char *service, *user, *cwd, *chroot, *look, *thread_namespace;
+        char *steps;
         int threads, opens, flags, euid, fail_alloc;
         bool rmdir, second_thread, shared_fs;
 } o = { .service = "polytmp-test", .user = "alice", .opens = 1, .euid = -1, .fail_alloc = -1 };
@@ -112,6 +113,31 @@ static uintmax_t inode(const char *path) {
         return stat(path, &st) < 0 ? 0 : (uintmax_t) st.st_ino;
 }
 
+/* Where a process is at one moment. */
+struct view {
+        uintmax_t namespace, leader, directory;
+        int fds;
+        bool seen;
+        char cwd[PATH_MAX];
+};
+
+static void look(struct view *v) {
+        v->namespace = inode("/proc/thread-self/ns/mnt");
+        v->leader = inode("/proc/self/ns/mnt");
+        v->directory = inode(".");
+        v->fds = count_fds();
+        v->seen = o.look && access(o.look, F_OK) == 0;
+        if (!getcwd(v->cwd, sizeof(v->cwd)))
+                v->cwd[0] = '\0';
+}
+
+static void print_view(const char *prefix, const struct view *v) {
+        printf("\"%snamespace\": %ju, \"%sdirectory\": %ju, \"%sfds\": %d, \"%sseen\": %d, \"%scwd\": ", prefix,
+               v->namespace, prefix, v->directory, prefix, v->fds, prefix, v->seen, prefix);
+        print_string(stdout, v->cwd);
+        printf(", ");
+}
+
 static void *sleeper(void *unused) {
         (void) unused;
         for (;;)
@@ -151,7 +177,7 @@ static void *session(void *unused) {
         struct pam_conv conv = { converse, NULL };
         pam_handle_t *pamh = NULL;
         struct timespec t0, t1;
-        char cwd[PATH_MAX] = "";
+        struct view in_session = { 0 }, after = { 0 };
         uintmax_t before, cwd_inode;
         int fds, environment = 0, r = PAM_SUCCESS, closed = PAM_SUCCESS;
 
@@ -171,30 +197,98 @@ static void *session(void *unused) {
                 counting = true;
                 r = pam_open_session(pamh, o.flags);
                 counting = false;
+                printf("%s%d", i ? ", " : "", r);
+                if (i == o.opens - 1)
+                        look(&in_session);
                 if (r == PAM_SUCCESS)
                         closed = pam_close_session(pamh, 0);
-                printf("%s%d", i ? ", " : "", r);
         }
         clock_gettime(CLOCK_MONOTONIC, &t1);
         for (char **e = environ; *e; e++)
                 environment--;
-        printf("], \"closed\": %d, \"namespace_before\": %ju, \"namespace\": %ju, \"leader\": %ju, ", closed, before,
-               inode("/proc/thread-self/ns/mnt"), inode("/proc/self/ns/mnt"));
-        printf("\"fds_before\": %d, \"fds\": %d, \"environment\": %d, \"same_directory\": %d, \"seen\": %d, ", fds,
-               count_fds(), environment, cwd_inode == inode("."), o.look && access(o.look, F_OK) == 0);
-        printf("\"seconds\": %.3f, \"allocations\": %d, \"cwd\": ",
-               (double) (t1.tv_sec - t0.tv_sec) + (double) (t1.tv_nsec - t0.tv_nsec) / 1e9, allocations);
-        print_string(stdout, getcwd(cwd, sizeof(cwd)) ? cwd : "");
-        printf(", \"messages\": [%s]}\n", messages);
+        printf("], \"closed\": %d, \"namespace_before\": %ju, \"directory_before\": %ju, \"leader\": %ju, ", closed,
+               before, cwd_inode, in_session.leader);
+        printf("\"environment\": %d, \"seconds\": %.3f, \"allocations\": %d, \"fds_before\": %d, ", environment,
+               (double) (t1.tv_sec - t0.tv_sec) + (double) (t1.tv_nsec - t0.tv_nsec) / 1e9, allocations, fds);
+        print_view("", &in_session);
+        look(&after);
+        print_view("after_", &after);
+        printf("\"messages\": [%s]}\n", messages);
         pam_end(pamh, r);
         if (o.euid >= 0 && (seteuid(0) < 0 || prctl(PR_SET_DUMPABLE, 1) < 0)) /* the leak checker wants to ptrace */
                 die("seteuid");
         return NULL;
 }
 
+/*
+ * Steps, as a server takes them that opens each session with a handle of its own and ends the handle at once:
+ * +USER opens, -USER closes, "fork" goes on in a child, "thread" in a thread, "close" closes all descriptors,
+ * "reuse" opens PID 1's namespace on several of them, "chroot" goes to /tmp/chroot, "own" unshares the mount namespace, "drop" becomes UID 1500.
+ */
+static void *run(void *text) {
+        struct pam_conv conv = { converse, NULL };
+        char *rest = NULL;
+
+        for (char *step = strtok_r(text, ",", &rest); step; step = strtok_r(NULL, ",", &rest)) {
+                int r = PAM_SUCCESS, status;
+                struct view v = { 0 };
+
+                if (*step == '+' || *step == '-') {
+                        pam_handle_t *pamh = NULL;
+
+                        if (pam_start(o.service, step + 1, &conv, &pamh) != PAM_SUCCESS)
+                                die("pam_start");
+                        r = *step == '+' ? pam_open_session(pamh, o.flags) : pam_close_session(pamh, 0);
+                        pam_end(pamh, PAM_SUCCESS);
+                } else if (strcmp(step, "fork") == 0) {
+                        pid_t pid;
+
+                        fflush(stdout);
+                        pid = fork();
+                        if (pid < 0 || (pid > 0 && waitpid(pid, &status, 0) != pid))
+                                die("fork");
+                        if (pid > 0)
+                                _exit(WIFEXITED(status) ? WEXITSTATUS(status) : 4);
+                } else if (strcmp(step, "thread") == 0) {
+                        pthread_t t;
+
+                        if (pthread_create(&t, NULL, run, rest) != 0 || pthread_join(t, NULL) != 0)
+                                die("pthread");
+                        return NULL;
+                } else if (strcmp(step, "close") == 0) {
+                        if (close_range(3, ~0U, 0) < 0)
+                                die("close_range");
+                } else if (strcmp(step, "reuse") == 0) {
+                        for (int i = 0; i < 8; i++)
+                                if (open("/proc/1/ns/mnt", O_RDONLY | O_CLOEXEC) < 0)
+                                        die("/proc/1/ns/mnt");
+                } else if (strcmp(step, "chroot") == 0) {
+                        if (chroot("/tmp/chroot") < 0 || chdir("/") < 0)
+                                die("chroot");
+                } else if (strcmp(step, "own") == 0) {
+                        if (unshare(CLONE_NEWNS) < 0)
+                                die("unshare");
+                } else if (strcmp(step, "drop") == 0) {
+                        if (seteuid(1500) < 0)
+                                die("seteuid");
+                } else
+                        exit(2);
+                look(&v);
+                printf("{\"step\": ");
+                print_string(stdout, step);
+                printf(", ");
+                print_view("", &v);
+                printf("\"result\": %d}\n", r);
+        }
+        if (geteuid() != 0 && (seteuid(0) < 0 || prctl(PR_SET_DUMPABLE, 1) < 0))
+                die("seteuid");
+        return NULL;
+}
+
 static void parse(int argc, char **argv) {
-        for (int c; (c = getopt(argc, argv, "s:u:w:r:l:n:t:o:e:a:qdTF")) != -1;)
+        for (int c; (c = getopt(argc, argv, "s:u:w:r:l:n:t:o:e:a:S:qdTF")) != -1;)
                 switch (c) {
+                case 'S': o.steps = optarg; break;
                 case 's': o.service = optarg; break;
                 case 'u': o.user = optarg; break;
                 case 'w': o.cwd = optarg; break;
@@ -215,6 +309,11 @@ static void parse(int argc, char **argv) {
 
 int main(int argc, char **argv) {
         parse(argc, argv);
+        if (o.steps) {
+                prepare();
+                run(o.steps);
+                return 0;
+        }
         if (o.shared_fs) { /* as vfork() and threads do: a child that shares root and working directory */
                 int status;
                 pid_t pid = (pid_t) syscall(SYS_clone, CLONE_FS | SIGCHLD, NULL, NULL, NULL, NULL);

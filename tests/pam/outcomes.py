@@ -31,7 +31,8 @@ def assert_untouched(session: Session, cwd: str = "/") -> None:
 
 
 def assert_clean(session: Session) -> None:
-    assert session.fds == session.fds_before
+    assert session.fds == session.after_fds == session.fds_before
+    assert session.after_namespace == session.namespace_before
     assert session.environment == 0
     assert session.closed == PAM_SUCCESS
 

@@ -79,6 +79,14 @@ exec sleep infinity
 """
 
 
+CHROOT = """
+mkdir -p /tmp/chroot; cd /tmp/chroot
+mkdir usr etc run dev proc
+for d in usr etc run dev; do mount --rbind /$d $d; done
+ln -s usr/lib usr/lib64 usr/bin usr/sbin .
+"""
+
+
 class SystemLog:
     """/dev/log. A thread drains it, because a full socket would block the writer."""
 
@@ -97,8 +105,9 @@ class SystemLog:
                 self._marks[data].set()
                 continue
             priority, _, text = data.decode().partition(">")
-            _, found, message = text.partition("pam_polytmp(polytmp-test:session): ")
+            _, found, message = text.partition("pam_polytmp(")
             if found:
+                _, _, message = message.partition(":session): ")
                 self._lines.append((LOG_LEVELS[int(priority[1:]) & 7], message.rstrip("\0")))
 
     def take(self) -> list[tuple[str, str]]:
@@ -125,21 +134,27 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What the harness reports."""
+    """What the harness reports: while the session is open, and after it was closed or refused."""
 
     results: list[int]
     closed: int
     namespace_before: int
-    namespace: int
+    directory_before: int
     leader: int
     fds_before: int
-    fds: int
     environment: int
-    same_directory: int
-    seen: int
     seconds: float
     allocations: int
+    namespace: int
+    directory: int
+    fds: int
+    seen: int
     cwd: str
+    after_namespace: int
+    after_directory: int
+    after_fds: int
+    after_seen: int
+    after_cwd: str
     messages: list[tuple[int, str]]
     log: list[tuple[str, str]]
 
@@ -151,6 +166,23 @@ class Session:
     @property
     def moved(self) -> bool:
         return self.namespace != self.namespace_before
+
+    @property
+    def same_directory(self) -> bool:
+        return self.directory == self.directory_before
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where the harness is after one step."""
+
+    step: str
+    namespace: int
+    directory: int
+    fds: int
+    seen: int
+    cwd: str
+    result: int
 
 
 class World:
@@ -207,14 +239,14 @@ class World:
         self._children.append(child)
         return child
 
-    def module(self, *arguments: str) -> None:
-        """Configure the stack so that each return value of pam_polytmp.so has a different effect."""
+    def module(self, *arguments: str, service: str = "polytmp-test") -> None:
+        """Configure a service's stack so that each return value of pam_polytmp.so has a different effect."""
         lines = [
             f"[success=1 ignore=ignore default=die] {self.build}/pam_polytmp.so {' '.join(arguments)}",
             "[default=die] pam_succeed_if.so quiet uid = 4294967294",  # libpam never returns PAM_IGNORE
             "required pam_permit.so",
         ]
-        (self.base / "pam.d/polytmp-test").write_text("".join(f"session {line}\n" for line in lines))
+        (self.base / "pam.d" / service).write_text("".join(f"session {line}\n" for line in lines))
 
     def login_defs(self, text: str) -> None:
         (self.base / "login.defs").write_text(text)
@@ -237,6 +269,17 @@ class World:
 
     def open_session(self, *arguments: str, bus: str | None = None, bound: float = 30) -> Session:
         self.log.take()
+        seen = json.loads(self.harness(*arguments, bus=bus, bound=bound))
+        seen["results"] = [PAM_IGNORE if result == PAM_AUTH_ERR else result for result in seen["results"]]
+        seen["messages"] = [(style, text) for style, text in seen["messages"]]
+        return Session(**seen, log=self.log.take())
+
+    def steps(self, steps: str, *arguments: str, bus: str | None = None) -> list[Step]:
+        """Take the steps in one process: "+alice,-alice"; the harness explains them."""
+        lines = self.harness("-S", steps, *arguments, bus=bus, bound=30).splitlines()
+        return [Step(**json.loads(line)) for line in lines]
+
+    def harness(self, *arguments: str, bus: str | None, bound: float) -> str:
         done = subprocess.run(
             [*self.inside, str(self.build / "harness"), *arguments],
             env=self.environment | {"DBUS_SYSTEM_BUS_ADDRESS": bus or f"unix:path={self.base}/no-such-bus"},
@@ -246,10 +289,7 @@ class World:
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
-        seen = json.loads(done.stdout)
-        seen["results"] = [PAM_IGNORE if result == PAM_AUTH_ERR else result for result in seen["results"]]
-        seen["messages"] = [(style, text) for style, text in seen["messages"]]
-        return Session(**seen, log=self.log.take())
+        return done.stdout
 
 
 class Bus:

@@ -5,6 +5,7 @@ import pytest
 
 from tests.pam.outcomes import MakeDaemon, assert_refused, assert_skipped, assert_untouched
 from tests.pam.pam_world import (
+    CHROOT,
     PAM_IGNORE,
     PAM_PERM_DENIED,
     PAM_USER_UNKNOWN,
@@ -53,14 +54,6 @@ def test_no_user_name(world: World) -> None:
 
 def test_a_caller_that_is_not_root(world: World) -> None:
     assert_refused(world.open_session("-e", "1500"), "the calling process is not root")
-
-
-CHROOT = """
-mkdir -p /tmp/chroot; cd /tmp/chroot
-mkdir usr etc run dev proc
-for d in usr etc run dev; do mount --rbind /$d $d; done
-ln -s usr/lib usr/lib64 usr/bin usr/sbin .
-"""
 
 
 def test_a_process_in_a_chroot_is_left_alone(

@@ -261,9 +261,7 @@ class Person(threading.Thread):
 
     def _become_another(self) -> None:
         other = self._random.choice(self._others)
-        how = self._random.choice(
-            ("sudo -u {0} sh -c {1}", "sudo su {0} -c {1}", "sudo -i -u {0} sh -c {1}")
-        )
+        how = self._random.choice(("sudo su - {0} -c {1}", "sudo -i -u {0} sh -c {1}"))
         token = self._token()
         script = f"{WHERE}; echo > /tmp/mark-{token}"
         stay = self._random.random() < 0.3

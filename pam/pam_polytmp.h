@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What the parts of pam_polytmp.so share: the session, and how they report. */
+#pragma once
+
+#include <stdbool.h>
+#include <stdlib.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <security/pam_modules.h>
+
+#define CLEANUP(function) __attribute__((cleanup(function)))
+#define UNUSED __attribute__((unused))
+
+struct session {
+        pam_handle_t *pamh;
+        int flags;
+        const char *user;
+        uid_t uid;
+        unsigned long timeout; /* seconds, for connection, authentication and reply together */
+        bool debug;
+        bool caller; /* stays in the directories of its caller */
+        const char *why;
+};
+
+static inline void closep(int *fd) {
+        if (*fd >= 0)
+                close(*fd);
+}
+
+static inline void freep(char **p) {
+        free(*p);
+}
+
+/* pam_polytmp.c: log, tell the user, and return what the module returns */
+
+int out_of_memory(const struct session *s);
+
+__attribute__((format(printf, 3, 4)))
+int refuse(const struct session *s, const char *error_name, const char *format, ...);
+
+/* polytmpd cannot be reached: refuses the session, unless the user is a system user. */
+int unreachable(const struct session *s, const char *error_name, const char *why);
+
+/* polytmpd.c */
+
+/* On PAM_SUCCESS the caller closes *ret_fd. The connection and the descriptors received on it are closed. */
+int acquire_namespace(const struct session *s, int *ret_fd);
+
+/* namespace.c */
+
+/* Counts a session of the process. Returns whether it has opened sessions for several users, of whom *ret_first
+ * was the first. */
+bool begin_session(uid_t uid, uid_t *ret_first);
+
+/* Takes the process back to where it came from, if it was moved. PAM_IGNORE, or PAM_PERM_DENIED if it cannot go. */
+int leave_for_several(const struct session *s, uid_t first);
+
+/* Checks for namespaces that the session must not leave. PAM_SUCCESS if there are none. */
+int check_caller(const struct session *s);
+
+bool is_mount_namespace_of_ours(int fd);
+
+/* Joins the namespace unless the caller is in it. */
+int enter_namespace(const struct session *s, int ns_fd);
+
+/* After the last session the process goes back to where it came from. Reports failures, and cannot fail. */
+void end_session(const struct session *s);
