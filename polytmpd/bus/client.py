@@ -46,9 +46,12 @@ class Holder:
 class Polytmp:
     """Talks to polytmpd over a connection that the caller owns. Every method raises BusError."""
 
-    def __init__(self, connection: Connection, *, interactive: bool = False) -> None:
-        """interactive: polkit may ask the person at the terminal for a password."""
+    def __init__(self, connection: Connection, *, interactive: bool = False, service: str = SERVICE) -> None:
+        """interactive: polkit may ask the person at the terminal for a password. service: a unique name
+        instead of the well-known one never starts the daemon.
+        """
         self._connection = connection
+        self._service = service
         self._interactive = interactive
 
     async def _manager(
@@ -56,13 +59,13 @@ class Polytmp:
     ) -> list[Any]:
         interactive = self._interactive and not quiet
         return await self._connection.ask(
-            SERVICE, PATH, MANAGER, member.value, signature, body, interactive=interactive, **more
+            self._service, PATH, MANAGER, member.value, signature, body, interactive=interactive, **more
         )
 
     async def _instance(self, uid: int, member: InstanceMethod) -> list[Any]:
         timeout = None if self._interactive else TIMEOUT  # a person may take long to type a password
         return await self._connection.ask(
-            SERVICE,
+            self._service,
             object_path(uid),
             INSTANCE,
             member.value,
@@ -76,7 +79,7 @@ class Polytmp:
 
     async def all_properties(self) -> dict[int, dict[str, Any]]:
         """The properties of all instances that the caller may see, in a single call."""
-        (objects,) = await self._connection.ask(SERVICE, PATH, OBJECT_MANAGER, "GetManagedObjects")
+        (objects,) = await self._connection.ask(self._service, PATH, OBJECT_MANAGER, "GetManagedObjects")
         return {
             uid: plain(interfaces[INSTANCE])
             for path, interfaces in objects.items()
@@ -86,7 +89,7 @@ class Polytmp:
     async def properties(self, uid: int) -> dict[str, Any]:
         """The properties of an instance, as plain values."""
         return await self._connection.get_properties(
-            SERVICE,
+            self._service,
             object_path(uid),
             INSTANCE,
             interactive=self._interactive,
@@ -132,13 +135,13 @@ class Polytmp:
     async def directories(self) -> list[str]:
         """The directories that are private in new instances."""
         found = await self._connection.get_property(
-            SERVICE, PATH, MANAGER, ManagerProperty.DIRECTORIES.value
+            self._service, PATH, MANAGER, ManagerProperty.DIRECTORIES.value
         )
         return [str(directory) for directory in found]
 
     async def version(self) -> str:
         return str(
-            await self._connection.get_property(SERVICE, PATH, MANAGER, ManagerProperty.VERSION.value)
+            await self._connection.get_property(self._service, PATH, MANAGER, ManagerProperty.VERSION.value)
         )
 
     async def follow(
