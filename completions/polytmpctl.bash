@@ -14,26 +14,29 @@ _polytmpctl() {
         [PATH]='-u --user'
         [ENTER]='--as-user'
         [REMOVE]='--persistent -y --yes'
+        [CHECK]='--probe --service'
     )
     local verbs='list status ps usage path enter remove monitor check help'
 
     COMPREPLY=()
     # --json=pretty comes as three words
-    if [[ $cur == '=' ]]; then cur=''; elif [[ $prev == '=' ]]; then prev=${COMP_WORDS[COMP_CWORD-2]}; fi
+    if [[ $cur == '=' ]]; then cur=''; elif [[ $prev == '=' ]]; then prev=${COMP_WORDS[COMP_CWORD-2]};
+    elif [[ $prev == --probe ]]; then prev=''; fi # its value has to be attached
     case $prev in
         --json) mapfile -t COMPREPLY < <(compgen -W 'pretty short off' -- "$cur"); return ;;
-        -u|--user) mapfile -t COMPREPLY < <(compgen -u -- "$cur"); return ;;
+        -u|--user|--probe) mapfile -t COMPREPLY < <(compgen -u -- "$cur"); return ;;
         -H|--host) mapfile -t COMPREPLY < <(compgen -A hostname -- "$cur"); return ;;
         -M|--machine)
             mapfile -t COMPREPLY < <(compgen -W "$(machinectl list --full --no-legend --no-pager 2>/dev/null | cut -d' ' -f1)" -- "$cur")
             return ;;
+        --service) mapfile -t COMPREPLY < <(cd /etc/pam.d && compgen -f -- "$cur"); return ;;
         -n|--lines) return ;;
     esac
 
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         case $word in
-            --json|-n|--lines|-u|--user|-H|--host|-M|--machine)
+            --json|-n|--lines|-u|--user|--service|-H|--host|-M|--machine)
                 if [[ ${COMP_WORDS[i+1]} == '=' ]]; then i=$((i + 2)); else i=$((i + 1)); fi ;;
             -*|=) ;;
             *) if [[ -z $verb ]]; then verb=$word; elif [[ -z $user ]]; then user=$word; fi ;;
@@ -50,6 +53,7 @@ _polytmpctl() {
             path) words="$words ${OPTIONS[PATH]}" ;;
             enter) words="$words ${OPTIONS[ENTER]}" ;;
             remove) words="$words ${OPTIONS[REMOVE]}" ;;
+            check) words="$words ${OPTIONS[CHECK]}" ;;
         esac
         mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
         return

@@ -52,6 +52,9 @@ polytmpctl [OPTIONS...] COMMAND ...
      --persistent            remove: also remove what is kept between logins
                              (/var/tmp)
   -y --yes                   remove: do not ask for confirmation
+     --probe[=USER]          check: also log USER in, and see if it is private
+     --service=SERVICE       check: the PAM service to log in through; may be
+                             given more than once
   -H --host=[USER@]HOST      Operate on remote host
   -M --machine=CONTAINER     Operate on local container
 
@@ -77,6 +80,9 @@ class Options:
     as_user: bool = False
     persistent: bool = False
     yes: bool = False
+    probe: str | None = None
+    """The user whose session check opens; empty for one of check's choice."""
+    services: tuple[str, ...] = ()
     host: str | None = None
     machine: str | None = None
     passed_on: tuple[str, ...] = field(default=(), repr=False)
@@ -115,7 +121,9 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
     "persistent": {"persistent": True},
     "yes": {"yes": True},
 }
-_VALUES: Final = ("json", "lines", "user", "host", "machine")
+_VALUES: Final = ("json", "lines", "user", "service", "host", "machine")
+_OPTIONAL: Final = ("probe",)
+"""Options whose value may be left out; it has to be attached."""
 _SHORT: Final = {
     "h": "help",
     "l": "full",
@@ -125,7 +133,14 @@ _SHORT: Final = {
     "H": "host",
     "M": "machine",
 }
-_OF_VERBS: Final = {"user": ("path",), "as_user": ("enter",), "persistent": ("remove",), "yes": ("remove",)}
+_OF_VERBS: Final = {
+    "user": ("path",),
+    "as_user": ("enter",),
+    "persistent": ("remove",),
+    "yes": ("remove",),
+    "probe": ("check",),
+    "services": ("check",),
+}
 """Options that only these verbs accept: others would silently ignore them."""
 
 
@@ -176,6 +191,11 @@ def _option(word: str, left: list[str], options: Options) -> tuple[str, Options]
             if equals:
                 raise Failure(f"option '--{name}' doesn't allow an argument")
             return name, replace(options, **_FLAGS[name])
+        if name in _OPTIONAL:
+            if equals and not value:
+                raise Failure(f"option '--{name}=' requires a non-empty argument")
+            changed: dict[str, Any] = {name: value}
+            return name, replace(options, **changed)
         if not equals:
             if not left:
                 raise Failure(f"option '--{name}' requires an argument")
@@ -198,7 +218,7 @@ def _option(word: str, left: list[str], options: Options) -> tuple[str, Options]
 
 
 def _long(given: str) -> str:
-    known = [*_FLAGS, *_VALUES]
+    known = [*_FLAGS, *_VALUES, *_OPTIONAL]
     if given in known:
         return given
     found = [name for name in known if given and name.startswith(given)]
@@ -228,6 +248,10 @@ def _valued(options: Options, name: str, value: str) -> Options:
         return replace(options, lines=int(value))
     if not value:
         raise Failure(f"option '--{name}' requires a non-empty argument")
+    if name == "service":
+        if "/" in value:
+            raise Failure(f"Invalid PAM service '{value}'", "See: ls /etc/pam.d")
+        return replace(options, services=(*options.services, value))
     if name == "machine" and value.endswith("@"):
         raise Failure(f"Invalid container '{value}'", "Expected CONTAINER or USER@CONTAINER")
     changes: dict[str, Any] = {name: value}
@@ -247,8 +271,11 @@ def _check(options: Options) -> None:
     if verb.most is not None and len(options.words) > verb.most:
         raise Failure("Too many arguments.", f"Usage: polytmpctl {usage(options.verb)}")
     for name, verbs in _OF_VERBS.items():
-        if getattr(options, name) and options.verb not in verbs:
-            raise Failure(f"--{name.replace('_', '-')} is only valid with {' and '.join(verbs)}")
+        if getattr(options, name) not in (None, False, ()) and options.verb not in verbs:
+            option = name.replace("_", "-").replace("services", "service")
+            raise Failure(f"--{option} is only valid with {' and '.join(verbs)}")
+    if options.services and options.probe is None:
+        raise Failure("--service is only valid with --probe", "Try: polytmpctl check --probe --service=…")
     if options.host and options.machine:
         raise Failure("--host= and --machine= cannot be combined")
 

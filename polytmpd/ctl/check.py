@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """check: is every login on this host private, and if not, why not? A report that an auditor can file.
 
-Only reads, changes nothing. Fails (exit status 1) if a user can end up in the shared /tmp or mounts do not
-reach them; warns of what may surprise.
-Not here: the facts about the host itself (host.py), its settings (settings.py) and PAM (pamstacks.py).
+Only reads; changes and starts nothing, unless it is told to open sessions (--probe). Fails (exit status 1)
+if a user can end up in the shared /tmp, is refused, or mounts do not reach them; warns of what may surprise.
+Not here: the facts about the host itself (host.py), its settings (settings.py), PAM (pamcheck.py, sshd.py),
+units (units.py), and the sessions that are opened (probe.py).
 """
 
 import contextlib
@@ -11,49 +12,49 @@ import os
 import platform
 import textwrap
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from polytmpd import __version__, config
 from polytmpd.bus import logind, systemd1
+from polytmpd.bus.client import Polytmp
 from polytmpd.bus.connection import BusError
-from polytmpd.bus.contract import InstanceProperty
+from polytmpd.bus.contract import SERVICE, InstanceProperty
 from polytmpd.core.model import Lifetime, State
-from polytmpd.ctl import host, output, pamstacks, settings, users
+from polytmpd.ctl import (
+    host,
+    output,
+    pamcheck,
+    pammodules,
+    pamstacks,
+    probe,
+    regular,
+    settings,
+    sshd,
+    units,
+    users,
+)
 from polytmpd.ctl.commands import Answer, Context
 from polytmpd.ctl.host import Result
+from polytmpd.ctl.regular import Person
 
 _ROOT: Final = Path("/")
-_LOGIN_UNITS: Final = (
-    *("ssh.service", "sshd.service", "cron.service", "crond.service", "atd.service", "getty@tty1.service"),
-    *(
-        "gdm.service",
-        "lightdm.service",
-        "sddm.service",
-        "xdm.service",
-        "greetd.service",
-        "xrdp-sesman.service",
-    ),
-    *("cockpit.service", "dropbear.service", "vsftpd.service", "slurmd.service", "user@.service"),
-)
-_SANDBOX: Final = {
-    **dict.fromkeys(("PrivateTmp", "PrivateMounts", "PrivateDevices", "DynamicUser"), "no"),
-    **dict.fromkeys(("ProtectSystem", "ProtectHome", "ProtectKernelTunables", "ProtectKernelModules"), "no"),
-    **dict.fromkeys(("ProtectKernelLogs", "ProtectControlGroups"), "no"),
-    **dict.fromkeys(("RootDirectory", "RootImage", "ReadWritePaths", "ReadOnlyPaths"), ""),
-    **dict.fromkeys(("InaccessiblePaths", "BindPaths", "BindReadOnlyPaths"), ""),
-    **dict.fromkeys(("TemporaryFileSystem", "MountImages"), ""),
-}
-"""Settings that give a service its own mount namespace, and the value that resets each. An empty value
-resets a list or path, but systemd cannot parse an empty boolean, systemd.exec(5).
-"""
 _FD_STORE_PRESERVED_SINCE: Final = 254
 _NAMED_AT_MOST: Final = 5
+_NOBODY: Final = ":0.0"
+"""A unique name that no connection has."""
+_RELOAD: Final = "systemctl reload polytmpd.service"
 _MARKS: Final = {"pass": "✓", "warn": "!", "fail": "✗", "skip": "-"}
 
 
 async def check(context: Context) -> Answer:
+    # A call to a unique name starts nothing.
+    owner = ""
+    with contextlib.suppress(BusError):
+        (owner,) = await context.connection.ask_bus("GetNameOwner", "s", SERVICE)
+    context = replace(context, client=Polytmp(context.connection, service=owner or _NOBODY))
     results = [result async for result in _all(context)]
     failed = any(result.verdict == "fail" for result in results)
     counts = {
@@ -110,13 +111,18 @@ async def _all(context: Context) -> AsyncIterator[Result]:
     # Also directories that are configured but not yet in force: a problem with one may be the reason.
     directories = list(dict.fromkeys((*(in_force or ()), *configured)))
     with contextlib.suppress(BusError):
+        await context.connection.follow_owner(logind.SERVICE, None)
+        context.connection.owner(logind.SERVICE)  # raises BusError if it would have to be started
         here = {
             entry.session.user.uid: entry.session.user.name
             for entry in await logind.list_sessions(context.connection)
         }
+    people = regular.people(_ROOT, wanted)
     for result in settings.judge(_ROOT, wanted, problems, in_force):
         yield result
     yield settings.users_above(_ROOT, wanted, here, listed)
+    for result in _everybody(people):
+        yield result
     for result in host.kernel():
         yield result
     for result in (
@@ -125,31 +131,40 @@ async def _all(context: Context) -> AsyncIterator[Result]:
         *host.directories(_ROOT, directories, kept),
     ):
         yield result
-    yield host.module(_ROOT)
-    for finding in pamstacks.judge(_ROOT):
-        yield Result("PAM", finding.service, finding.verdict, finding.text, finding.remedy)
-    async for result in _units(context):
+    of_sshd = sshd.judge(_ROOT, people[0].name if people else "root", is_root=os.geteuid() == 0)
+    for result in (*of_sshd.results, *_pam(configured, of_sshd.services)):
+        yield result
+    async for result in units.judge(context.connection):
         yield result
     async for result in _logged_in(context, listed, wanted):
         yield result
+    if context.options.probe is not None:
+        async for result in _probe(context, people, wanted, of_sshd.services):
+            yield result
     for result in (*host.cleaners(_ROOT), *host.kerberos(_ROOT), *host.containers(_ROOT)):
         yield result
 
 
 async def _daemon(context: Context) -> AsyncIterator[Result]:
     unit = "polytmpd.service"
-    try:
-        version = await context.client.version()
-    except BusError as error:
-        yield Result("daemon", unit, "fail", f"does not answer: {error}", f"systemctl status {unit}")
-    else:
-        yield Result("daemon", unit, "pass", f"answers, version {version}")
+    answers = ""
+    with contextlib.suppress(BusError):
+        answers = await context.client.version()
     try:
         found = await systemd1.unit_properties(
             context.connection, unit, ("ActiveState", "UnitFileState", "NRestarts")
         )
     except BusError as error:
         yield Result("daemon", f"{unit} (unit)", "skip", f"systemd does not answer: {error}")
+        found = {}
+    if answers:
+        yield Result("daemon", unit, "pass", f"answers, version {answers}")
+    elif found.get("ActiveState") == "active":
+        yield Result("daemon", unit, "fail", "runs but does not answer", f"systemctl restart {unit}")
+    else:
+        text = f"not running ({found.get('ActiveState', 'unknown')}): it does not see who logs out"
+        yield Result("daemon", unit, "fail", text, f"systemctl start {unit}")
+    if not found:
         return
     if found.get("UnitFileState") in {"enabled", "enabled-runtime"}:
         yield Result("daemon", f"{unit} (boot)", "pass", "starts at boot, before the first login")
@@ -193,50 +208,58 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
         )
 
 
-async def _units(context: Context) -> AsyncIterator[Result]:
-    """Services that start sessions. Logins are refused if one has its own mount namespace."""
-    names = ("Id", "ActiveState", "LoadState", "MainPID", "FragmentPath", *_SANDBOX)
-    seen: set[Any] = set()
-    for unit in _LOGIN_UNITS:
-        name = "user@0.service" if unit == "user@.service" else unit
-        try:
-            found = await systemd1.unit_properties(context.connection, name, names)
-        except BusError:
-            continue
-        if found.get("LoadState") != "loaded" or found.get("Id") in seen:  # sshd.service is an alias
-            continue
-        seen.add(found.get("Id"))
-        settings = [key for key in _SANDBOX if _is_set(found.get(key))]
-        pid = int(found.get("MainPID", 0))
-        inside = _same_namespace(pid) if pid else None
-        if inside is False or (settings and inside is None):
-            why = ", ".join(f"{key}=" for key in settings) or "no setting of its unit does this"
-            remedy = undo(unit, settings) if settings else "find out what started it that way"
-            text = f"has its own mount namespace ({why}): its logins are refused"
-            yield Result("services", unit, "fail", text, remedy)
-        elif found.get("ActiveState") == "active" or unit == "user@.service":
-            yield Result("services", unit, "pass", "in the host's mount namespace")
+def _everybody(people: Sequence[Person]) -> Iterator[Result]:
+    """Whether there is anyone whose directories are private."""
+    exempt = [person for person in people if person.exempt]
+    if people and len(exempt) == len(people):
+        names = ", ".join(output.clean(person.name) for person in exempt[:_NAMED_AT_MOST])
+        text = f"nobody in /etc/passwd gets private directories ({names}): {output.clean(exempt[0].exempt)}"
+        remedy = (
+            f"correct ExemptUsers= in polytmpd.conf, or UID_MIN and UID_MAX in login.defs; then: {_RELOAD}"
+        )
+        yield Result("settings", "/etc/passwd", "fail", text, remedy)
+    elif people:
+        text = f"{len(people) - len(exempt)} of {output.count(len(people), 'user')} with a login shell"
+        yield Result("settings", "/etc/passwd", "pass", f"{text} get private directories")
 
 
-def undo(unit: str, settings: Sequence[str]) -> str:
-    lines = " ".join(["[Service]", *(f"{key}={_SANDBOX[key]}" for key in settings)])
-    instances = unit.replace("@.", "@*.")  # a template itself cannot be restarted
-    return f"systemctl edit {unit}: {lines} (one per line); then: systemctl restart {instances}"
-
-
-def _is_set(value: Any) -> bool:
-    return value not in (None, False, "", "no", 0, [], ["", False])
-
-
-def _namespace(pid: str) -> int:
-    return Path("/proc", pid, "ns/mnt").stat().st_ino
-
-
-def _same_namespace(pid: int) -> bool | None:
+def _pam(directories: Sequence[str], services: Sequence[str]) -> Iterator[Result]:
+    """services: those that sshd uses."""
     try:
-        return _namespace(str(pid)) == _namespace("1")
-    except OSError:
-        return None
+        ours = pammodules.load([pammodules.OURS])[pammodules.OURS]
+        findings = pamcheck.judge(_ROOT, directories=directories, also=services, load=pammodules.load)
+    except pammodules.LoadError as error:
+        remedy = "python3 -c 'import ctypes; ctypes.CDLL(\"libpam.so.0\")' has to succeed"
+        yield Result("PAM", "libpam", "fail", output.clean(str(error)), remedy)
+        return
+    if not ours.problem:
+        yield Result("PAM", pammodules.OURS, "pass", ours.file)
+    elif not any(ours.file in (finding.service, finding.text.partition(": ")[0]) for finding in findings):
+        yield Result("PAM", ours.file, "fail", ours.problem, "apt install --reinstall polytmp")
+    for finding in findings:
+        yield Result("PAM", finding.service, finding.verdict, finding.text, finding.remedy)
+
+
+async def _probe(
+    context: Context, people: Sequence[Person], wanted: config.Config, services: Sequence[str]
+) -> AsyncIterator[Result]:
+    """A result for each service. services: those that sshd uses."""
+    if os.geteuid() != 0:
+        yield Result("probe", "sessions", "skip", "only root can open sessions of others", "run as root")
+        return
+    if context.options.probe:
+        uid = users.uid_of(context.options.probe)
+        name = users.name_of(uid)
+        user = Person(uid, name, wanted.exemptions.reason(uid, name) or "")
+    elif regulars := [person for person in people if not person.exempt]:
+        user = regulars[0]
+    else:
+        yield Result("probe", "sessions", "fail", "no regular user in /etc/passwd", "name one: --probe=USER")
+        return
+    here = pamstacks.services(_ROOT)
+    found = [name for name in pamcheck.TEXT_LOGINS if name in here and name != sshd.SERVICE]
+    for service in context.options.services or (*services, *found):
+        yield await probe.probe(context.connection, user, service, wanted.paths)
 
 
 def _named(pid: str) -> str:
@@ -252,7 +275,7 @@ async def _logged_in(
         return
     shared: dict[int, list[str]] = {}
     try:
-        host_namespace = _namespace("1")
+        host_namespace = units.namespace("1")
         for entry in os.scandir("/proc"):
             if not entry.name.isdecimal():
                 continue
@@ -260,7 +283,7 @@ async def _logged_in(
                 uid = entry.stat().st_uid
                 if not (uid in listed or wanted.exemptions.reason(uid) is None):
                     continue
-                if _namespace(entry.name) == host_namespace:
+                if units.namespace(entry.name) == host_namespace:
                     shared.setdefault(uid, []).append(_named(entry.name))
             except OSError:
                 continue

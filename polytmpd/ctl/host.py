@@ -2,7 +2,7 @@
 """What check finds on the host itself: kernel, cgroups, directories, cleaners, Kerberos, containers.
 
 Kernel features are probed with calls that cannot succeed: the answer is which error comes first.
-Not here: what the daemon, logind and systemd report (check.py), and PAM (pamstacks.py).
+Not here: what the daemon, logind and systemd report (check.py), and PAM (pamcheck.py).
 """
 
 import os
@@ -17,10 +17,6 @@ from typing import Final
 from polytmpd.core import names
 
 _TMPFILES: Final = ("etc/tmpfiles.d", "run/tmpfiles.d", "usr/lib/tmpfiles.d")
-_MODULE_PLACES: Final = tuple(
-    f"{place}/security/pam_polytmp.so"
-    for place in ("usr/lib/*-linux-*", "lib/*-linux-*", "usr/lib64", "lib64", "usr/lib", "lib")
-)
 _CLEANERS: Final = {
     "tmpreaper": ("etc/cron.daily/tmpreaper", "etc/tmpreaper.conf"),
     "tmpwatch": ("etc/cron.daily/tmpwatch",),
@@ -215,14 +211,6 @@ def _propagation(root: Path) -> Result:
         "private: mounts on the host do not reach sessions",
         "mount --make-rshared / at boot (systemd does this by default; find out what undoes it)",
     )
-
-
-def module(root: Path) -> Result:
-    """The PAM module. A stack that requires it while it is missing refuses every login."""
-    for pattern in _MODULE_PLACES:
-        for found in sorted(root.glob(pattern)):
-            return Result("PAM", "pam_polytmp.so", "pass", f"/{found.relative_to(root)}")
-    return Result("PAM", "pam_polytmp.so", "fail", "not installed", "reinstall polytmp")
 
 
 def cleaners(root: Path) -> Iterator[Result]:

@@ -51,6 +51,10 @@ def bash(words: str, environment: dict[str, str]) -> set[str]:
         ("enter --", {"--as-user"}, {"--user", "--persistent", "--yes"}),
         ("remove --", {"--persistent", "--yes"}, {"--user", "--as-user"}),
         ("--yes re", {"remove"}, set()),
+        ("check --", {"--probe", "--service"}, {"--user", "--yes"}),
+        ("status --", {"--json"}, {"--probe", "--service"}),
+        ("check --probe = ro", {"root"}, set()),
+        ("--probe ch", {"check"}, set()),
     ],
 )
 def test_what_is_offered(

@@ -43,6 +43,11 @@ ROOT = Path(__file__).resolve().parents[2]
         (["status", "--yes"], "--yes is only valid with remove", ""),
         (["remove", "--as-user", "x"], "--as-user is only valid with enter", ""),
         (["-Ha", "-Mb"], "cannot be combined", ""),
+        (["list", "--probe"], "--probe is only valid with check", ""),
+        (["check", "--probe="], "non-empty", ""),
+        (["check", "--service=sshd"], "--service is only valid with --probe", "--probe"),
+        (["list", "--service=sshd"], "--service is only valid with check", ""),
+        (["check", "--probe", "--service=../x"], "Invalid PAM service", "pam.d"),
         (["-M", "alice@"], "Invalid container 'alice@'", "USER@CONTAINER"),
     ],
 )
@@ -79,6 +84,11 @@ def test_errors_name_the_argument(
         (["enter", "alice", "--", "ls", "--", "x"], Options("enter", ("alice", "ls", "--", "x"))),
         (["enter", "alice", "--as-user", "id", "-u"], Options("enter", ("alice", "id", "-u"), as_user=True)),
         (["remove", "-y", "--persistent", "x"], Options("remove", ("x",), yes=True, persistent=True)),
+        (["check", "--probe"], Options("check", probe="")),
+        (
+            ["check", "--probe=ada", "--service=sshd", "--service", "cron"],
+            Options("check", probe="ada", services=("sshd", "cron")),
+        ),
         (["help"], Options("help", help=True)),
         (["nonsense", "-h"], Options(help=True)),
         (["--version", "nonsense"], Options(version=True)),
@@ -106,7 +116,10 @@ def test_commands_for_another_host(words: list[str], passed_on: tuple[str, ...])
 
 
 def test_help_and_completions_know_every_verb_and_option() -> None:
-    options = [*(f"--{name}" for name in (*arguments._FLAGS, *arguments._VALUES)), "-j"]
+    options = [
+        *(f"--{name}" for name in (*arguments._FLAGS, *arguments._VALUES, *arguments._OPTIONAL)),
+        "-j",
+    ]
     bash = (ROOT / "completions/polytmpctl.bash").read_text()
     zsh = (ROOT / "completions/_polytmpctl").read_text()
     for verb in VERBS:

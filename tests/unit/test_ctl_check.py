@@ -2,18 +2,17 @@
 """What check finds on hosts, each of which is a directory. The host of the tests is not examined."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from polytmpd import config
-from polytmpd.ctl import check, host, pamstacks, settings
+from polytmpd.bus.connection import BusError
+from polytmpd.ctl import check, host, regular, settings, sshd, units
 
 pytestmark = pytest.mark.unit
-
-COMMON = "session required pam_unix.so\nsession optional pam_systemd.so\nsession required pam_polytmp.so\n"
-OLD_COMMON = "session required pam_unix.so\nsession optional pam_systemd.so\n"
 
 
 def make(root: Path, files: dict[str, str]) -> Path:
@@ -22,145 +21,6 @@ def make(root: Path, files: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
-
-
-def verdict(root: Path, service: str) -> tuple[str, str] | None:
-    found = [finding for finding in pamstacks.judge(root) if finding.service == service]
-    assert len(found) < 2
-    assert all(finding.remedy for finding in found if finding.verdict != "pass"), "no remedy"
-    return (found[0].verdict, found[0].text) if found else None
-
-
-@pytest.mark.parametrize(
-    ("service", "text", "expected"),
-    [
-        ("sshd", "@include common-session\n", ("pass", "required")),
-        ("sshd", "session include common-session\n", ("pass", "required")),
-        ("sshd", "session substack common-session # x\n", ("pass", "required")),
-        (
-            "sshd",
-            "-session required pam_systemd.so\nsession  required\tpam_polytmp.so\n",
-            ("pass", "required"),
-        ),
-        ("sshd", "session required pam_unix.so\n", ("fail", "no pam_polytmp.so")),
-        ("sshd", "# session required pam_polytmp.so\n", ("fail", "no pam_polytmp.so")),
-        ("sshd", "auth required pam_polytmp.so\n", ("fail", "no pam_polytmp.so")),
-        ("cron", "@include nosuch\n", ("fail", "no pam_polytmp.so")),
-        ("other-login", "session required pam_systemd.so\n", ("fail", "no pam_polytmp.so")),
-        (
-            "sshd",
-            "session required pam_polytmp.so\nsession optional pam_systemd.so\n",
-            ("warn", "before pam_systemd.so"),
-        ),
-        ("systemd-user", "session required pam_polytmp.so\nsession optional pam_systemd.so\n", ("pass", "")),
-        (
-            "sshd",
-            "session required pam_namespace.so\n@include common-session\n",
-            ("warn", "pam_namespace.so"),
-        ),
-        ("sshd", "@include common-session\nsession optional pam_tmpdir.so\n", ("warn", "pam_tmpdir.so")),
-        ("sshd", "@include common-session\nsession optional pam_mktemp.so\n", ("warn", "pam_mktemp.so")),
-        ("sshd", "session optional pam_polytmp.so\n", ("warn", "continues with the shared /tmp")),
-        ("sshd", "session [success=ok default=die] pam_polytmp.so\n", ("pass", "default=die")),
-        ("sshd", "session [success=ok default=ignore] pam_polytmp.so\n", ("warn", "default=ignore")),
-        (
-            "sshd",
-            "session [success=ok default=1] pam_polytmp.so\n",
-            ("warn", "continues with the shared /tmp"),
-        ),
-        ("sshd", "session [success=ok] pam_polytmp.so\n", ("pass", "success=ok")),
-        ("sshd", "session [default=ignore perm_denied=bad] pam_polytmp.so\n", ("pass", "perm_denied")),
-        ("sshd", "session [perm_denied=ignore default=bad] pam_polytmp.so\n", ("warn", "continues")),
-        ("sshd", "session [perm_denied=done default=bad] pam_polytmp.so\n", ("warn", "continues")),
-        ("sshd", "session \\\n required /lib/security/pam_polytmp.so\n", ("pass", "required")),
-        ("passwd", "@include common-password\n", None),
-        ("runuser", "session required pam_unix.so\n", None),
-        ("sshd.dpkg-dist", "session required pam_systemd.so\n", None),
-    ],
-)
-def test_pam(tmp_path: Path, service: str, text: str, expected: tuple[str, str] | None) -> None:
-    make(tmp_path, {"etc/pam.d/common-session": COMMON, f"etc/pam.d/{service}": text})
-    found = verdict(tmp_path, service)
-    if expected is None:
-        assert found is None
-    else:
-        assert found is not None
-        assert found[0] == expected[0]
-        assert expected[1] in found[1]
-
-
-PASSED_OVER = {
-    "sufficient": ("session sufficient pam_permit.so\n@include common-session\n", "fail"),
-    "done": ("session [success=done default=ignore] pam_x.so\n@include common-session\n", "fail"),
-    "done by default": ("session [default=done] pam_x.so\n@include common-session\n", "fail"),
-    "in what is included": ("@include early\n@include common-session\n", "fail"),
-    "before a substack": ("session sufficient pam_x.so\nsession substack common-session\n", "fail"),
-    "a substack that ends": ("session substack early\nsession include common-session\n", "pass"),
-    "both": ("session [default=9] pam_x.so\nsession sufficient pam_y.so\n@include common-session\n", "fail"),
-    "it comes after": ("@include common-session\nsession sufficient pam_x.so\n", "pass"),
-    "another type": ("auth sufficient pam_x.so\n@include common-session\n", "pass"),
-    "a jump": ("session [success=1 default=ignore] pam_x.so\nsession required pam_polytmp.so\n", "warn"),
-    "a jump as far": ("session [default=3] pam_x.so\n@include common-session\n", "warn"),
-    "a jump not so far": ("session [default=2] pam_x.so\n@include common-session\n", "pass"),
-    "over a substack": ("session [default=1] pam_x.so\nsession substack common-session\n", "warn"),
-    "before a substack's end": (
-        "session [default=1] pam_x.so\nsession required pam_y.so\nsession substack common-session\n",
-        "pass",
-    ),
-    "in a substack": ("session substack jump\nsession required pam_polytmp.so\n", "pass"),
-    "Debian's own": (
-        "session [default=1] pam_permit.so\nsession requisite pam_deny.so\n@include common-session\n",
-        "pass",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", PASSED_OVER)
-def test_rules_that_skip_the_module(tmp_path: Path, case: str) -> None:
-    text, expected = PASSED_OVER[case]
-    early = "session [success=ok new_authtok_reqd=done] pam_x.so\n"
-    jump = "session [default=9] pam_x.so\n"
-    files = {"common-session": COMMON, "early": early, "jump": jump, "sshd": text}
-    make(tmp_path, {f"etc/pam.d/{name}": content for name, content in files.items()})
-    found = verdict(tmp_path, "sshd")
-    assert found is not None
-    assert found[0] == expected, found
-    assert ("gets the shared /tmp" in found[1]) == (expected != "pass")
-
-
-def test_pam_without_the_profile(tmp_path: Path) -> None:
-    make(tmp_path, {"etc/pam.d/common-session": OLD_COMMON, "etc/pam.d/su": "@include common-session\n"})
-    assert verdict(tmp_path, "su") == (
-        "fail",
-        "no pam_polytmp.so in its session stack: users of su get the shared /tmp",
-    )
-
-
-def test_the_remedy_if_pam_auth_update_changes_nothing(tmp_path: Path) -> None:
-    make(tmp_path, {"etc/pam.d/common-session": OLD_COMMON, "etc/pam.d/su": "@include common-session\n"})
-    [finding] = pamstacks.judge(tmp_path)
-    assert '"Local modifications"' in finding.remedy
-    assert "--force" in finding.remedy
-
-
-def test_etc_comes_before_usr(tmp_path: Path) -> None:
-    make(tmp_path, {"usr/lib/pam.d/systemd-user": COMMON, "etc/pam.d/systemd-user": OLD_COMMON})
-    found = verdict(tmp_path, "systemd-user")
-    assert found is not None
-    assert found[0] == "fail"
-
-
-def test_a_loop_of_includes_ends(tmp_path: Path) -> None:
-    make(tmp_path, {"etc/pam.d/sshd": "@include sshd\nsession required pam_polytmp.so\n"})
-    found = verdict(tmp_path, "sshd")
-    assert found is not None
-    assert found[0] == "pass"
-
-
-def test_the_module_itself(tmp_path: Path) -> None:
-    assert host.module(tmp_path).verdict == "fail"
-    make(tmp_path, {"usr/lib/x86_64-linux-gnu/security/pam_polytmp.so": ""})
-    assert host.module(tmp_path).verdict == "pass"
 
 
 def one(results: "list[host.Result]", name: str) -> host.Result:
@@ -308,7 +168,7 @@ def test_limits(tmp_path: Path, value: str, expected: str) -> None:
 )
 def test_the_remedy_for_a_sandbox(unit: str, restarted: str) -> None:
     """systemd ignores an empty boolean, and would take 'no' for a path."""
-    remedy = check.undo(unit, ["PrivateTmp", "ProtectSystem", "ReadOnlyPaths", "RootDirectory"])
+    remedy = units.undo(unit, ["PrivateTmp", "ProtectSystem", "ReadOnlyPaths", "RootDirectory"])
     lines = "[Service] PrivateTmp=no ProtectSystem=no ReadOnlyPaths= RootDirectory= (one per line)"
     assert remedy == f"systemctl edit {unit}: {lines}; then: systemctl restart {restarted}"
 
@@ -316,11 +176,15 @@ def test_the_remedy_for_a_sandbox(unit: str, restarted: str) -> None:
 class FakeHost:
     """The daemon and its neighbours, as check calls them: client and connection of its context."""
 
-    def __init__(self, restarts: int) -> None:
+    def __init__(self, restarts: int, *, state: str = "active", answers: bool = True) -> None:
         self.client = self.connection = self
         self.restarts = restarts
+        self.state = state
+        self.answers = answers
 
     async def version(self) -> str:
+        if not self.answers:
+            raise BusError("org.freedesktop.DBus.Error.ServiceUnknown", "no such name")
         return "0.1.0"
 
     async def ask(self, *question: Any) -> list[str]:
@@ -328,7 +192,7 @@ class FakeHost:
         return ["/unit"]
 
     async def get_properties(self, service: str, path: str, interface: str) -> dict[str, Any]:
-        return {"UnitFileState": "enabled", "NRestarts": self.restarts}
+        return {"UnitFileState": "enabled", "NRestarts": self.restarts, "ActiveState": self.state}
 
     async def get_property(self, service: str, path: str, interface: str, name: str) -> str:
         return "257"
@@ -345,6 +209,156 @@ async def test_restarts(restarts: int, text: str) -> None:
     context: Any = FakeHost(restarts)
     results = [result async for result in check._daemon(context)]
     assert [result.text for result in results if result.verdict != "pass"] == ([text] if text else [])
+
+
+@pytest.mark.parametrize(
+    ("state", "text", "remedy"),
+    [
+        ("inactive", "not running (inactive)", "systemctl start polytmpd.service"),
+        ("failed", "not running (failed)", "systemctl start polytmpd.service"),
+        ("active", "runs but does not answer", "systemctl restart polytmpd.service"),
+    ],
+)
+async def test_a_daemon_that_does_not_answer(state: str, text: str, remedy: str) -> None:
+    context: Any = FakeHost(0, state=state, answers=False)
+    found = one([result async for result in check._daemon(context)], "polytmpd.service")
+    assert (found.verdict, found.remedy) == ("fail", remedy)
+    assert found.text.startswith(text)
+
+
+# Units
+
+SOUND: dict[str, Any] = {
+    "ActiveState": "active",
+    "CapabilityBoundingSet": 2**41 - 1,
+    "RestrictNamespaces": 2**64 - 1,
+    "SystemCallFilter": [False, []],
+    "ProtectProc": "default",
+    "ProcSubset": "all",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "text"),
+    [
+        ({}, "pass", "in the host's mount namespace"),
+        ({"PrivateTmp": True}, "fail", "(PrivateTmp=)"),
+        ({"PrivateTmp": "yes"}, "fail", "(PrivateTmp=)"),
+        ({"ProtectProc": "invisible"}, "fail", "(ProtectProc=)"),
+        ({"CapabilityBoundingSet": 2**41 - 1 - 2**21}, "fail", "lacks CAP_SYS_ADMIN"),
+        ({"RestrictNamespaces": 0}, "fail", "RestrictNamespaces= forbids mnt"),
+        ({"RestrictNamespaces": 0x20000}, "pass", ""),
+        ({"SystemCallFilter": [False, ["setns:EPERM", "reboot"]]}, "fail", "forbids setns"),
+        ({"SystemCallFilter": [False, ["reboot"]]}, "pass", ""),
+        ({"SystemCallFilter": [True, ["setns", "read"]]}, "fail", "forbids unshare"),
+        ({"SystemCallFilter": [True, ["setns", "unshare"]]}, "pass", ""),
+    ],
+)
+def test_a_unit(changes: dict[str, Any], verdict: str, text: str) -> None:
+    found = units._judge("x.service", SOUND | changes)
+    assert found is not None
+    assert found.verdict == verdict
+    assert text in found.text
+    assert bool(found.remedy) == (found.verdict != "pass")
+
+
+def test_services_that_have_loaded_libpam(tmp_path: Path) -> None:
+    """As of dovecot, whose unit has PrivateTmp=yes; not of logind, of containers or of users."""
+    for pid, (mnt, pids, program, group, library) in enumerate(
+        [
+            ("1", "1", "/usr/lib/systemd/systemd", "/init.scope", "libpam"),
+            ("2", "1", "/usr/lib/dovecot/auth", "/system.slice/dovecot.service", "libpam"),
+            ("2", "1", "/usr/lib/dovecot/imap", "/system.slice/other.service", "libc"),
+            ("3", "1", "/usr/lib/systemd/systemd-logind", "/system.slice/systemd-logind.service", "libpam"),
+            ("4", "2", "/usr/sbin/sshd", "/system.slice/box.service", "libpam"),
+            ("5", "1", "/usr/bin/sudo", "/user.slice/user-1001.slice/user@1001.service", "libpam"),
+            ("1", "1", "/usr/sbin/cron", "/system.slice/cron.service", "libpam"),
+        ],
+        1,
+    ):
+        proc = f"proc/{pid}"
+        maps = f"7f0-7f1 r-xp 0 0:1 1 /usr/lib/x/{library}.so.0\n"
+        make(tmp_path, {f"{proc}/cgroup": f"0::{group}\n", f"{proc}/maps": maps, f"{proc}/ns/x": ""})
+        for name, target in (("ns/mnt", f"mnt:[{mnt}]"), ("ns/pid", f"pid:[{pids}]"), ("exe", program)):
+            (tmp_path / proc / name).symlink_to(target)
+    assert units._with_libpam(tmp_path) == {"dovecot.service"}
+
+
+# sshd
+
+asked: list[list[str]] = []
+
+
+def sshd_with(root: Path, answer: str, files: "dict[str, str] | None" = None, title: str = "") -> sshd.Sshd:
+    make(root, {"usr/sbin/sshd": "", "proc/7/cmdline": title, **(files or {})})
+    asked.clear()
+
+    def run(argv: Sequence[str]) -> tuple[int, str, str]:
+        asked.append(list(argv))
+        return (
+            (1, "", "x\nMissing privilege separation directory\n") if answer == "fails" else (0, answer, "")
+        )
+
+    return sshd.judge(root, "ada", is_root=True, run=run)
+
+
+@pytest.mark.parametrize(
+    ("answer", "files", "verdict", "services"),
+    [
+        ("usepam yes\n", {}, "pass", ("sshd",)),
+        ("usepam no\n", {}, "fail", ()),
+        ("port 22\n", {}, "fail", ()),
+        ("fails", {}, "fail", ()),
+        ("usepam yes\npamservicename bastion\n", {}, "pass", ("bastion",)),
+        (
+            "usepam yes\n",
+            {"etc/ssh/sshd_config": "Match User x\n  PAMServiceName other-one\n#PAMServiceName y\n"},
+            "pass",
+            ("sshd", "other-one"),
+        ),
+        ("usepam yes\n", {"etc/ssh/sshd_config.d/x.conf": "pamservicename=two\n"}, "pass", ("sshd", "two")),
+    ],
+)
+def test_sshd(
+    tmp_path: Path, answer: str, files: dict[str, str], verdict: str, services: tuple[str, ...]
+) -> None:
+    found = sshd_with(tmp_path, answer, files)
+    assert found.services == services
+    assert [result.verdict for result in found.results] == [verdict]
+    assert all(result.remedy for result in found.results if result.verdict != "pass")
+    assert asked == [["/usr/sbin/sshd", "-T", "-C", "user=ada,host=localhost,addr=127.0.0.1"]]
+
+
+def test_sshd_is_asked_with_the_options_of_the_one_that_runs(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: the title of another user's process counts for nothing")
+    title = "sshd: /usr/sbin/sshd -D -o UsePAM=no -f /etc/x -o Port 22 [listener] 0 of 10-100 startups\0"
+    found = sshd_with(tmp_path, "usepam no\n", {"proc/8/cmdline": "sshd: alice [priv]\0"}, title)
+    assert asked[0][:7] == ["/usr/sbin/sshd", "-o", "UsePAM=no", "-f", "/etc/x", "-o", "Port 22"]
+    assert "UsePAM=no" in found.results[0].remedy
+
+
+def test_no_sshd(tmp_path: Path) -> None:
+    assert sshd.judge(tmp_path, "ada", is_root=True) == sshd.Sshd()
+
+
+# Users
+
+
+@pytest.mark.parametrize(
+    ("exempt", "verdict"), [("", "pass"), ("ada", "pass"), ("ada bob", "fail"), ("1000 bob", "fail")]
+)
+def test_settings_that_exempt_everybody(tmp_path: Path, exempt: str, verdict: str) -> None:
+    passwd = "root:x:0:0::/:/bin/sh\nada:x:1000:1000::/:/bin/sh\nbob:x:1001:1001::/:/bin/bash\n"
+    others = "www:x:2000:2000::/:/usr/sbin/nologin\nnobody:x:65534:65534::/:/bin/sh\n"
+    make(
+        tmp_path, {"etc/passwd": passwd + others, "etc/polytmpd.conf": f"[Polytmp]\nExemptUsers={exempt}\n"}
+    )
+    people = regular.people(tmp_path, config.load(tmp_path)[0])
+    assert [person.name for person in people] == ["ada", "bob"]
+    (found,) = check._everybody(people)
+    assert found.verdict == verdict
+    assert bool(found.remedy) == (verdict == "fail")
 
 
 # polytmpd.conf, login.defs and passwd

@@ -119,9 +119,9 @@ def test_each_option_in_the_help_is_explained(option: tuple[str, str]) -> None:
 
 
 def test_help_and_page_list_the_same_options() -> None:
-    known = {f"--{name}" for name in (*arguments._FLAGS, *arguments._VALUES)}
+    known = {f"--{name}" for name in (*arguments._FLAGS, *arguments._VALUES, *arguments._OPTIONAL)}
     known |= {f"-{letter}" for letter in (*arguments._SHORT, "j")}
-    explained = set(re.findall(r"(?m)^ {5}(-\w)?(?:, )?(--[a-z-]+)?(?=[= ]|$)", page("polytmpctl.1")))
+    explained = set(re.findall(r"(?m)^ {5}(-\w)?(?:, )?(--[a-z-]+)?(?=[\[= ]|$)", page("polytmpctl.1")))
     assert {option for pair in explained for option in pair if option} == known
 
 

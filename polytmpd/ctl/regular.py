@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which users of /etc/passwd log in, and which of them get private directories.
+
+Directory services are not asked: most forbid to list their users.
+Not here: what makes a user exempt (core/policy.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from polytmpd.config import Config
+
+_FIRST: Final = 1000
+_NOBODY: Final = 65534
+_NO_SHELLS: Final = ("nologin", "false", "sync", "shutdown", "halt")
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """A user with a login shell. exempt: why they get no private directories; empty if they do."""
+
+    uid: int
+    name: str
+    exempt: str = ""
+
+
+def people(root: Path, config: Config) -> list[Person]:
+    """The users who may log in, by UID: those from 1000 on that have a login shell."""
+    found = {
+        uid: Person(uid, name, config.exemptions.reason(uid, name) or "") for uid, name in _passwd(root)
+    }
+    return [found[uid] for uid in sorted(found)]
+
+
+def _passwd(root: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = (root / "etc/passwd").read_text(errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        fields = line.split(":")
+        if len(fields) != 7 or not fields[2].isdecimal() or not fields[2].isascii():
+            continue
+        uid, shell = int(fields[2]), fields[6].rpartition("/")[2]
+        if uid >= _FIRST and uid != _NOBODY and shell not in _NO_SHELLS:
+            yield uid, fields[0]
