@@ -4,7 +4,7 @@ the modules may return.
 
 Not here: which values they return (pamcheck.py).
 
-Hard facts (libpam/pam_dispatch.c; tests/unit/test_ctl_pam.py asks the installed libpam):
+Hard facts (libpam/pam_dispatch.c; tests/pamstacks.py asks the installed libpam):
 - `done` (and so `sufficient`) ends the stack, but in a substack only the substack.
 - A number skips that many entries of its own stack. A substack counts as one entry, and a jump does not
   leave it. A jump past the end fails the stack.

@@ -3,7 +3,7 @@
 
 Not here: what libpam makes of the entries (pamdispatch.py), and whether that is good (pamcheck.py).
 
-Hard facts (libpam/pam_handlers.c; tests/unit/test_ctl_pam.py asks the installed libpam):
+Hard facts (libpam/pam_handlers.c; tests/pamstacks.py asks the installed libpam):
 - `other` serves a service that has no file, and each type of which the service's file has no entry. It is
   always read: if it cannot be, every session is refused.
 - `@include` of a file that cannot be read refuses every session of the service. `include` and `substack` of
