@@ -213,7 +213,7 @@ def _everybody(people: Sequence[Person]) -> Iterator[Result]:
     exempt = [person for person in people if person.exempt]
     if people and len(exempt) == len(people):
         names = ", ".join(output.clean(person.name) for person in exempt[:_NAMED_AT_MOST])
-        text = f"nobody in /etc/passwd gets private directories ({names}): {output.clean(exempt[0].exempt)}"
+        text = f"no user in /etc/passwd gets private directories ({names}): {output.clean(exempt[0].exempt)}"
         remedy = (
             f"correct ExemptUsers= in polytmpd.conf, or UID_MIN and UID_MAX in login.defs; then: {_RELOAD}"
         )

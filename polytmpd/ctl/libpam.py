@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Asks libpam through ctypes, in a process of its own: whether modules load, and where a session ends up.
+"""Asks libpam through ctypes, in its own process: whether modules load, and where a session ends up.
 
 Run as `python3 -I -m polytmpd.ctl.libpam load`, or `… session SERVICE USER`. Speaks JSON, one value a line.
 Modules are other people's code: they may crash, change the process, or start others. Nothing of that reaches

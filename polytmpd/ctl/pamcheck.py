@@ -307,8 +307,8 @@ class _Judge:
                 return None
             return self._bad_module(entry, problem, _SHARED)
         entry = entries[0]
-        may = "passes" if verdict == "fail" and entry.module not in _DECIDING else "may pass"
-        what = f"'{entry.control} {entry.module}' {may} over {OURS}"
+        may = "skips" if verdict == "fail" and entry.module not in _DECIDING else "may skip"
+        what = f"'{entry.control} {entry.module}' {may} {OURS}"
         remedy = f"move {OURS} before that line, but after {SYSTEMD}"
         if entry.module in _DECIDING:
             remedy += "; to exempt users, use ExemptUsers= of polytmpd.conf(5)"
@@ -330,7 +330,7 @@ class _Judge:
     def _order(self) -> _Fault | None:
         names = [entry.module for entry in self._stack.entries]
         number = names.index(OURS)
-        # The user manager is not a separate session: on Debian its stack has pam_systemd last, which is fine.
+        # The user manager is not a separate session: on Debian its stack has pam_systemd last.
         if SYSTEMD not in names[number:] or SYSTEMD in names[:number] or self._service == "systemd-user":
             return None
         file = self._stack.entries[number].file

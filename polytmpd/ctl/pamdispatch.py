@@ -54,8 +54,8 @@ _NEGATIVE: Final = -1
 class Ending:
     """One way in which a stack can end.
 
-    opened: libpam returns PAM_SUCCESS. reached: one of the wanted entries ran. by: the entry that passed
-    over them or, if it was not opened, that refused; None if no entry did.
+    opened: libpam returns PAM_SUCCESS. reached: one of the wanted entries ran. by: the entry that skipped
+    them or, if it was not opened, that refused; None if no entry did.
     """
 
     opened: bool

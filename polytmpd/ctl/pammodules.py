@@ -37,7 +37,7 @@ class LoadError(Exception):
 
 
 def load(paths: Collection[str]) -> dict[str, Module]:
-    """Load each module in a process of its own. Raises LoadError."""
+    """Load each module in its own process. Raises LoadError."""
     argv = [sys.executable, "-I", "-m", "polytmpd.ctl.libpam", "load"]
     try:
         done = subprocess.run(
