@@ -142,7 +142,6 @@ FILES = {
     "a continued line": {"x": "session required \\\n pam_echo.so mark\n", "other": YES},
     "a continued comment": {"x": f"# comment \\\n{ECHO}", "other": YES},
     "a comment at the end": {"x": f"session required pam_debug.so # x \\\n{ECHO}", "other": YES},
-    "a comment in a continued line": {"x": f"session \\\n# required \\\n{ECHO}", "other": YES},
     "no end of line": {"x": "session required pam_echo.so mark", "other": YES},
     "continued at the end": {"x": "session required pam_echo.so mark \\", "other": YES},
     "continued behind the end": {"x": "session required pam_echo.so mark \\\n", "other": YES},

@@ -252,7 +252,8 @@ class _Judge:
     # Faults
 
     def _unreadable(self, stack: Stack) -> _Fault:
-        return _Fault("fail", stack.file, stack.error, _REFUSED, f"correct {stack.file}")
+        effect = "may be refused, depending on the version of libpam" if stack.doubtful else _REFUSED
+        return _Fault("fail", stack.file, stack.error, effect, f"correct {stack.file}")
 
     def _refusal(self, found: Collection[Ending], kind: str) -> _Fault:
         entry = next((ending.by for ending in found if ending.by is not None), None)

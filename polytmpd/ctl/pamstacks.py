@@ -8,7 +8,8 @@ Hard facts (libpam/pam_handlers.c; tests/pamstacks.py asks the installed libpam)
   always read: if it cannot be, every session is refused.
 - `@include` of a file that cannot be read refuses every session of the service. `include` and `substack` of
   such a file become an entry that fails. A file that includes itself crashes the service (libpam 1.5.2).
-- A comment does not end a continued line. A file whose last line is continued cannot be read.
+- A file whose last line is continued cannot be read. A comment ends a continued line in libpam 1.7, but not
+  in 1.5: which of the two counts is not guessed.
 - An entry without a module fails. An unknown type ends up among those of auth.
 - Types and simple controls are case-insensitive; brackets around a simple control change nothing.
 """
@@ -49,11 +50,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """file: that of the service, or `other`. error: why libpam refuses to read it; empty if it does not."""
+    """file: that of the service, or `other`. error: why libpam refuses to read it; empty if it does not.
+
+    doubtful: whether it does depends on the version of libpam.
+    """
 
     entries: tuple[Entry, ...]
     file: str
     error: str = ""
+    doubtful: bool = False
 
     @property
     def is_others(self) -> bool:
@@ -62,6 +67,10 @@ class Stack:
 
 class _AbortError(Exception):
     """libpam gives up reading: PAM_ABORT. (why, the file)"""
+
+
+class _DoubtError(Exception):
+    """Versions of libpam read it differently. (why, the file)"""
 
 
 class _LoopError(Exception):
@@ -91,9 +100,9 @@ def stack(root: Path, service: str, kind: str = "session") -> Stack:
         file, text = opened
         try:
             found.append(Stack(tuple(_entries(root, file, text, kind, 0, 0, everything=True)), file))
-        except (_AbortError, _LoopError) as error:
+        except (_AbortError, _LoopError, _DoubtError) as error:
             why, at = error.args
-            return Stack((), at, why)
+            return Stack((), at, why, doubtful=isinstance(error, _DoubtError))
     file = f"/{DIRECTORIES[0]}/{service}"
     nothing = Stack((), file, f"no {kind} line in it, and none in /etc/pam.d/{OTHER}")
     return next((each for each in found if each.entries), nothing)
@@ -148,10 +157,15 @@ def _included(
 
 
 def _lines(file: str, text: str) -> Iterator[list[str]]:
-    """The words of each line. A backslash continues a line, but not a comment. Raises _AbortError."""
+    """The words of each line. A backslash continues a line, but not a comment.
+
+    Raises _AbortError or _DoubtError.
+    """
     pending: str | None = None
     for raw in text.splitlines():
         if raw.lstrip().startswith("#"):
+            if pending is not None:
+                raise _DoubtError("it has a comment inside a continued line", file)
             continue
         line, comment, _ = raw.partition("#")
         if not comment and line.endswith("\\"):

@@ -61,6 +61,7 @@ class Row:
     login: of alice through ssh: private, shared, refused, or elsewhere (a namespace, but not the
     instance's). verdict: of check; topic, name: of the result that says why. stricter: why check fails
     although the login is private. probe: whether a session that is probed goes the same way as the login.
+    only, why: the one release that the row is about, and why.
     """
 
     breaks: str
@@ -72,6 +73,7 @@ class Row:
     stricter: str = ""
     probe: bool = True
     only: str = ""
+    why: str = "sshd has no PAMServiceName"
 
 
 SERVICES = "services"
@@ -174,6 +176,13 @@ ROWS = {
     "an include of itself": Row(first("@include sshd"), "refused", "fail"),
     "the last line is continued": Row(
         "printf 'session optional pam_permit.so \\\\' >>/etc/pam.d/sshd", "refused", "fail"
+    ),
+    "a comment inside a continued line": Row(
+        "printf 'session required \\\\\\n# x\\n pam_permit.so\\n' >>/etc/pam.d/sshd",
+        "refused",
+        "fail",
+        only="trixie",
+        why="libpam 1.5 reads it as it is meant",
     ),
     "lenient": Row(
         f"sed -i 's/required\\(.*pam_polytmp\\)/optional\\1/' {COMMON}", "private", "pass", name=COMMON
@@ -312,7 +321,7 @@ def row(request: pytest.FixtureRequest, machine: Machine, saved: None, quiet: No
     """A row, broken; repaired afterwards."""
     found = ROWS[request.param]
     if found.only and found.only != machine.release:
-        pytest.skip(f"expected: sshd has no PAMServiceName on {machine.release}")
+        pytest.skip(f"expected: not on {machine.release}: {found.why}")
     try:
         machine.sh(f"set -e; {found.breaks}")
         yield found

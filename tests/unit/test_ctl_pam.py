@@ -27,6 +27,16 @@ def test_a_loop_ends(tmp_path: Path, line: str) -> None:
     assert "includes itself" in pamstacks.stack(tmp_path, "x").error
 
 
+@pytest.mark.parametrize("comment", ["# x", "  # x \\"])
+def test_a_comment_inside_a_continued_line(tmp_path: Path, comment: str) -> None:
+    """It ends the line in libpam 1.7, and does not in 1.5.2: seen on Debian 13 and 12."""
+    directory = tmp_path / "etc/pam.d"
+    directory.mkdir(parents=True)
+    (directory / "x").write_text(f"session required \\\n{comment}\n pam_echo.so mark\n")
+    found = pamstacks.stack(tmp_path, "x")
+    assert (found.doubtful, found.error) == (True, "it has a comment inside a continued line")
+
+
 @pytest.mark.parametrize("tens", range(50))
 def test_stacks_at_random(tmp_path: Path, tens: int) -> None:
     for seed in range(10 * tens, 10 * tens + 10):

@@ -55,6 +55,7 @@ SESSIONS = "sessions of sshd"
         ("auth required pam_polytmp.so\n", "fail", REFUSED),
         ("@include nosuch\n", "fail", f"it includes nosuch, which does not exist: {SESSIONS} {REFUSED}"),
         (f"@include sshd\n{OURS}", "fail", "includes itself"),
+        ("session required \\\n# x\n pam_polytmp.so\n", "fail", "depending on the version of libpam"),
         (f"{OURS}session optional pam_systemd.so\n", "warn", "before pam_systemd.so"),
         (f"session required pam_namespace.so\n{INCLUDE}", "warn", "pam_namespace.so"),
         (f"{INCLUDE}session optional pam_tmpdir.so\n", "warn", "pam_tmpdir.so"),
