@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from polytmpd import __version__, config, journal, sdnotify
+from polytmpd.admission import Admission
 from polytmpd.blocking.state import StateDirectory
 from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.logind import Logind
@@ -61,9 +62,10 @@ async def run() -> int:
     state.lock()
     connection = await Connection.open()
     executor = Executor(state, _boot_id(), fdstore.take(), DisplayLocks())
-    presence = Presence(Logind(connection), Systemd(connection), Slices(), settings.exemptions)
+    admission = Admission(settings.exemptions)
+    presence = Presence(Logind(connection), Systemd(connection), Slices(), admission)
     views = Views(settings.paths)
-    daemon = Daemon(settings, config.load, executor, presence, views)
+    daemon = Daemon(settings, config.load, executor, presence, admission, views)
     questions = Questions(views, daemon.kept, executor.removed_entries)
     service = Service(connection, views, daemon, questions)
     devices = Devices(executor.device_gone, executor.devices_missed)

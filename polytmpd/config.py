@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reads polytmpd.conf and its drop-ins, in systemd's syntax, and the range of regular UIDs from login.defs.
+"""Reads polytmpd.conf and its drop-ins, in systemd's syntax, and UID_MIN from login.defs.
 
 A mistake is a Problem, which names the place and the remedy; all other lines still apply. The caller decides
 whether to log it and go on (at start) or to refuse the whole configuration (on reload).
 Not here: what the settings do.
 """
 
+import os
 import re
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from polytmpd.core import places
 from polytmpd.core.model import Directory, Lifetime
-from polytmpd.core.policy import UID_MAX_DEFAULT, UID_MIN_DEFAULT, Exemptions
+from polytmpd.core.policy import UID_LAST, UID_MAX_DEFAULT, UID_MIN_DEFAULT, Exemptions
 
 SECTION: Final = "Polytmp"
 SOCKET_DIRECTORIES: Final = (".X11-unix", ".ICE-unix", ".XIM-unix", ".font-unix")
 _SEARCH: Final = ("etc", "run", "usr/lib")
 _TMP: Final = "/tmp"
-_UID_LAST: Final = 4294967294
 
 
 class Problem(str):
@@ -63,6 +65,18 @@ class _Setting:
     place: str
 
 
+@dataclass(slots=True)
+class _Assigned:
+    """What the files assign. place_of: where each setting was last. spoilt: settings that do not count."""
+
+    values: dict[str, list[str]] = field(default_factory=dict)
+    place_of: dict[str, str] = field(default_factory=dict)
+    spoilt: set[str] = field(default_factory=set)
+
+    def get(self, key: str, default: Iterable[str] = ()) -> list[str]:
+        return list(default) if key in self.spoilt else self.values.get(key, list(default))
+
+
 class _BadValueError(ValueError):
     """(what is wrong, the remedy)"""
 
@@ -70,12 +84,11 @@ class _BadValueError(ValueError):
 def load(root: Path = Path("/")) -> tuple[Config, list[Problem]]:
     """The configuration below that root directory, and the mistakes in it. Never raises."""
     problems: list[Problem] = []
-    lists: dict[str, list[str]] = {}
-    place_of: dict[str, str] = {}
+    assigned = _Assigned()
     for path in _files(root, problems):
         for setting in _settings(path, problems):
-            _collect(setting, lists, place_of, problems)
-    return _assemble(lists, place_of, _regular_uids(root / "etc/login.defs", problems), problems), problems
+            _collect(setting, assigned, problems)
+    return _assemble(root, assigned, _uid_min(root / "etc/login.defs", problems), problems), problems
 
 
 def _files(root: Path, problems: list[Problem]) -> list[Path]:
@@ -122,7 +135,7 @@ def _lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]]:
 def _read(path: Path, problems: list[Problem]) -> str | None:
     try:
         if path.is_file():
-            return path.read_bytes().decode()
+            return path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a BOM
         problems.append(
             Problem(
                 f"{path}: Not a regular file", "ignoring", "replace it with a regular file, or remove it"
@@ -175,25 +188,60 @@ def _name_in_tmp(word: str) -> str:
     return word
 
 
+def _number(word: str) -> int | None:
+    """The UID or GID that a word is; None if it is none. int() accepts more than we do."""
+    digits = word.isascii() and word.isdecimal() and len(word) <= len(str(UID_LAST))
+    return int(word) if digits and int(word) <= UID_LAST else None
+
+
 def _user(word: str) -> str:
-    # int() refuses more than 4300 digits
-    too_large = word.isdecimal() and (len(word) > len(str(_UID_LAST)) or int(word) > _UID_LAST)
-    if ":" in word or "/" in word or too_large:
-        raise _BadValueError(f"{word!r} is neither a user name nor a UID", "correct it, or remove it")
+    if word.startswith("@"):
+        return f"@{_group(word)}"
+    return _name(word, "neither a user name nor a UID")
+
+
+def _group(word: str) -> str:
+    return _name(word.removeprefix("@"), "neither a group name nor a GID")
+
+
+def _name(word: str, what: str) -> str:
+    number = _number(word)
+    if number is not None:
+        return str(number)
+    if not word or word.isdecimal() or word[0] in "@-" or re.search(r"[:/,\0-\x1f]", word):
+        raise _BadValueError(f"{word!r} is {what}", "correct it, or remove it")
     return word
+
+
+def _range(word: str) -> str:
+    match = re.fullmatch(r"([0-9]+)(-([0-9]*))?", word, re.ASCII)
+    if not match:
+        raise _BadValueError(f"{word!r} is not a range of UIDs", "write 1000-60000, 200000- or 1500")
+    first = _number(match[1])
+    last = first if match[2] is None else _number(match[3]) if match[3] else UID_LAST
+    if not first or last is None or last < first:
+        remedy = f"write two UIDs of 1 to {UID_LAST}, the lower one first"
+        raise _BadValueError(f"{word!r} is not a range of UIDs", remedy)
+    return f"{first}-{last}"
 
 
 _KEYS: Final[dict[str, Callable[[str], str]]] = {
     "Directories": _absolute,
     "PersistentDirectories": _absolute,
+    "UncheckedDirectories": _absolute,
     "SharedPaths": _name_in_tmp,
+    "RegularUIDs": _range,
     "ExemptUsers": _user,
+    "ExemptGroups": _group,
+    "OnlyGroups": _group,
 }
 
 
-def _collect(
-    setting: _Setting, lists: dict[str, list[str]], place_of: dict[str, str], problems: list[Problem]
-) -> None:
+_WHOLE_OR_NOT: Final = {"RegularUIDs", "OnlyGroups"}
+"""Settings that exempt those whom they do not name. Without one word of them, more users would be exempt."""
+
+
+def _collect(setting: _Setting, assigned: _Assigned, problems: list[Problem]) -> None:
     """Add an assignment to the lists.
 
     The first one for a setting replaces the default, later ones append, an empty one clears the list.
@@ -203,84 +251,194 @@ def _collect(
         remedy = f"the settings are {', '.join(f'{key}=' for key in _KEYS)}"
         problems.append(Problem(f"{setting.place}: Unknown setting {setting.key}=", "ignoring", remedy))
         return
-    place_of[setting.key] = setting.place
-    values = lists.setdefault(setting.key, [])
+    assigned.place_of[setting.key] = setting.place
+    values = assigned.values.setdefault(setting.key, [])
     if not setting.value:
         values.clear()
-    for word in setting.value.split():
+    try:
+        words = _words(setting)
+    except _BadValueError as error:
+        _complain(error, setting, assigned, problems)
+        return
+    for word in words:
         try:
             value = check(word)
         except _BadValueError as error:
-            what, remedy = error.args
-            problems.append(Problem(f"{setting.place}: {setting.key}=: {what}", "ignoring", remedy))
+            _complain(error, setting, assigned, problems)
             continue
         if value not in values:
             values.append(value)
 
 
-def _assemble(
-    lists: dict[str, list[str]], place_of: dict[str, str], uids: tuple[int, int], problems: list[Problem]
-) -> Config:
+def _complain(
+    error: _BadValueError, setting: _Setting, assigned: _Assigned, problems: list[Problem]
+) -> None:
+    what, remedy = error.args
+    instead = "ignoring"
+    if setting.key in _WHOLE_OR_NOT:
+        assigned.spoilt.add(setting.key)
+        instead = "ignoring the setting"
+    problems.append(Problem(f"{setting.place}: {setting.key}=: {what}", instead, remedy))
+
+
+def _words(setting: _Setting) -> list[str]:
+    """The words of a value; _BadValueError. Quotes keep blanks together, see systemd.syntax(7).
+
+    A backslash stands for itself, as in DOM\\user: unlike in unit files, no name here needs an escape.
+    """
+    if not re.fullmatch(r"""(?:[^"']|"[^"]*"|'[^']*')*""", setting.value):
+        raise _BadValueError(f"Unbalanced quotes in {setting.value!r}", "close the quotes")
+    words = re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", setting.value)
+    parts = (re.findall(r"""([^"']+)|"([^"]*)"|'([^']*)'""", word) for word in words)
+    return ["".join(map("".join, part)) for part in parts]
+
+
+def _assemble(root: Path, assigned: _Assigned, uid_min: int, problems: list[Problem]) -> Config:
     default = Config()
-    paths = lists.get("Directories", [directory.path for directory in default.directories])
-    if not paths:
-        what = f"{place_of['Directories']}: Directories= names no directory"
-        remedy = "name at least one, or disable polytmpd.service"
-        problems.append(Problem(what, "using the default", remedy))
-        paths = [directory.path for directory in default.directories]
-    nested = [path for path in paths if any(path.startswith(other + "/") for other in paths)]
-    for path in nested:
-        what = f"{place_of['Directories']}: Directories=: {path} is inside another directory of the list"
-        problems.append(Problem(what, "ignoring", "remove one of the two"))
-    paths = [path for path in paths if path not in nested]
-    persistent = lists.get("PersistentDirectories", ["/var/tmp"])
-    for path in persistent:
-        if "PersistentDirectories" in place_of and path not in paths:
-            what = (
-                f"{place_of['PersistentDirectories']}: PersistentDirectories=: {path} is not in Directories="
-            )
-            problems.append(Problem(what, "ignoring", "add it there, too"))
-    shared = tuple(lists.get("SharedPaths", SOCKET_DIRECTORIES))
+    listed = paths = assigned.get("Directories", default.paths)
+    unchecked = assigned.get("UncheckedDirectories")
+    if place := assigned.place_of.get("Directories"):
+        paths = _usable(root, listed, unchecked, place, problems)
+        if not paths:
+            what = f"{place}: Directories= names no directory"
+            remedy = "name at least one, or disable polytmpd.service"
+            problems.append(Problem(what, "using the default", remedy))
+            paths = list(default.paths)
+    for key in ("PersistentDirectories", "UncheckedDirectories"):
+        for path in assigned.get(key):
+            if path not in (listed or paths):
+                what = f"{assigned.place_of[key]}: {key}=: {path} is not in Directories="
+                problems.append(Problem(what, "ignoring", "add it there, too"))
+    persistent = assigned.get("PersistentDirectories", ("/var/tmp",))
+    shared = tuple(assigned.get("SharedPaths", SOCKET_DIRECTORIES))
     return Config(
         tuple(
             Directory(
                 path,
                 Lifetime.PERSISTENT if path in persistent else Lifetime.INSTANCE,
                 shared if path == _TMP else (),
+                path not in (*unchecked, *default.paths),
             )
             for path in paths
         ),
-        Exemptions(*uids, frozenset(lists.get("ExemptUsers", []))),
+        _exemptions(assigned, uid_min),
     )
 
 
-def _regular_uids(path: Path, problems: list[Problem]) -> tuple[int, int]:
-    """UID_MIN and UID_MAX of login.defs(5), or its defaults if they are missing or invalid."""
-    found = {"UID_MIN": UID_MIN_DEFAULT, "UID_MAX": UID_MAX_DEFAULT}
-    default = dict(found)
+def _exemptions(assigned: _Assigned, uid_min: int) -> Exemptions:
+    users = assigned.get("ExemptUsers")
+    groups = [user[1:] for user in users if user.startswith("@")]
+    ranges = [word.split("-") for word in assigned.get("RegularUIDs")]
+    return Exemptions(
+        uid_min,
+        frozenset(user for user in users if not user.startswith("@")),
+        tuple((int(first), int(last)) for first, last in ranges),
+        frozenset((*assigned.get("ExemptGroups"), *groups)),
+        frozenset(assigned.get("OnlyGroups")),
+    )
+
+
+def _usable(
+    root: Path, paths: list[str], unchecked: list[str], place: str, problems: list[Problem]
+) -> list[str]:
+    """The directories without those that would break the system, and each once. Follows symbolic links."""
+    real = {path: _real(root, path) for path in paths}
+    objections = {path: _objection(path, real[path], checked=path not in unchecked) for path in paths}
+    found: list[str] = []
+    for path in paths:
+        place_on_disk = real[path]
+        same = [other for other in found if real[other] == place_on_disk]
+        outer = [
+            other for other in paths if not objections[other] and place_on_disk.startswith(f"{real[other]}/")
+        ]
+        if objections[path]:
+            what, remedy = objections[path]
+        elif same:
+            what, remedy = f"is the same directory as {same[0]}", "remove one of the two"
+        elif outer:
+            what, remedy = "is inside another directory of the list", "remove one of the two"
+        else:
+            found.append(path)
+            continue
+        shown = path if path == place_on_disk else f"{path}, a link to {place_on_disk},"
+        problems.append(Problem(f"{place}: Directories=: {shown} {what}", "ignoring", remedy))
+    return found
+
+
+def _objection(path: str, real: str, *, checked: bool) -> tuple[str, ...]:
+    """(what is wrong with a private directory of that real path, the remedy); empty if nothing is."""
+    if places.is_kernels(real):
+        return "is not a place for files of users", "remove it from the list"
+    if checked and places.is_systems(real):
+        what = "is a directory of the system, not one for temporary files"
+        return what, f"remove it; if you mean it, add UncheckedDirectories={path}"
+    return ()
+
+
+def unfit(directories: Iterable[Directory], root: Path = Path("/")) -> list[Problem]:
+    """The directories in which no instance can be made now. Blocks.
+
+    At start they stay in the list, and make logins fail, which is noticed: a file system may come later.
+    """
+    found = []
+    for directory in directories:
+        path = directory.path
+        try:
+            mode = (root / path[1:]).stat().st_mode
+        except OSError:
+            mode = 0
+        if not stat.S_ISDIR(mode):
+            found.append(
+                Problem(f"Directories=: {path} is not a directory", remedy="create it or name another one")
+            )
+        elif directory.must_be_sticky and not mode & stat.S_ISVTX:
+            remedy = f"chmod +t {path}; if it is meant to be private as it is, UncheckedDirectories={path}"
+            what = f"Directories=: {path} is not for temporary files, as it is not sticky"
+            found.append(Problem(what, remedy=remedy))
+    return found
+
+
+def _real(root: Path, path: str) -> str:
+    real, top = os.path.realpath(f"{root}/{path[1:]}"), os.path.realpath(root)
+    return real if top == "/" or not real.startswith(f"{top}/") else real.removeprefix(top)
+
+
+def _uid_min(path: Path, problems: list[Problem]) -> int:
+    """UID_MIN of login.defs(5), or its default if it is missing, invalid or above UID_MAX.
+
+    pam_polytmp has the same rule. UID_MAX decides nothing else: no directory service keeps to it.
+    """
+    default = {"UID_MIN": UID_MIN_DEFAULT, "UID_MAX": UID_MAX_DEFAULT}
+    found = dict(default)
     try:
         text = path.read_text(errors="replace")
     except FileNotFoundError:
-        return default["UID_MIN"], default["UID_MAX"]
+        return UID_MIN_DEFAULT
     except OSError as error:
-        instead = f"using UID_MIN {default['UID_MIN']} and UID_MAX {default['UID_MAX']}"
-        problems.append(Problem(f"{path}: Failed to read: {error.strerror}", instead))
-        return default["UID_MIN"], default["UID_MAX"]
+        problems.append(
+            Problem(f"{path}: Failed to read: {error.strerror}", f"using UID_MIN {UID_MIN_DEFAULT}")
+        )
+        return UID_MIN_DEFAULT
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split()
         if len(words) < 2 or words[0] not in found:
             continue
-        try:
-            value = int(words[1], 0)
-        except ValueError:
-            value = -1
-        if 0 < value <= _UID_LAST:
+        value = _c_number(words[1])
+        if 0 < value <= UID_LAST:
             found[words[0]] = value
         else:
             what = f"{path}:{number}: {words[0]} {words[1]!r} is not a valid UID"
             problems.append(Problem(what, f"using {default[words[0]]}"))
     if found["UID_MIN"] > found["UID_MAX"]:
-        instead = f"using {default['UID_MIN']} and {default['UID_MAX']}"
-        problems.append(Problem(f"{path}: UID_MIN is greater than UID_MAX", instead))
-        found = default
-    return found["UID_MIN"], found["UID_MAX"]
+        what = f"{path}: UID_MIN is greater than UID_MAX"
+        problems.append(Problem(what, f"using UID_MIN {UID_MIN_DEFAULT}"))
+        return UID_MIN_DEFAULT
+    return found["UID_MIN"]
+
+
+def _c_number(word: str) -> int:
+    """As strtoul(3) reads it, which shadow and pam_polytmp use; 0 for anything else."""
+    for pattern, base in (("0[xX]([0-9a-fA-F]{1,8})", 16), ("0([0-7]{1,11})", 8), ("([1-9][0-9]{0,9})", 10)):
+        if match := re.fullmatch(pattern, word, re.ASCII):
+            return int(match[1], base)
+    return 0

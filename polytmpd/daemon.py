@@ -7,14 +7,14 @@ and answers to questions (questions).
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
+from polytmpd.admission import Admission
 from polytmpd.blocking import accounts, instances
-from polytmpd.config import Config, Problem
+from polytmpd.config import Config, Problem, unfit
 from polytmpd.core.lifecycle import Action, Event, Standing, advance, visible_state
 from polytmpd.core.model import Instance, InstanceDirectory, State, View
 from polytmpd.core.policy import Claims
@@ -88,12 +88,14 @@ class Daemon:
         load_config: Callable[[], tuple[Config, list[Problem]]],
         executor: Executor,
         presence: Presence,
+        admission: Admission,
         views: Views,
     ) -> None:
         self._config = config
         self._load_config = load_config
         self._executor = executor
         self._presence = presence
+        self._admission = admission
         self._views = views
         self._records: dict[int, _Record] = {}
         self._tasks = Tasks()
@@ -119,6 +121,7 @@ class Daemon:
     async def stop(self) -> None:
         """Begin nothing new, and cancel what is unfinished. Instances stay."""
         await self._presence.close()
+        await self._admission.close()
         await self._tasks.close()
         await self._executor.close()
 
@@ -152,12 +155,13 @@ class Daemon:
 
         Raises PolytmpError.
         """
+        if not self._admission.must_ask(uid) and (reason := self._admission.reason_at_once(uid)):
+            raise ExemptError(reason)
         record = self._records.get(uid)
-        self._require_regular(uid, record.user if record else None)
-        if record is None:
-            user = await self._name_of(uid)
-            self._require_regular(uid, user)
-            record = self._record(uid, user)
+        user = record.user if record else await self._name_of(uid)
+        if reason := await self._admission.reason(uid, user):
+            raise ExemptError(reason)
+        record = self._record(uid, user)
         look = self._presence.look(uid)
         future: asyncio.Future[Descriptor] = asyncio.get_running_loop().create_future()
         record.waiting.append(future)
@@ -170,22 +174,14 @@ class Daemon:
     async def reload(self) -> None:
         """Read the configuration again, for new instances. Raises PolytmpError, and then changes nothing."""
         config, problems = await asyncio.to_thread(self._load_config)
-        # At start, such a directory makes logins fail, which is noticed. Here the old setting remains in
-        # force.
-        problems += [
-            Problem(
-                f"Directories=: {directory.path} is not a directory", remedy="create it or name another one"
-            )
-            for directory in config.directories
-            if not await asyncio.to_thread(os.path.isdir, directory.path)
-        ]
+        problems += await asyncio.to_thread(unfit, config.directories)
         if problems:
             for problem in problems:
                 log.error("%s", problem.fault, extra=fields(MessageId.BAD_CONFIG))
             faults = "; ".join(problem.fault for problem in problems)
             raise InvalidArgsError(f"nothing was changed: {faults}")
         self._config = config
-        self._presence.exemptions = config.exemptions
+        self._admission.replace(config.exemptions)
         await self._executor.tell_age_cleaner(config.directories)
         log.info("Configuration reloaded; existing instances stay as they are")
         self._views.show_directories(config.paths)
@@ -347,10 +343,6 @@ class Daemon:
     def _publish(self, record: _Record) -> None:
         view = record.view(logind_answered=self._presence.logind_answered)
         self._views.show(view)
-
-    def _require_regular(self, uid: int, user: str | None) -> None:
-        if reason := self._config.exemptions.reason(uid, user):
-            raise ExemptError(reason)
 
     async def _name_of(self, uid: int) -> str:
         try:

@@ -28,6 +28,7 @@ class MessageId(StrEnum):
     FORMER_USER = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e06"
     DEVICE_GONE = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e07"
     DIRECTORY_LOST = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e08"
+    EXEMPT = "5f3b8c1d6c0a4f0db58c2e6a9d7b1e09"
 
 
 def fields(

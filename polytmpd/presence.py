@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from polytmpd.admission import Admission
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.logind import Logind, Session, User
 from polytmpd.bus.systemd1 import Systemd
-from polytmpd.core.policy import Claims, Exemptions
+from polytmpd.core.policy import Claims
+from polytmpd.errors import PolytmpError
 from polytmpd.slices import Slices
 from polytmpd.tasks import Tasks
 
@@ -34,9 +36,13 @@ class Follower(Protocol):
 
 @dataclass(slots=True)
 class _Person:
-    """What is known about one user."""
+    """What is known of one user.
+
+    followed: whether the followers hear of it. Not before it is known that the user gets an instance.
+    """
 
     user: str
+    followed: bool = True
     claims: Claims = field(default_factory=Claims)
     control_group: str = ""
 
@@ -44,15 +50,14 @@ class _Person:
 class Presence:
     """The claims and the control group of every regular user, kept up to date from logind and systemd."""
 
-    def __init__(self, logind: Logind, systemd: Systemd, slices: Slices, exemptions: Exemptions) -> None:
+    def __init__(self, logind: Logind, systemd: Systemd, slices: Slices, admission: Admission) -> None:
         """logind, systemd and slices belong to this object from now on."""
-        self.exemptions = exemptions
-        """Who is not followed. A reload of the configuration replaces it."""
         self.logind_answered = False
         """Whether logind has said who is logged in. Until then, nothing says that a user has left."""
         self._logind = logind
         self._systemd = systemd
         self._slices = slices
+        self._admission = admission
         self._followers: list[Follower] = []
         self._people: dict[int, _Person] = {}
         self._tasks = Tasks()
@@ -80,8 +85,11 @@ class Presence:
         self._slices.close()
 
     def watch(self, uid: int, user: str) -> None:
-        """Follow a user whom neither logind nor systemd has reported."""
-        self._people.setdefault(uid, _Person(user))
+        """Follow a user who gets an instance, whether logind has reported them or not."""
+        person = self._people.setdefault(uid, _Person(user))
+        if not person.followed:
+            person.followed = True
+            self._change(uid, person.claims)
 
     def forget(self, uid: int) -> None:
         """Stop following the user, until logind reports them again."""
@@ -150,14 +158,39 @@ class Presence:
     # Within
 
     def _claim(self, user: User, change: Callable[[Claims], Claims]) -> None:
-        if self.exemptions.reason(user.uid, user.name) is not None:
+        if self._admission.must_ask(user.uid, user.name):
+            # The claims are kept meanwhile: what ends before the answer is over then.
+            person = self._people.setdefault(user.uid, _Person(user.name, followed=False))
+            if not person.followed:
+                self._tasks.start(self._follow_if_regular(user))
+        elif self._admission.reason_at_once(user.uid, user.name) is not None:
             return
-        self.watch(user.uid, user.name)
+        else:
+            self.watch(user.uid, user.name)
         self._change(user.uid, change(self._people[user.uid].claims))
+
+    async def _follow_if_regular(self, user: User) -> None:
+        try:
+            reason = await self._admission.reason(user.uid, user.name)
+        except PolytmpError as error:
+            # Their login asks again, and is refused if there is no answer then.
+            log.warning("Cannot yet determine whether user %s is exempt: %s", user.name, error)
+            return
+        person = self._people.get(user.uid)
+        if person is None or person.followed:
+            return
+        if reason is None:
+            self.watch(user.uid, user.name)
+        else:
+            del self._people[user.uid]
 
     def _change(self, uid: int, claims: Claims) -> None:
         person = self._people[uid]
         person.claims = claims
+        if not person.followed:
+            if not claims.claimed:
+                del self._people[uid]
+            return
         for follower in self._followers:
             follower.claims_changed(uid, person.user, claims)
 
@@ -210,8 +243,8 @@ class Presence:
         for uid in set(before) - {user.uid for user in users}:
             if uid in self._people and self._people[uid].claims.sessions <= before[uid]:
                 self.user_removed(uid)
-        for uid in list(self._people):
-            self._change(uid, self._people[uid].claims)
+        for uid, person in list(self._people.items()):
+            self._change(uid, person.claims)
         return True
 
     async def _look_at_session(self, session_id: str) -> None:
@@ -231,7 +264,7 @@ class Presence:
             group = f"/user.slice/user-{uid}.slice"  # see user@.service(5); it is queried again later
             log.warning("Failed to query the slice of UID %d, assuming %s: %s", uid, group, error)
         person = self._people.get(uid)
-        if person is None:
+        if person is None or not person.followed:
             return
         if group and group != person.control_group:
             person.control_group = group

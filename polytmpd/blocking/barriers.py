@@ -48,6 +48,15 @@ def open_base(base_fd: int, fds: ExitStack) -> Descriptor:
     return base
 
 
+def require_sticky(base_fd: int) -> None:
+    """Raises OSError: PermissionError for a directory that is not one for temporary files."""
+    where = path_of(base_fd)
+    with naming(where):
+        if not os.fstat(base_fd).st_mode & stat.S_ISVTX:
+            what = "not sticky, so not for temporary files: chmod +t it, or name it in UncheckedDirectories="
+            raise PermissionError(errno.EPERM, what, where)
+
+
 def open_barrier(base: int, name: str, fds: ExitStack) -> Descriptor:
     """Open a barrier for reading; `fds` closes the descriptor.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from polytmpd.blocking import accounts, deletion, recovery, shared, storage
+from polytmpd.blocking import accounts, barriers, deletion, recovery, shared, storage
 from polytmpd.core import names
 from polytmpd.core.model import (
     Directory,
@@ -51,6 +51,8 @@ def prepare(
     try:
         for directory in effective(directories):
             with host.open_directory(directory.path) as base:
+                if directory.must_be_sticky:
+                    barriers.require_sticky(base)
                 entry = InstanceDirectory(
                     replace(directory, shared=_shareable(base, directory)),
                     _new_barrier(directory.lifetime, boot_id, uid),

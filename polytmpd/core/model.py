@@ -30,11 +30,15 @@ class Lifetime(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """A polyinstantiated directory. shared: names in it that stay the host's own in every instance."""
+    """A polyinstantiated directory. shared: names in it that stay the host's own in every instance.
+
+    must_be_sticky: no instance is made in it unless it is sticky, as directories for temporary files are.
+    """
 
     path: str
     lifetime: Lifetime
     shared: tuple[str, ...] = ()
+    must_be_sticky: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,35 +1,139 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who gets an instance, and what says that a user is here.
 
-Not here: where the facts come from (login.defs, logind, cgroup.events).
+Not here: where the facts come from (login.defs, the user database, logind, cgroup.events).
 """
 
 from dataclasses import dataclass, field, replace
+from enum import Flag, auto
 from typing import Final
 
 UID_MIN_DEFAULT: Final = 1000
 UID_MAX_DEFAULT: Final = 60000
-"""What login.defs(5) documents as the range of regular users."""
+"""What login.defs(5) documents as the range of useradd(8)."""
+UID_LAST: Final = 4294967294
+REGULAR_LAST: Final = 60000
+"""Up to here a number from UID_MIN on is a regular user's, and nobody is asked."""
+NOT_REGULAR: Final = (
+    (60578, 60705, "a display manager's greeter"),
+    (61184, 65519, "a dynamic or system user"),
+    (65534, 65535, "nobody"),
+    (2147352576, 2147418111, "a foreign user of disk images"),
+    (2147483647, 4294967295, "reserved"),
+)
+"""Ranges that are no regular user's, by systemd's table: https://systemd.io/UIDS-GIDS/. pam/regular.h has
+the same. In the second one, Debian also has static system users (slurm 64030, libvirt-qemu 64055).
+"""
+NOBODY: Final = (65534, 65535, 4294967295)
+"""nobody, and the UIDs that stand for none in 16 and 32 bits."""
+BEYOND: Final = 2147352576
+"""From here on, no UID is meant for people. Who has one is a mistake, not a system user."""
+CONTAINERS: Final = (524288, 1879048191)
+"""Ranges of containers' UIDs. SSSD, IPA and winbind use them for people, who have a record then."""
+
+
+class Need(Flag):
+    """What has to be asked to decide about a user."""
+
+    NOTHING = 0
+    RECORD = auto()
+    GROUPS = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the user database says of a user. The defaults stand for: not asked, or no answer.
+
+    disposition: as the JSON user record declares it, see https://systemd.io/USER_RECORD/.
+    dynamic: systemd has allocated the UID for a unit with DynamicUser=.
+    member_of, unknown: of the groups that the settings name, those that the user is in, and those that the
+    user database does not know now.
+    """
+
+    disposition: str | None = None
+    dynamic: bool = False
+    member_of: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset()
+
+
+NOTHING_ASKED: Final = Facts()
 
 
 @dataclass(frozen=True, slots=True)
 class Exemptions:
-    """Who gets no instance: UIDs outside UID_MIN..UID_MAX, see login.defs(5), and users that are named."""
+    """Who is a regular user, and which of them an administrator exempts.
+
+    regular: ranges of UIDs that replace the rule. users: names and UIDs. exempt_groups, only_groups: names
+    and GIDs; if only_groups is not empty, it exempts those who are in none of them.
+    """
 
     uid_min: int = UID_MIN_DEFAULT
-    uid_max: int = UID_MAX_DEFAULT
     users: frozenset[str] = field(default_factory=frozenset)
+    regular: tuple[tuple[int, int], ...] = ()
+    exempt_groups: frozenset[str] = field(default_factory=frozenset)
+    only_groups: frozenset[str] = field(default_factory=frozenset)
 
-    def reason(self, uid: int, name: str | None = None) -> str | None:
-        """Why the user is exempt; None if they get an instance. Root is exempt whatever the range."""
+    @property
+    def groups(self) -> frozenset[str]:
+        """The groups whose members matter."""
+        return self.exempt_groups | self.only_groups
+
+    def need(self, uid: int, name: str | None = None) -> Need:
+        """What reason() has to know. NOTHING for an ordinary login, if no setting names a group."""
+        by_record = not self.regular and uid > REGULAR_LAST and uid not in NOBODY
+        by_number = not by_record and self._by_number(uid, known=True)
+        if by_number or self._by_name(uid, name):
+            return Need.NOTHING
+        return (Need.RECORD if by_record else Need.NOTHING) | (Need.GROUPS if self.groups else Need.NOTHING)
+
+    def reason(self, uid: int, name: str | None = None, facts: Facts = NOTHING_ASKED) -> str | None:
+        """Why the user is exempt, or None: they get an instance. Root is exempt whatever the settings say.
+
+        name: None if the user database does not know the UID, or was not asked.
+        facts: what need() names. A group that is not known exempts nobody.
+        """
+        if because := self._by_name(uid, name):
+            return because
+        if facts.disposition is not None and not self.regular and uid not in NOBODY:
+            if facts.disposition != "regular":
+                return f"the user record of UID {uid} has the disposition {facts.disposition}"
+        elif because := self._by_number(uid, known=name is not None):
+            return because
+        elif facts.dynamic and not self.regular:
+            return f"UID {uid} is that of a dynamic user"
+        if found := sorted(facts.member_of & self.exempt_groups):
+            return f"group {found[0]} is exempt"
+        if self.only_groups and not (facts.member_of | facts.unknown) & self.only_groups:
+            return "not in a group of OnlyGroups="
+        return None
+
+    def names(self, uid: int, name: str | None) -> bool:
+        """Whether ExemptUsers= names the user."""
+        return name in self.users or str(uid) in self.users
+
+    def _by_name(self, uid: int, name: str | None) -> str | None:
         if uid == 0:
             return "root is never moved"
-        if not self.uid_min <= uid <= self.uid_max:
-            return f"UID {uid} is not in {self.uid_min}..{self.uid_max}, the UIDs of regular users"
         if name is not None and name in self.users:
             return f"user {name} is named in ExemptUsers="
         if str(uid) in self.users:
             return f"UID {uid} is named in ExemptUsers="
+        return None
+
+    def _by_number(self, uid: int, *, known: bool) -> str | None:
+        if uid in NOBODY:
+            return f"UID {uid} is nobody's"
+        if self.regular:
+            if any(first <= uid <= last for first, last in self.regular):
+                return None
+            return f"UID {uid} is not in RegularUIDs="
+        if uid < self.uid_min:
+            return f"UID {uid} is below UID_MIN {self.uid_min}, that of a system user"
+        for first, last, whose in NOT_REGULAR:
+            if first <= uid <= last:
+                return f"UID {uid} is in {first}..{last} ({whose})"
+        if not known and CONTAINERS[0] <= uid <= CONTAINERS[1]:
+            return f"UID {uid} is a container's: no user has it"
         return None
 
 

@@ -117,10 +117,12 @@ async def _all(context: Context) -> AsyncIterator[Result]:
             entry.session.user.uid: entry.session.user.name
             for entry in await logind.list_sessions(context.connection)
         }
-    people = regular.people(_ROOT, wanted)
+    people: list[Person] = []
+    with contextlib.suppress(TimeoutError):  # settings.exempt_users() reports it
+        people = users.in_time(lambda: regular.people(_ROOT, wanted))
     for result in settings.judge(_ROOT, wanted, problems, in_force):
         yield result
-    yield settings.users_above(_ROOT, wanted, here, listed)
+    yield settings.exempt_users(_ROOT, wanted, here, listed)
     for result in _everybody(people):
         yield result
     for result in host.kernel():
@@ -215,7 +217,8 @@ def _everybody(people: Sequence[Person]) -> Iterator[Result]:
         names = ", ".join(output.clean(person.name) for person in exempt[:_NAMED_AT_MOST])
         text = f"no user in /etc/passwd gets private directories ({names}): {output.clean(exempt[0].exempt)}"
         remedy = (
-            f"correct ExemptUsers= in polytmpd.conf, or UID_MIN and UID_MAX in login.defs; then: {_RELOAD}"
+            "correct RegularUIDs=, ExemptUsers=, ExemptGroups= and OnlyGroups= in polytmpd.conf, "
+            f"or UID_MIN in login.defs; then: {_RELOAD}"
         )
         yield Result("settings", "/etc/passwd", "fail", text, remedy)
     elif people:
@@ -250,7 +253,7 @@ async def _probe(
     if context.options.probe:
         uid = users.uid_of(context.options.probe)
         name = users.name_of(uid)
-        user = Person(uid, name, wanted.exemptions.reason(uid, name) or "")
+        user = Person(uid, name, users.exempt_reason(wanted.exemptions, uid, name) or "")
     elif regulars := [person for person in people if not person.exempt]:
         user = regulars[0]
     else:
@@ -281,8 +284,6 @@ async def _logged_in(
                 continue
             try:
                 uid = entry.stat().st_uid
-                if not (uid in listed or wanted.exemptions.reason(uid) is None):
-                    continue
                 if units.namespace(entry.name) == host_namespace:
                     shared.setdefault(uid, []).append(_named(entry.name))
             except OSError:
@@ -294,7 +295,7 @@ async def _logged_in(
     shared = {
         uid: names
         for uid, names in shared.items()
-        if uid in listed or wanted.exemptions.reason(uid, users_of[uid]) is None
+        if uid in listed or users.exempt_reason(wanted.exemptions, uid, users_of[uid]) is None
     }
     for uid, names in sorted(shared.items()):
         more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""

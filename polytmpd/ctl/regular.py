@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Final
 
 from polytmpd.config import Config
+from polytmpd.core import policy
+from polytmpd.ctl import users
 
 _FIRST: Final = 1000
-_NOBODY: Final = 65534
+"""Where people start, whatever login.defs says: one who is not regular for that reason is worth a word."""
 _NO_SHELLS: Final = ("nologin", "false", "sync", "shutdown", "halt")
 
 
@@ -27,14 +29,19 @@ class Person:
 
 
 def people(root: Path, config: Config) -> list[Person]:
-    """The users who may log in, by UID: those from 1000 on that have a login shell."""
-    found = {
-        uid: Person(uid, name, config.exemptions.reason(uid, name) or "") for uid, name in _passwd(root)
-    }
-    return [found[uid] for uid in sorted(found)]
+    """The users who may log in, by UID: those from 1000 or UID_MIN on that have a login shell.
+
+    Asks the user database about groups and records if the settings need them.
+    """
+    exemptions = config.exemptions
+    names = dict(_passwd(root, min(_FIRST, exemptions.uid_min)))
+    return [
+        Person(uid, name, users.exempt_reason(exemptions, uid, name) or "")
+        for uid, name in sorted(names.items())
+    ]
 
 
-def _passwd(root: Path) -> Iterator[tuple[int, str]]:
+def _passwd(root: Path, first: int) -> Iterator[tuple[int, str]]:
     try:
         text = (root / "etc/passwd").read_text(errors="replace")
     except OSError:
@@ -44,5 +51,5 @@ def _passwd(root: Path) -> Iterator[tuple[int, str]]:
         if len(fields) != 7 or not fields[2].isdecimal() or not fields[2].isascii():
             continue
         uid, shell = int(fields[2]), fields[6].rpartition("/")[2]
-        if uid >= _FIRST and uid != _NOBODY and shell not in _NO_SHELLS:
+        if uid >= first and uid not in policy.NOBODY and shell not in _NO_SHELLS:
             yield uid, fields[0]

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What check finds in polytmpd.conf(5) and login.defs(5): ignored settings, and users who are not regular.
+"""What check finds in polytmpd.conf(5): ignored settings, and who keeps the host's directories.
 
 It reads them as the daemon does, so it works while the daemon is down.
 Not here: whether the directories are fit to be private (host.py).
 """
 
-import pwd
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from polytmpd.config import Config
+from polytmpd import userdb
+from polytmpd.config import Config, unfit
+from polytmpd.core import policy
+from polytmpd.ctl import users
 from polytmpd.ctl.host import Result
 from polytmpd.ctl.output import clean, count
 
 _CONFIGURATION: Final = "polytmpd.conf"
 _RELOAD: Final = "systemctl reload polytmpd.service"
-_NOBODY: Final = 65534
+_EXEMPT: Final = "exempt users"
 _NAMED_AT_MOST: Final = 5
 
 
@@ -31,65 +33,65 @@ def judge(
         place, _, what = problem.partition(": ")
         name = f"/{Path(place).relative_to(root)}"
         yield Result("settings", name, "warn", clean(what), f"correct it, then: {_RELOAD}")
-    unknown = sorted(clean(name) for name in config.exemptions.users if not _is_user(name))
-    if unknown:
-        text = f"ExemptUsers= names unknown users: {', '.join(unknown)}"
-        yield Result(
-            "settings", _CONFIGURATION, "warn", text, f"correct or remove the names, then: {_RELOAD}"
-        )
+    faults = list(_in_time(lambda: _faults(root, config), _CONFIGURATION))
+    yield from faults
     if in_force is not None and set(in_force) != set(wanted):
         text = f"not in force: polytmpd uses Directories={' '.join(sorted(in_force))}"
         missing = [path for path in wanted if not (root / path.lstrip("/")).is_dir()]
         remedy = f"create {', '.join(missing)}, which a reload requires, then: {_RELOAD}"
         yield Result("settings", _CONFIGURATION, "warn", text, remedy if missing else _RELOAD)
-    elif not problems and not unknown:
+    elif not problems and not faults:
         yield Result("settings", _CONFIGURATION, "pass", f"private to each user: {' '.join(wanted)}")
 
 
-def users_above(root: Path, config: Config, others: dict[int, str], listed: Collection[int]) -> Result:
-    """others: users logged in now, also from a directory service. listed: the UIDs that have an instance."""
-    exempt = config.exemptions
-    meant = {str(_NOBODY), *exempt.users}
-    users = {
-        uid: name
-        for uid, name in {**_passwd(root), **others}.items()
-        if uid > exempt.uid_max and uid not in listed and meant.isdisjoint({name, str(uid)})
-    }
-    if not users:
-        text = f"regular users have UIDs {exempt.uid_min} to {exempt.uid_max}"
-        return Result("settings", "login.defs", "pass", text)
-    above = sorted(users)
-    names = ", ".join(f"{clean(users[uid])} ({uid})" for uid in above[:_NAMED_AT_MOST])
-    more = f" and {len(above) - _NAMED_AT_MOST} more" if len(above) > _NAMED_AT_MOST else ""
-    return Result(
-        "settings",
-        "login.defs",
-        "warn",
-        f"{count(len(above), 'user')} above UID_MAX {exempt.uid_max} without private directories: "
-        f"{names}{more}",
-        f"unless this is intended, set UID_MAX {above[-1]} in /etc/login.defs, then: {_RELOAD}",
-    )
+def _faults(root: Path, config: Config) -> Iterator[Result]:
+    for setting, what, words in userdb.unmatched(config.exemptions):
+        text = f"{setting}= names unknown {what}s: {', '.join(map(clean, words))}"
+        remedy = f"correct or remove the names, then: {_RELOAD}"
+        yield Result("settings", _CONFIGURATION, "warn", text, remedy)
+    there = [entry for entry in config.directories if (root / entry.path[1:]).is_dir()]
+    for problem in unfit(there, root):
+        what, _, remedy = problem.partition("; ")
+        yield Result("settings", _CONFIGURATION, "fail", f"logins are refused: {clean(what)}", remedy)
 
 
-def _is_user(name: str) -> bool:
-    if name.isdecimal():
-        return True
-    try:
-        pwd.getpwnam(name)
-    except (KeyError, ValueError):
-        return False
-    return True
+def exempt_users(root: Path, config: Config, others: dict[int, str], listed: Collection[int]) -> Result:
+    """Who keeps the host's directories, and why.
+
+    others: users logged in now, also from a directory service. listed: the UIDs that have an instance.
+    """
+    return _in_time(lambda: [_exempt_users(root, config, others, listed)], _EXEMPT)[0]
 
 
-def _passwd(root: Path) -> dict[int, str]:
-    """The users in the file alone: listing a directory service may take minutes, and most forbid it."""
+def _exempt_users(root: Path, config: Config, others: dict[int, str], listed: Collection[int]) -> Result:
+    exemptions = config.exemptions
     found: dict[int, str] = {}
+    unmeant: list[int] = []
+    names = {**userdb.local_users(root), **others}
+    for uid, name in sorted(names.items()):
+        if uid < exemptions.uid_min or uid in policy.NOBODY or uid in listed:
+            continue
+        if reason := users.exempt_reason(exemptions, uid, name):
+            found[uid] = reason
+            if uid >= policy.BEYOND and not exemptions.regular and not exemptions.names(uid, name):
+                unmeant.append(uid)
+    system = sum(0 < uid < exemptions.uid_min or uid in policy.NOBODY for uid in names)
+    rest = f"root and {count(system, 'system user')}"
+    if not found:
+        return Result("settings", _EXEMPT, "pass", f"{rest} keep the host's directories")
+    shown = [f"{clean(names[uid])} ({uid}): {clean(reason)}" for uid, reason in found.items()]
+    more = f"; and {len(shown) - _NAMED_AT_MOST} more" if len(shown) > _NAMED_AT_MOST else ""
+    text = f"{count(len(found), 'user')} beside {rest}: {'; '.join(shown[:_NAMED_AT_MOST])}{more}"
+    if unmeant:
+        remedy = f"if these are people, add their UIDs to RegularUIDs=, then: {_RELOAD}"
+        return Result("settings", _EXEMPT, "warn", text, remedy)
+    return Result("settings", _EXEMPT, "pass", text)
+
+
+def _in_time(work: Callable[[], Iterable[Result]], name: str) -> list[Result]:
+    """What work finds, unless a directory service keeps it waiting."""
     try:
-        text = (root / "etc/passwd").read_text(errors="replace")
-    except OSError:
-        return found
-    for line in text.splitlines():
-        fields = line.split(":")
-        if len(fields) == 7 and fields[2].isdecimal() and fields[2].isascii():
-            found[int(fields[2])] = fields[0]
-    return found
+        return users.in_time(lambda: list(work()))
+    except TimeoutError:
+        text = f"the user database does not answer within {users.PATIENCE:.0f} s"
+        return [Result("settings", name, "skip", text, "getent passwd; getent group")]

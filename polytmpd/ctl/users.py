@@ -6,14 +6,22 @@ Not here: which users have an instance.
 
 import os
 import pwd
-from collections.abc import Mapping, Sequence
-from typing import Final
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Final, TypeVar
 
+from polytmpd import userdb
 from polytmpd.bus.client import Listed
+from polytmpd.core.policy import Exemptions, Need
 from polytmpd.ctl.output import Failure
 
 _UID_LAST: Final = 2**32 - 2
 SEE_LIST: Final = "See: polytmpctl list"
+PATIENCE: Final = 10.0
+"""Seconds to wait for the user database."""
+
+T = TypeVar("T")
 
 
 def uid_of(user: str, listed: Sequence[Listed] = ()) -> int:
@@ -40,6 +48,38 @@ def name_of(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except (KeyError, OverflowError):
         return str(uid)
+
+
+def exempt_reason(exemptions: Exemptions, uid: int, name: str | None = None) -> str | None:
+    """Why a user is exempt, as polytmpd decides it; None if they are not."""
+    if exemptions.need(uid) is Need.NOTHING and (reason := exemptions.reason(uid)):
+        return reason
+    name = name or name_of(uid)
+    need = exemptions.need(uid, name)
+    if need is Need.NOTHING:
+        return exemptions.reason(uid, name)
+    if name == str(uid):  # nobody knows them
+        return exemptions.reason(uid)
+    groups = exemptions.groups if Need.GROUPS in need else ()
+    found = userdb.facts(uid, name, groups, record=Need.RECORD in need)
+    return exemptions.reason(uid, name, found)
+
+
+def in_time(work: Callable[[], T]) -> T:
+    """The result of work(), which asks the user database. Raises TimeoutError if it does not answer.
+
+    The thread ends with the process.
+    """
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found.result(PATIENCE)
 
 
 def caller(environment: Mapping[str, str]) -> int:
@@ -81,6 +121,6 @@ def no_instance(uid: int, user: str) -> Failure:
     """A failure that says why, if the user is exempt: they will have none after the next login either."""
     from polytmpd import config
 
-    exempt = config.load()[0].exemptions.reason(uid, name_of(uid))
+    exempt = exempt_reason(config.load()[0].exemptions, uid)
     text = f"{user} has no instance: {exempt}" if exempt else f"{user} has no instance"
     return Failure(text, SEE_LIST)

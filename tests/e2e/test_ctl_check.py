@@ -39,7 +39,7 @@ def test_check_finds_a_missing_directory_and_users_without_an_instance(
     machine: Machine, alice: Session
 ) -> None:
     machine.write("/etc/polytmpd.conf.d/x.conf", "[Polytmp]\nDirectories=/tmp /var/tmp /srv/none\n")
-    machine.run("useradd", "--uid", "70000", "distant")
+    machine.run("useradd", "--no-log-init", "--uid", "4294967000", "distant")
     try:
         done = ctl(machine, "check", "--json=short", check=False)
         results = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}
@@ -49,10 +49,10 @@ def test_check_finds_a_missing_directory_and_users_without_an_instance(
         done = ctl(machine, "check", "--json=short", check=False)
         results = {entry["name"]: entry for entry in json.loads(done.stdout)["results"]}
         verdicts = {name: entry["verdict"] for name, entry in results.items() if entry["verdict"] != "pass"}
-        assert verdicts == {"/srv/none": "fail", "login.defs": "warn"}
+        assert verdicts == {"/srv/none": "fail", "exempt users": "warn"}
         assert "install -d -m 1777 /srv/none" in results["/srv/none"]["remedy"]
-        assert "distant (70000)" in results["login.defs"]["text"]
-        assert "UID_MAX 70000" in results["login.defs"]["remedy"]
+        assert "distant (4294967000): UID 4294967000 is in" in results["exempt users"]["text"]
+        assert "add their UIDs to RegularUIDs=" in results["exempt users"]["remedy"]
     finally:
         machine.sh("userdel distant; rm /etc/polytmpd.conf.d/x.conf; systemctl restart polytmpd")
 

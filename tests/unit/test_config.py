@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polytmpd.config import SOCKET_DIRECTORIES, Config, load
+from polytmpd.config import _KEYS, SOCKET_DIRECTORIES, Config, load, unfit
 from polytmpd.core.model import Directory, Lifetime
+from polytmpd.core.policy import Exemptions
 
 pytestmark = pytest.mark.unit
 
@@ -52,7 +53,7 @@ def test_all_settings(tmp_path: Path) -> None:
     assert problems == []
     assert config.directories == (
         Directory("/tmp", Lifetime.INSTANCE, (".X11-unix", ".mine-unix")),
-        Directory("/srv/scratch", Lifetime.PERSISTENT),
+        Directory("/srv/scratch", Lifetime.PERSISTENT, must_be_sticky=True),
     )
     assert config.exemptions.users == {"alice", "1005", "DOM\\user"}
 
@@ -70,6 +71,28 @@ def test_lists_accumulate_and_an_empty_assignment_resets_them(tmp_path: Path) ->
     [
         ("Directories=/tmp tmp", "'tmp' is not an absolute path"),
         ("Directories=/tmp /", "The root directory cannot be private, ignoring; remove it"),
+        (
+            "Directories=/tmp /etc",
+            "/etc is a directory of the system, not one for temporary files, ignoring",
+        ),
+        ("Directories=/tmp /usr/local/tmp", "if you mean it, add UncheckedDirectories=/usr/local/tmp"),
+        ("Directories=/tmp /home", "/home is a directory of the system"),
+        ("Directories=/tmp /var", "/var is a directory of the system"),
+        ("Directories=/tmp /run/user", "/run/user is a directory of the system"),
+        ("Directories=/tmp /root", "/root is a directory of the system"),
+        ("Directories=/tmp /proc", "/proc is not a place for files of users, ignoring; remove it"),
+        ("Directories=/tmp /dev", "/dev is not a place for files of users, ignoring; remove it"),
+        ("Directories=/tmp /dev/shm/x", "/dev/shm/x is not a place for files of users"),
+        ("UncheckedDirectories=/srv", "/srv is not in Directories=, ignoring; add it there, too"),
+        ("RegularUIDs=x", "'x' is not a range of UIDs, ignoring the setting; write 1000-60000"),
+        ("RegularUIDs=5-4", "'5-4' is not a range of UIDs, ignoring the setting; write two UIDs of"),
+        ("RegularUIDs=0-5", "'0-5' is not a range of UIDs"),
+        ("RegularUIDs=1-4294967295", "'1-4294967295' is not a range of UIDs"),
+        ("ExemptUsers=x,y", "'x,y' is neither a user name nor a UID"),
+        ("ExemptUsers=@a:b", "'a:b' is neither a group name nor a GID"),
+        ("ExemptGroups=@", "'' is neither a group name nor a GID"),
+        ("OnlyGroups=4294967295", "'4294967295' is neither a group name nor a GID, ignoring the setting"),
+        ('ExemptUsers=x "y', "Unbalanced quotes in 'x \"y', ignoring; close the quotes"),
         ("Directories=/tmp /tmp/../etc", "is not normalized, ignoring; write it without . and .."),
         (
             "Directories=/tmp /tmp/below",
@@ -109,6 +132,105 @@ def test_a_continued_line_is_reported_by_its_first_line(tmp_path: Path) -> None:
     config, problems = load(tmp_path)
     assert [problem.split(": ")[0] for problem in problems] == [f"{file}:2"]
     assert config.exemptions.users == {"a", "b"}
+
+
+def test_who_is_exempt(tmp_path: Path) -> None:
+    conf(tmp_path, "ExemptUsers=@wheel 007 a@b.example\nExemptGroups=@staff 5\nOnlyGroups=@a b")
+    config, problems = load(tmp_path)
+    assert problems == []
+    assert config.exemptions == Exemptions(
+        users=frozenset({"7", "a@b.example"}),
+        exempt_groups=frozenset({"wheel", "staff", "5"}),
+        only_groups=frozenset({"a", "b"}),
+    )
+
+
+def test_ranges(tmp_path: Path) -> None:
+    conf(tmp_path, "RegularUIDs=1000-60000 5\nRegularUIDs=200000-")
+    config, problems = load(tmp_path)
+    assert problems == []
+    assert config.exemptions.regular == ((1000, 60000), (5, 5), (200000, 4294967294))
+
+
+def test_a_mistake_exempts_nobody(tmp_path: Path) -> None:
+    """These settings exempt those whom they do not name."""
+    conf(tmp_path, "RegularUIDs=1000-60000 200O00-\nOnlyGroups=staff us:ers")
+    config, problems = load(tmp_path)
+    assert len(problems) == 2
+    assert config.exemptions == Exemptions()
+
+
+@pytest.mark.parametrize(
+    ("value", "users"),
+    [
+        ('"alice" bob', {"alice", "bob"}),
+        ('"DOM\\domain users" DOM\\carol', {"DOM\\domain users", "DOM\\carol"}),
+        ("'al ice'", {"al ice"}),
+        ('al"ic"e', {"alice"}),
+        ('"it\'s"', {"it's"}),
+    ],
+)
+def test_quotes(tmp_path: Path, value: str, users: set[str]) -> None:
+    conf(tmp_path, f"ExemptUsers={value}")
+    config, problems = load(tmp_path)
+    assert problems == []
+    assert config.exemptions.users == users
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    put(tmp_path, "etc/polytmpd.conf", b"\xef\xbb\xbf[Polytmp]\nExemptUsers=a\n")
+    config, problems = load(tmp_path)
+    assert problems == []
+    assert config.exemptions.users == {"a"}
+
+
+@pytest.mark.parametrize("path", ["/dev/shm", "/scratch", "/srv/scratch", "/var/scratch", "/mnt/x"])
+def test_other_directories(tmp_path: Path, path: str) -> None:
+    conf(tmp_path, f"Directories=/tmp {path}")
+    config, problems = load(tmp_path)
+    assert problems == []
+    assert config.directories[1] == Directory(path, Lifetime.INSTANCE, must_be_sticky=True)
+
+
+def test_a_directory_that_the_administrator_answers_for(tmp_path: Path) -> None:
+    conf(tmp_path, "Directories=/tmp /srv /etc/x /proc\nUncheckedDirectories=/srv/ /etc/x /proc")
+    config, problems = load(tmp_path)
+    assert [problem.partition("=: ")[2].split()[0] for problem in problems] == ["/proc"]
+    assert [(entry.path, entry.must_be_sticky) for entry in config.directories[1:]] == [
+        ("/srv", False),
+        ("/etc/x", False),
+    ]
+
+
+def test_links_to_directories(tmp_path: Path) -> None:
+    """Two names of one directory, and a name of one that is refused."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "work").symlink_to("scratch")
+    (tmp_path / "below").symlink_to("scratch/x")
+    (tmp_path / "conf").symlink_to("/etc")
+    conf(tmp_path, "Directories=/tmp /work /scratch /below /conf")
+    config, problems = load(tmp_path)
+    assert paths(config) == ["/tmp", "/work"]
+    assert [problem.partition("=: ")[2].partition(", ignoring")[0] for problem in problems] == [
+        "/scratch is the same directory as /work",
+        "/below, a link to /scratch/x, is inside another directory of the list",
+        "/conf, a link to /etc, is a directory of the system, not one for temporary files",
+    ]
+
+
+def test_directories_that_no_instance_can_be_made_in(tmp_path: Path) -> None:
+    for name, mode in (("plain", 0o755), ("sticky", 0o1777), ("trusted", 0o755)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+    (tmp_path / "file").touch()
+    conf(tmp_path, "Directories=/plain /sticky /trusted /file /none\nUncheckedDirectories=/trusted")
+    config, problems = load(tmp_path)
+    assert problems == []
+    assert [problem.partition(";")[0] for problem in unfit(config.directories, tmp_path)] == [
+        "Directories=: /plain is not for temporary files, as it is not sticky",
+        "Directories=: /file is not a directory",
+        "Directories=: /none is not a directory",
+    ]
 
 
 def test_a_setting_outside_of_any_section(tmp_path: Path) -> None:
@@ -185,21 +307,23 @@ def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "uids", "problem"),
+    ("text", "uid_min", "problem"),
     [
-        ("UID_MIN 500\nUID_MAX\t70000\n#UID_MIN 9\nSYS_UID_MIN 100\n", (500, 70000), None),
-        ("UID_MIN 0x1F4\n", (500, 60000), None),
-        ("UID_MIN\n", (1000, 60000), None),
-        ("UID_MIN many\n", (1000, 60000), ":1: UID_MIN 'many' is not a valid UID, using 1000"),
-        ("\nUID_MAX -1\n", (1000, 60000), ":2: UID_MAX '-1' is not a valid UID, using 60000"),
-        ("UID_MIN 0\n", (1000, 60000), ":1: UID_MIN '0' is not a valid UID, using 1000"),
-        ("UID_MIN 9\nUID_MAX 8\n", (1000, 60000), ": UID_MIN is greater than UID_MAX, using 1000 and 60000"),
+        ("UID_MIN 500\nUID_MAX\t70000\n#UID_MIN 9\nSYS_UID_MIN 100\n", 500, None),
+        ("UID_MIN 0x1F4\n", 500, None),
+        ("UID_MIN 0764\n", 500, None),
+        ("UID_MIN\n", 1000, None),
+        ("UID_MIN many\n", 1000, ":1: UID_MIN 'many' is not a valid UID, using 1000"),
+        ("UID_MIN 1_500\n", 1000, ":1: UID_MIN '1_500' is not a valid UID, using 1000"),
+        ("\nUID_MAX -1\n", 1000, ":2: UID_MAX '-1' is not a valid UID, using 60000"),
+        ("UID_MIN 0\n", 1000, ":1: UID_MIN '0' is not a valid UID, using 1000"),
+        ("UID_MIN 9\nUID_MAX 8\n", 1000, ": UID_MIN is greater than UID_MAX, using UID_MIN 1000"),
     ],
 )
-def test_login_defs(tmp_path: Path, text: str, uids: tuple[int, int], problem: str | None) -> None:
+def test_login_defs(tmp_path: Path, text: str, uid_min: int, problem: str | None) -> None:
     file = put(tmp_path, "etc/login.defs", text)
     config, problems = load(tmp_path)
-    assert (config.exemptions.uid_min, config.exemptions.uid_max) == uids
+    assert config.exemptions.uid_min == uid_min
     assert problems == ([] if problem is None else [f"{file}{problem}"])
 
 
@@ -207,9 +331,10 @@ LINES = st.one_of(
     st.binary(max_size=40),
     st.builds(
         lambda key, value: f"{key}={value}".encode(errors="surrogatepass"),
-        st.sampled_from(["Directories", "PersistentDirectories", "SharedPaths", "ExemptUsers", "X", ""]),
+        st.sampled_from([*_KEYS, "X", ""]),
         st.one_of(
-            st.text(max_size=30), st.sampled_from(["", "/tmp", "/a /a/b", ".x", "..", "1" * 5000, "\\"])
+            st.text(max_size=30),
+            st.sampled_from(["", "/tmp", "/a /a/b", ".x", "..", "1" * 5000, "\\", "'", "1-", "@x"]),
         ),
     ),
     st.sampled_from([b"[Polytmp]", b"[Polytmp", b"[", b"#", b"\\", b"=", b"\0", b"UID_MIN " + b"9" * 5000]),
@@ -232,7 +357,7 @@ def test_any_bytes_give_a_valid_configuration(
         assert directory.path.startswith("/")
         assert os.path.normpath(directory.path) == directory.path != "/"
         assert not any("/" in name or name in {".", ".."} for name in directory.shared)
-    assert 0 < config.exemptions.uid_min <= config.exemptions.uid_max
+    assert config.exemptions.uid_min > 0
     for problem in problems:
         assert problem.startswith(str(tmp_path))
         assert INSTEAD.search(problem), problem

@@ -2,15 +2,16 @@
 """What check finds on hosts, each of which is a directory. The host of the tests is not examined."""
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from polytmpd import config
+from polytmpd import config, userdb
 from polytmpd.bus.connection import BusError
-from polytmpd.ctl import check, host, regular, settings, sshd, units
+from polytmpd.ctl import check, host, regular, settings, sshd, units, users
 
 pytestmark = pytest.mark.unit
 
@@ -363,35 +364,64 @@ def test_settings_that_exempt_everybody(tmp_path: Path, exempt: str, verdict: st
 
 # polytmpd.conf, login.defs and passwd
 
-PASSWD = "root:x:0:0::/root:/bin/sh\nada:x:1000:1000::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n+::::::\n"
-FAR = "eve:x:70000:70000::/:/bin/sh\nbackup:x:70001:70001::/:/bin/sh\n"
+PASSWD = (
+    "root:x:0:0::/root:/bin/sh\nbin:x:2:2::/:/bin/sh\nada:x:1000:1000::/:/bin/sh\n"
+    "nobody:x:65534:65534::/:/bin/sh\nslurm:x:64030:64030::/:/bin/sh\n+::::::\n"
+)
+SLURM = "slurm (64030): UID 64030 is in 61184..65519 (a dynamic or system user)"
+REST = "beside root and 2 system users"
 
 
 @pytest.mark.parametrize(
-    ("defs", "here", "named"),
+    ("conf", "here", "text"),
     [
-        ("", {}, ["backup (70001)", "eve (70000)"]),
-        ("UID_MAX 70000\n", {}, ["backup (70001)"]),
-        ("#UID_MAX 80000\nUID_MAX\t0x13880\n", {}, []),
-        ("UID_MAX 80000\n", {1234567: "DOM\\dora", 70000: "eve"}, ["DOM\\dora (1234567)"]),
-        ("UID_MAX 80000\n", {2000: "bob", 90000: "has-one", 80001: "x", 80002: "y"}, ["y (80002)"]),
-        ("SYS_UID_MAX 80000\nUID_MAX x\nUID_MAX 99999999999\n", {}, ["backup (70001)", "eve (70000)"]),
-        ("UID_MAX 999\n", {}, ["backup (70001)", "eve (70000)"]),
+        ("", {}, f"1 user {REST}: {SLURM}"),
+        ("", {1234567890: "DOM\\dora", 70000: "eve"}, f"1 user {REST}: {SLURM}"),
+        ("ExemptUsers=ada", {}, f"2 users {REST}: ada (1000): user ada is named in ExemptUsers=; {SLURM}"),
+        ("ExemptUsers=1234567890", {1234567890: "dora"}, "dora (1234567890): UID 1234567890 is named in"),
+        ("RegularUIDs=64030-70000", {}, f"1 user {REST}: ada (1000): UID 1000 is not in RegularUIDs="),
+        (
+            "RegularUIDs=5",
+            dict.fromkeys(range(2000, 2009), "x"),
+            "UID 2003 is not in RegularUIDs=; and 6 more",
+        ),
+        ("", {4294967000: "far"}, "far (4294967000): UID 4294967000 is in 2147483647..4294967295"),
     ],
 )
-def test_users_above_uid_max(tmp_path: Path, defs: str, here: dict[int, str], named: list[str]) -> None:
-    exempt = "[Polytmp]\nExemptUsers=x 1234568\n"
-    make(tmp_path, {"etc/passwd": PASSWD + FAR, "etc/login.defs": defs, "etc/polytmpd.conf": exempt})
-    found = settings.users_above(tmp_path, config.load(tmp_path)[0], here, {90000})
-    assert found.verdict == ("warn" if named else "pass")
-    assert sorted(found.text.partition("directories: ")[2].split(", ")) == (named or [""])
-    assert bool(found.remedy) == bool(named)
+def test_who_keeps_the_hosts_directories(tmp_path: Path, conf: str, here: dict[int, str], text: str) -> None:
+    make(tmp_path, {"etc/passwd": PASSWD, "etc/polytmpd.conf": f"[Polytmp]\n{conf}\n"})
+    found = settings.exempt_users(tmp_path, config.load(tmp_path)[0], here, {90000})
+    assert text in found.text
+    assert found.verdict == ("warn" if 4294967000 in here else "pass")
+    assert ("RegularUIDs=" in found.remedy) == (found.verdict == "warn")
 
 
-def test_a_host_without_users_above_uid_max(tmp_path: Path) -> None:
-    make(tmp_path, {"etc/passwd": PASSWD, "etc/login.defs": "UID_MIN 500\n"})
-    found = settings.users_above(tmp_path, config.load(tmp_path)[0], {}, ())
-    assert (found.verdict, found.text) == ("pass", "regular users have UIDs 500 to 60000")
+def test_a_host_without_exempt_users(tmp_path: Path) -> None:
+    make(tmp_path, {"etc/passwd": "root:x:0:0::/root:/bin/sh\n"})
+    found = settings.exempt_users(tmp_path, config.load(tmp_path)[0], {}, ())
+    assert (found.verdict, found.text) == ("pass", "root and 0 system users keep the host's directories")
+
+
+def test_a_user_database_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, {"etc/passwd": PASSWD, "etc/polytmpd.conf": "[Polytmp]\nOnlyGroups=staff\n"})
+    release = threading.Event()
+    monkeypatch.setattr(users, "PATIENCE", 0.05)
+    monkeypatch.setattr(userdb, "unmatched", lambda _: iter([release.wait(20)][:0]))
+    try:
+        found = one(list(settings.judge(tmp_path, *config.load(tmp_path), None)), "polytmpd.conf")
+        assert (found.verdict, found.text) == ("skip", "the user database does not answer within 0 s")
+    finally:
+        release.set()
+
+
+def test_a_directory_that_is_not_sticky(tmp_path: Path) -> None:
+    make(tmp_path, {"etc/polytmpd.conf": "[Polytmp]\nDirectories=/tmp /plain\n", "tmp/x": "", "plain/x": ""})
+    found = one(list(settings.judge(tmp_path, *config.load(tmp_path), None)), "polytmpd.conf")
+    assert found.verdict == "fail"
+    assert found.text == (
+        "logins are refused: Directories=: /plain is not for temporary files, as it is not sticky"
+    )
+    assert found.remedy.startswith("chmod +t /plain; ")
 
 
 def test_a_directory_that_keeps_the_configuration_from_taking_effect(tmp_path: Path) -> None:
@@ -401,6 +431,7 @@ def test_a_directory_that_keeps_the_configuration_from_taking_effect(tmp_path: P
     assert before.remedy.startswith("create /scratch, ")
     assert before.remedy.endswith("then: systemctl reload polytmpd.service")
     (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch").chmod(0o1777)
     after = one(list(settings.judge(tmp_path, *config.load(tmp_path), ["/tmp"])), "polytmpd.conf")
     assert after.remedy == "systemctl reload polytmpd.service"
 
@@ -411,11 +442,14 @@ def test_a_directory_that_keeps_the_configuration_from_taking_effect(tmp_path: P
         ("", ["/tmp", "/var/tmp"], [("polytmpd.conf", "pass", "private to each user: /tmp /var/tmp")]),
         ("", None, [("polytmpd.conf", "pass", "private to each user")]),
         ("", ["/tmp"], [("polytmpd.conf", "warn", "not in force: polytmpd uses Directories=/tmp")]),
-        ("ExemptUsers=root 77\n", None, [("polytmpd.conf", "pass", "private")]),
+        ("ExemptUsers=root 1\nExemptGroups=root\n", None, [("polytmpd.conf", "pass", "private")]),
         (
-            "ExemptUsers=bin no-such-1\n",
+            "ExemptUsers=bin no-such-1\nOnlyGroups=no-such-2\n",
             None,
-            [("polytmpd.conf", "warn", "unknown users: no-such-1")],
+            [
+                ("polytmpd.conf", "warn", "ExemptUsers= names unknown users: no-such-1"),
+                ("polytmpd.conf", "warn", "OnlyGroups= names unknown groups: no-such-2"),
+            ],
         ),
         (
             "Foo=\nDirectories=tmp /tmp\n",

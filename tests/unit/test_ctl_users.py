@@ -31,7 +31,8 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
         (0, "root", "root has no instance: root is never moved"),
         (1002, "bob", "bob has no instance: user bob is named in ExemptUsers="),
         (1002, "1002", "1002 has no instance: user bob is named in ExemptUsers="),
-        (70000, "high", "high has no instance: UID 70000 is not in 1000..60000, the UIDs of regular users"),
+        (70000, "high", "high has no instance"),
+        (65534, "nobody", "nobody has no instance: UID 65534 is nobody's"),
         (1003, "carol", "carol has no instance"),
     ],
 )

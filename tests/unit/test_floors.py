@@ -17,6 +17,7 @@ NAMES = sorted(
     for path in (ROOT / "polytmpd").rglob("*.py")
 )
 IMPURE = {"os", "asyncio", "time", "datetime", "threading", "subprocess", "socket", "pathlib", "random"}
+BLOCKING = {"blocking", "kernel", "userdb"}
 LIBRARIES = {"dbus_next", "dbus_fast"}
 
 
@@ -99,7 +100,9 @@ def test_the_core_is_pure(module: str) -> None:
     assert {part(name) for name in own_imports(module)} <= {"core"}
 
 
-@pytest.mark.parametrize("module", [name for name in NAMES if part(name) in {"blocking", "kernel"}])
+@pytest.mark.parametrize(
+    "module", [name for name in NAMES if part(name) in {"blocking", "kernel", "userdb"}]
+)
 def test_blocking_code_does_not_import_asyncio(module: str) -> None:
     assert "asyncio" not in {name.partition(".")[0] for name in imports(module)}
 
@@ -111,7 +114,14 @@ def test_one_module_imports_the_bus_library() -> None:
 
 @pytest.mark.parametrize("module", [name for name in NAMES if part(name) == "ctl"])
 def test_the_command_line_speaks_to_the_bus_and_reads_the_configuration(module: str) -> None:
-    assert {part(name) for name in own_imports(module)} <= {"bus", "config", "core", "ctl", "errors"}
+    assert {part(name) for name in own_imports(module)} <= {
+        "bus",
+        "config",
+        "core",
+        "ctl",
+        "errors",
+        "userdb",
+    }
 
 
 def test_no_module_imports_the_composition_root() -> None:

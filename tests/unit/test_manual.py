@@ -149,8 +149,12 @@ def defaults() -> dict[str, str]:
     return {
         "Directories": " ".join(entry.path for entry in settings.directories),
         "PersistentDirectories": " ".join(persistent),
+        "UncheckedDirectories": "",
         "SharedPaths": " ".join(config.SOCKET_DIRECTORIES),
+        "RegularUIDs": "",
         "ExemptUsers": "",
+        "ExemptGroups": "",
+        "OnlyGroups": "",
     }
 
 

@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polytmpd.core.policy import Claims, Exemptions
+from polytmpd.core.policy import Claims, Exemptions, Facts, Need
 
 pytestmark = pytest.mark.unit
+
+
+NAMED = Exemptions(users=frozenset({"alice", "1002"}))
 
 
 @pytest.mark.parametrize(
@@ -17,9 +20,37 @@ pytestmark = pytest.mark.unit
         (999, "daemon", True),
         (1000, "first", False),
         (60000, "last", False),
-        (60001, "above", True),
+        (60001, "homed", False),
+        (60100, "homed", False),
+        (60577, "bound", False),
+        (60578, "greeter", True),
+        (60705, "greeter", True),
+        (60706, "unused", False),
+        (61183, "unused", False),
+        (61184, "dynamic", True),
+        (64030, "slurm", True),
+        (65519, "dynamic", True),
+        (65520, "unused", False),
         (65534, "nobody", True),
+        (65535, "none", True),
+        (65536, "unused", False),
+        (200001, "directory", False),
+        (524287, None, False),
+        (524288, None, True),
+        (524288, "sssd", False),
+        (1234567890, "sssd", False),
+        (1234567890, None, True),
+        (1879048191, None, True),
+        (1879048192, None, False),
+        (2147352575, "x", False),
+        (2147352576, "foreign", True),
+        (2147418111, "foreign", True),
+        (2147418112, "x", False),
+        (2147483646, "x", False),
+        (2147483647, "x", True),
+        (4294967000, "x", True),
         (4294967294, "x", True),
+        (4294967295, "x", True),
         (1001, "alice", True),
         (1002, "bob", True),
         (1003, "carol", False),
@@ -27,20 +58,83 @@ pytestmark = pytest.mark.unit
     ],
 )
 def test_who_is_exempt(uid: int, name: str | None, exempt: bool) -> None:
-    exemptions = Exemptions(users=frozenset({"alice", "1002"}))
-    assert (exemptions.reason(uid, name) is not None) is exempt
+    assert (NAMED.reason(uid, name) is not None) is exempt
 
 
 def test_reason_names_the_setting() -> None:
-    exemptions = Exemptions(users=frozenset({"alice", "1002"}))
-    assert "ExemptUsers=" in str(exemptions.reason(1001, "alice"))
-    assert "ExemptUsers=" in str(exemptions.reason(1002, "bob"))
-    assert "1000..60000" in str(exemptions.reason(999))
+    assert "ExemptUsers=" in str(NAMED.reason(1001, "alice"))
+    assert "ExemptUsers=" in str(NAMED.reason(1002, "bob"))
+    assert NAMED.reason(999) == "UID 999 is below UID_MIN 1000, that of a system user"
+    assert NAMED.reason(64030) == "UID 64030 is in 61184..65519 (a dynamic or system user)"
 
 
-@given(st.integers(0, 1 << 32), st.integers(0, 1 << 32), st.frozensets(st.text(max_size=3)))
-def test_root_is_never_moved(low: int, high: int, users: frozenset[str]) -> None:
-    assert Exemptions(low, high, users).reason(0, "root")
+@pytest.mark.parametrize("uid", [0, 999, 1000, 60000, 65534, 65535, 4294967295])
+def test_an_ordinary_login_asks_nobody(uid: int) -> None:
+    assert NAMED.need(uid, "x") is Need.NOTHING
+
+
+@pytest.mark.parametrize("uid", [60001, 61184, 1234567890, 4294967294])
+def test_other_numbers_are_looked_up(uid: int) -> None:
+    assert NAMED.need(uid, "x") is Need.RECORD
+    assert NAMED.need(uid, "alice") is Need.NOTHING
+    assert Exemptions(regular=((1, 5),)).need(uid, "x") is Need.NOTHING
+
+
+@pytest.mark.parametrize(
+    ("uid", "facts", "exempt"),
+    [
+        (61184, Facts("regular"), False),
+        (4294967000, Facts("regular"), False),
+        (70000, Facts("system"), True),
+        (70000, Facts("dynamic"), True),
+        (600000, Facts("container"), True),
+        (70000, Facts("regular"), False),
+        (70000, Facts("something new"), True),
+        (70000, Facts(dynamic=True), True),
+        (70000, Facts(), False),
+        (0, Facts("regular"), True),
+        (65534, Facts("regular"), True),
+    ],
+)
+def test_the_user_record_decides(uid: int, facts: Facts, exempt: bool) -> None:
+    assert (Exemptions().reason(uid, "x", facts) is not None) is exempt
+
+
+def test_ranges_replace_the_rule() -> None:
+    exemptions = Exemptions(regular=((500, 600), (64030, 64030), (65534, 4294967294)))
+    regular = [
+        uid for uid in (0, 499, 500, 600, 601, 1000, 64030, 65534, 65535) if not exemptions.reason(uid)
+    ]
+    assert regular == [500, 600, 64030]
+    assert exemptions.reason(1000) == "UID 1000 is not in RegularUIDs="
+    assert exemptions.reason(4294967000) is None
+
+
+@pytest.mark.parametrize(
+    ("exempt", "only", "facts", "reason"),
+    [
+        ({"staff"}, set(), Facts(member_of=frozenset({"staff"})), "group staff is exempt"),
+        ({"staff"}, set(), Facts(), None),
+        ({"staff"}, set(), Facts(unknown=frozenset({"staff"})), None),
+        (set(), {"staff"}, Facts(member_of=frozenset({"staff"})), None),
+        (set(), {"staff"}, Facts(), "not in a group of OnlyGroups="),
+        (set(), {"staff", "lab"}, Facts(unknown=frozenset({"lab"})), None),
+        ({"lab"}, {"staff"}, Facts(member_of=frozenset({"staff", "lab"})), "group lab is exempt"),
+    ],
+)
+def test_groups(exempt: set[str], only: set[str], facts: Facts, reason: str | None) -> None:
+    """A group that is not known, or does not answer, exempts nobody."""
+    exemptions = Exemptions(exempt_groups=frozenset(exempt), only_groups=frozenset(only))
+    assert exemptions.need(1001, "alice") is Need.GROUPS
+    assert exemptions.need(999, "daemon") is Need.NOTHING
+    assert exemptions.need(70000, "far") == Need.GROUPS | Need.RECORD
+    assert exemptions.reason(1001, "alice", facts) == reason
+
+
+@given(st.integers(0, 1 << 32), st.frozensets(st.text(max_size=3)), st.integers(1, 1 << 32))
+def test_root_is_never_moved(low: int, users: frozenset[str], high: int) -> None:
+    assert Exemptions(low, users).reason(0, "root")
+    assert Exemptions(low, users, ((0, high),)).reason(0, "root")
 
 
 def test_nothing_claims_nothing() -> None:

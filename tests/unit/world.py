@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from polytmpd.admission import Admission
 from polytmpd.bus.connection import BusError
 from polytmpd.bus.logind import Session, User
 from polytmpd.config import Config, Problem
@@ -226,17 +227,19 @@ class World:
         self.problems: list[Problem] = []
         self.views = Views(self.config.paths)
         self.views.follow(self.announced)
+        self.admission = Admission(self.config.exemptions)
         self.presence = Presence(
             cast("Logind", self.logind),
             cast("Systemd", self.systemd),
             cast("Slices", self.slices),
-            self.config.exemptions,
+            self.admission,
         )
         self.daemon = Daemon(
             self.config,
             lambda: (self.config, self.problems),
             cast("Executor", self.executor),
             self.presence,
+            self.admission,
             self.views,
         )
         self.questions = Questions(self.views, self.daemon.kept, lambda _: 0)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the user database says of a user: their groups, and what kind of user systemd holds them for.
+
+Not here: what follows from it (core/policy), names (blocking/accounts), and when to ask (admission).
+
+Hard facts
+- getgrnam(3) and getgrouplist(3) also find nothing if a directory service does not answer: the caller cannot
+  tell that from a group that does not exist. So a group that is not found counts as unknown.
+- os.getgrouplist() keeps the GIL (up to Python 3.13 at least), so a directory service that hangs would stop
+  the whole process, the event loop too. ctypes lets go of it, as pwd and grp do.
+- systemd's user records (https://systemd.io/USER_RECORD/) come from services that listen in
+  /run/systemd/userdb, and from files. io.systemd.Multiplexer, of systemd-userdbd, asks all of them; Debian
+  does not install it by default. Records made up from NSS have no disposition.
+- The varlink protocol (https://varlink.org/Interface-Definition): JSON objects, each ended by a NUL byte.
+- Every function blocks. NSS takes as long as it likes, all other questions together five seconds.
+"""
+
+import contextlib
+import ctypes
+import errno
+import grp
+import json
+import os
+import pwd
+import socket
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from polytmpd.core.policy import Exemptions, Facts
+
+_SERVICES: Final = "run/systemd/userdb"
+_MULTIPLEXER: Final = "io.systemd.Multiplexer"
+_NOT_ALONE: Final = {_MULTIPLEXER, "io.systemd.NameServiceSwitch", "io.systemd.DropIn"}
+_FILES: Final = ("etc/userdb", "run/userdb", "run/host/userdb", "usr/local/lib/userdb", "usr/lib/userdb")
+"""The directories of userdb-drop-in records, see nss-systemd(8)."""
+_DYNAMIC: Final = "run/systemd/dynamic-uid"
+_TIMEOUT: Final = 5.0
+"""Seconds for all services. systemd-userdbd may have to be started first."""
+_BYTES_AT_MOST: Final = 1 << 20
+_GROUPS: Final = 64
+_GROUPS_AT_MOST: Final = 1 << 17
+"""More than NGROUPS_MAX, with which a process may have 65536."""
+_libc: Final = ctypes.CDLL(None)
+_libc.getgrouplist.argtypes = (
+    ctypes.c_char_p,
+    ctypes.c_uint,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_int),
+)
+_ROOT: Final = Path("/")
+
+
+def facts(uid: int, name: str, groups: Collection[str], *, record: bool, root: Path = _ROOT) -> Facts:
+    """What policy.Need names: with record, of the user record, and of those groups."""
+    member_of, unknown = memberships(uid, name, groups)
+    if not record:
+        return Facts(member_of=member_of, unknown=unknown)
+    dynamic = (root / _DYNAMIC / str(uid)).exists()
+    return Facts(disposition(uid, root), dynamic, member_of, unknown)
+
+
+def memberships(uid: int, name: str, groups: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """(those of the groups that the user is in, those that are not known). A group is a name or a GID."""
+    if not groups:
+        return frozenset(), frozenset()
+    try:
+        gids = _group_list(name, pwd.getpwuid(uid).pw_gid)
+    except (KeyError, OSError, ValueError):
+        return frozenset(), frozenset(groups)
+    member_of, unknown = set(), set()
+    for group in groups:
+        if group.isdecimal():
+            if int(group) in gids:
+                member_of.add(group)
+            continue
+        try:
+            found = grp.getgrnam(group)
+        except (KeyError, ValueError):
+            unknown.add(group)
+        else:
+            if found.gr_gid in gids or name in found.gr_mem:
+                member_of.add(group)
+    return frozenset(member_of), frozenset(unknown)
+
+
+def _group_list(name: str, gid: int) -> set[int]:
+    """The GIDs of a user's groups, with the one given. Raises OSError, ValueError."""
+    count = ctypes.c_int(_GROUPS)
+    while count.value <= _GROUPS_AT_MOST:
+        room = count.value
+        gids = (ctypes.c_uint * room)()
+        if _libc.getgrouplist(os.fsencode(name), gid, gids, ctypes.byref(count)) >= 0:
+            return set(gids[: count.value])
+        count.value = max(count.value, 2 * room)
+    raise OSError(errno.E2BIG, "too many groups", name)
+
+
+def unmatched(exemptions: Exemptions) -> Iterator[tuple[str, str, list[str]]]:
+    """(setting, user or group, words) of the settings that name whom the user database does not know now."""
+    for setting, what, words in (
+        ("ExemptUsers", "user", exemptions.users),
+        ("ExemptGroups", "group", exemptions.exempt_groups),
+        ("OnlyGroups", "group", exemptions.only_groups),
+    ):
+        if missing := [word for word in sorted(words) if not _is_known(what, word)]:
+            yield setting, what, missing
+
+
+def _is_known(what: str, word: str) -> bool:
+    try:
+        if what == "user":
+            pwd.getpwuid(int(word)) if word.isdecimal() else pwd.getpwnam(word)
+        else:
+            grp.getgrgid(int(word)) if word.isdecimal() else grp.getgrnam(word)
+    except (KeyError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def local_users(root: Path = _ROOT) -> dict[int, str]:
+    """The users in /etc/passwd: to list a directory service may take minutes, and most forbid it."""
+    found: dict[int, str] = {}
+    try:
+        text = (root / "etc/passwd").read_text(errors="replace")
+    except OSError:
+        return found
+    for line in text.splitlines():
+        fields = line.split(":")
+        if len(fields) == 7 and fields[2].isdecimal() and fields[2].isascii():
+            found.setdefault(int(fields[2]), fields[0])
+    return found
+
+
+def disposition(uid: int, root: Path = _ROOT) -> str | None:
+    """What the user's record declares; None if there is none, it declares nothing, or nobody answers."""
+    for record in _records(uid, root):
+        found = record.get("disposition")
+        if isinstance(found, str) and record.get("uid", uid) == uid:
+            return found
+    return None
+
+
+def _records(uid: int, root: Path) -> Iterator[dict[str, Any]]:
+    for directory in _FILES:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            text = (root / directory / f"{uid}.user").read_bytes()[:_BYTES_AT_MOST]
+            if isinstance(record := json.loads(text), dict):
+                yield record
+    end = time.monotonic() + _TIMEOUT
+    place = root / _SERVICES
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if record := _ask(place / _MULTIPLEXER, uid, end):
+            yield record
+        return
+    for path in _others(place):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            if record := _ask(path, uid, end):
+                yield record
+
+
+def _others(place: Path) -> list[Path]:
+    """The services beside the multiplexer, whose socket and links stay when systemd-userdbd is stopped."""
+    with contextlib.suppress(OSError):
+        return sorted(path for path in place.iterdir() if path.name not in _NOT_ALONE)
+    return []
+
+
+def _ask(path: Path, uid: int, end: float) -> dict[str, Any] | None:
+    """The record that a service has. Raises OSError, ValueError."""
+    call = {
+        "method": "io.systemd.UserDatabase.GetUserRecord",
+        "parameters": {"uid": uid, "service": path.name},
+    }
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as service:
+        service.settimeout(max(end - time.monotonic(), 0.001))
+        service.connect(str(path))
+        service.sendall(json.dumps(call).encode() + b"\0")
+        reply = b""
+        while b"\0" not in reply:
+            service.settimeout(max(end - time.monotonic(), 0.001))
+            data = service.recv(65536)
+            if not data or len(reply) > _BYTES_AT_MOST:
+                return None
+            reply += data
+    answer = json.loads(reply.partition(b"\0")[0])
+    parameters = answer.get("parameters") if isinstance(answer, dict) and "error" not in answer else None
+    record = parameters.get("record") if isinstance(parameters, dict) else None
+    return record if isinstance(record, dict) else None
