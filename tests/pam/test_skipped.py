@@ -3,6 +3,7 @@
 
 import pytest
 
+from polytmpd.core import policy
 from tests.pam.outcomes import MakeDaemon, assert_refused, assert_skipped, assert_untouched
 from tests.pam.pam_world import (
     CHROOT,
@@ -93,12 +94,12 @@ def test_a_thread_outside_its_processs_namespace(
     [
         ("UID_MIN 1000\nUID_MAX 60000\n", "cronuser", True),
         ("UID_MIN 1000\nUID_MAX 60000\n", "alice", False),
-        ("UID_MIN 1000\nUID_MAX 60000\n", "high", True),
+        ("UID_MIN 1000\nUID_MAX 60000\n", "high", False),
         ("UID_MIN 1501\n", "alice", True),
         ("UID_MIN 1501\n", "bob", False),
         ("UID_MIN 1500\nUID_MAX 1500\n", "alice", False),
-        ("UID_MIN 1500\nUID_MAX 1500\n", "bob", True),
-        ("UID_MAX 70000\n", "high", False),
+        ("UID_MIN 1500\nUID_MAX 1500\n", "bob", False),
+        ("UID_MIN 70001\nUID_MAX 80000\n", "high", True),
         ("UID_MIN 500\n", "cronuser", False),
         ("", "alice", False),
         ("", "cronuser", True),
@@ -108,6 +109,10 @@ def test_a_thread_outside_its_processs_namespace(
         ("UID_MIN 99999999999999999999999\n", "alice", False),
         ("UID_MIN 4294967295\n", "alice", False),
         ("UID_MAX 0x10\n", "alice", False),
+        ("UID_MIN 0x5dd\n", "alice", True),
+        ("UID_MIN 02735\n", "alice", True),
+        ("UID_MIN 02734\n", "alice", False),
+        ("UID_MIN 0\n", "cronuser", True),
         ("UID_MIN 3000\nUID_MAX 2000\n", "alice", False),  # or all users would be system users
     ],
 )
@@ -115,3 +120,24 @@ def test_who_is_a_system_user(world: World, login_defs: str, user: str, system: 
     world.login_defs(login_defs)
     session = world.open_session("-u", user)
     assert session.result == (PAM_IGNORE if system else PAM_PERM_DENIED)
+
+
+def edges() -> list[int]:
+    """The first and last UID of each range of core/policy.py, and their neighbours."""
+    ranges = [(1000, policy.REGULAR_LAST), *(entry[:2] for entry in policy.NOT_REGULAR), policy.CONTAINERS]
+    found = {number + step for entry in ranges for number in entry for step in (-1, 0, 1)}
+    # the last UID has a meaning of its own in the stack of pam_world
+    return sorted(uid for uid in found if 0 < uid < policy.UID_LAST)
+
+
+def test_the_daemon_has_the_same_rule(world: World) -> None:
+    """While it is down, the module lets through those whom it would exempt by number, and nobody else."""
+    users = {f"u{uid}": uid for uid in edges()}
+    lines = [f"{user}:x:{uid}:{uid}::/:/bin/sh\n" for user, uid in users.items()]
+    (world.base / "passwd").write_text("".join(lines))
+    exempt = {user for user, uid in users.items() if policy.Exemptions().reason(uid, user)}
+    assert len(exempt) > 8
+    assert len(users) - len(exempt) > 8
+    results = {user: world.open_session("-u", user).result for user in users}
+    assert {user for user, result in results.items() if result == PAM_IGNORE} == exempt
+    assert set(results.values()) == {PAM_IGNORE, PAM_PERM_DENIED}
