@@ -24,11 +24,13 @@ _RIVALS: Final = {
     "pam_mktemp.so": "sets TMPDIR to its own directory",
     "pam_tmpdir.so": "sets TMPDIR to its own directory",
 }
+COMMANDS: Final = ("sudo", "su", "runuser", "doas", "polkit-1", "pkexec")
+"""COMMAND_SERVICES of pam_polytmp.c: what they start stays in the directories of whoever starts it."""
 TEXT_LOGINS: Final = ("login", "sshd", "su-l", "sudo-i", "cron", "crond", "atd")
 LOGINS: Final = (
     *TEXT_LOGINS,
-    *("su", "sudo", "systemd-user", "doas"),
-    *("gdm-password", "gdm-autologin", "gdm-fingerprint", "gdm-smartcard", "lightdm", "lightdm-autologin"),
+    *("systemd-user", "gdm-password", "gdm-autologin", "gdm-fingerprint", "gdm-smartcard"),
+    *("lightdm", "lightdm-autologin"),
     *(
         "sddm",
         "sddm-autologin",
@@ -41,17 +43,15 @@ LOGINS: Final = (
         "remote",
         "vsftpd",
     ),
-    *("slurm", "polkit-1", "runuser", "runuser-l", "machinectl", "systemd-run0"),
+    *("slurm", "runuser-l", "machinectl", "systemd-run0"),
 )
-"""Services that start programs for a user at the user's request."""
-ON_PURPOSE: Final = ("runuser", "runuser-l", "polkit-1", "systemd-run0")
+"""Services that log users in."""
+ON_PURPOSE: Final = ("runuser-l", "systemd-run0")
 """Services through which root acts for a user: without the module they see the host's /tmp, like root."""
 _GREETERS: Final = ("gdm-launch-environment", "lightdm-greeter", "sddm-greeter")
 _PROGRAMS: Final = {
     "login": "usr/bin/login",
-    "su": "usr/bin/su",
     "su-l": "usr/bin/su",
-    "sudo": "usr/bin/sudo",
     "sudo-i": "usr/bin/sudo",
     "cron": "usr/sbin/cron",
     "atd": "usr/sbin/atd",
@@ -136,9 +136,10 @@ def judge(
         if fault is not None:
             faults.setdefault(fault, []).append(service)
             continue
-        entry = next(entry for entry in stack.entries if entry.module == OURS)
+        entry = _ours(stack)
         by = f", by {stack.file}" if stack.is_others else ""
-        found.append(Finding(service, "pass", f"{OURS} ({entry.control}){by}"))
+        stays = ", runs commands in their caller's directories" if _stays(service, entry) else ""
+        found.append(Finding(service, "pass", f"{OURS} ({entry.control}){by}{stays}"))
     return sorted([*found, *(_finding(*pair) for pair in faults.items())], key=lambda each: each.service)
 
 
@@ -158,7 +159,20 @@ def _services(root: Path, also: Collection[str]) -> list[str]:
 def _matters(service: str, stack: Stack, also: Collection[str]) -> bool:
     if service in LOGINS or service in also:
         return True
-    return not stack.is_others and bool({SYSTEMD, OURS} & {entry.module for entry in stack.entries})
+    signs = {OURS} if service in COMMANDS else {SYSTEMD, OURS}
+    return not stack.is_others and bool(signs & {entry.module for entry in stack.entries})
+
+
+def _ours(stack: Stack) -> Entry:
+    return next(entry for entry in stack.entries if entry.module == OURS)
+
+
+def _stays(service: str, entry: Entry) -> bool:
+    """Whether our module leaves the session in the caller's directories, see pam_polytmp(8)."""
+    for argument in reversed(entry.arguments):
+        if argument in {"caller", "user"}:
+            return argument == "caller"
+    return service in COMMANDS
 
 
 def _modules(stack: Stack) -> Iterator[Entry]:
@@ -202,6 +216,8 @@ class _Judge:
             return self._refusal(usual, "session")
         if all(entry.module != OURS for entry in stack.entries):
             return self._missing()
+        if _stays(self._service, ours := _ours(stack)):
+            return None if self._service in COMMANDS else self._caller(ours)
         if fault := self._passed_over(usual, "fail"):
             return fault
         if fault := self._passed_over(endings(stack.entries, self._any(), self._is_ours), "warn"):
@@ -296,13 +312,18 @@ class _Judge:
             remedy = f"add '{_LINE}' at the end of {file}"
         return _Fault("fail", file, what, _SHARED, remedy)
 
+    def _caller(self, entry: Entry) -> _Fault:
+        what = f"'{entry.control} {OURS}' has the argument 'caller'"
+        effect = "stay in the directories of the program that opens them"
+        return _Fault("fail", entry.file, what, effect, f"remove 'caller' from {entry.file}")
+
     def _passed_over(self, found: Collection[Ending], verdict: str) -> _Fault | None:
         passing = [ending for ending in found if ending.opened and not ending.reached]
         if not passing:
             return None
         entries = [entry for entry in self._stack.entries if any(ending.by == entry for ending in passing)]
         if not entries:
-            entry = next(entry for entry in self._stack.entries if entry.module == OURS)
+            entry = _ours(self._stack)
             problem = self._modules[entry.path].problem or self._problem(entry, "session")
             if not problem:
                 return None
@@ -347,7 +368,7 @@ class _Judge:
         refusing = endings(entries, lambda entry: ("perm_denied",) if self._is_ours(entry) else usual(entry))
         if not any(ending.opened for ending in refusing):
             return None
-        entry = next(entry for entry in entries if entry.module == OURS)
+        entry = _ours(self._stack)
         what = f"'{entry.control} {OURS}': if the daemon fails, the login continues with the shared /tmp"
         remedy = f"unless this is intended, use 'required' in {entry.file}"
         return _Fault("warn", entry.file, what, "are not refused then", remedy)

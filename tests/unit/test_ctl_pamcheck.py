@@ -135,15 +135,42 @@ def test_lines_that_skip_the_module(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "service", ["passwd", "runuser", "sshd.dpkg-dist", "gdm-launch-environment", "common-x"]
+    "service", ["passwd", "runuser", "su", "sudo", "sshd.dpkg-dist", "gdm-launch-environment", "common-x"]
 )
 def test_what_is_no_login(tmp_path: Path, service: str) -> None:
     text = OLD_COMMON if service != "passwd" else UNIX
     assert judged(tmp_path, {service: text}) == {}
 
 
+@pytest.mark.parametrize(
+    ("service", "arguments", "verdict", "says"),
+    [
+        ("su", "", "pass", "runs commands in their caller's directories"),
+        ("sudo", "caller", "pass", "runs commands in their caller's directories"),
+        ("sudo", "caller user", "pass", ""),
+        ("sshd", "user", "pass", ""),
+        ("sshd", "timeout=5 caller", "fail", "stay in the directories of the program that opens them"),
+        ("cron", "user caller debug", "fail", "'caller'"),
+    ],
+)
+def test_commands_stay_with_their_caller(
+    tmp_path: Path, service: str, arguments: str, verdict: str, says: str
+) -> None:
+    found = judged(tmp_path, {service: f"{OLD_COMMON}session required pam_polytmp.so {arguments}\n"})[
+        service
+    ]
+    assert found.verdict == verdict, found
+    assert ("caller" in found.text) == bool(says)
+    assert says in found.text
+
+
+def test_a_command_that_is_refused(tmp_path: Path) -> None:
+    found = judged(tmp_path, {"sudo": f"session required pam_deny.so\n{COMMON}"})["sudo"]
+    assert (found.verdict, REFUSED in found.text) == ("fail", True), found
+
+
 def test_faults_are_grouped_by_file(tmp_path: Path) -> None:
-    files = {"common-session": OLD_COMMON, **dict.fromkeys(("cron", "su", "sshd"), INCLUDE)}
+    files = {"common-session": OLD_COMMON, **dict.fromkeys(("cron", "su-l", "sshd"), INCLUDE)}
     found = judged(tmp_path, {**files, "vsftpd": UNIX, "atd": COMMON})
     assert {name: finding.verdict for name, finding in found.items()} == {
         "/etc/pam.d/common-session": "fail",
@@ -151,7 +178,7 @@ def test_faults_are_grouped_by_file(tmp_path: Path) -> None:
         "atd": "pass",
     }
     common = found["/etc/pam.d/common-session"]
-    assert common.text == f"no pam_polytmp.so in its session stack: sessions of cron, sshd, su {SHARED}"
+    assert common.text == f"no pam_polytmp.so in its session stack: sessions of cron, sshd, su-l {SHARED}"
     assert common.remedy.startswith("pam-auth-update --enable polytmp")
     assert '"Local modifications"' in common.remedy
     assert "--force" in common.remedy
@@ -159,7 +186,7 @@ def test_faults_are_grouped_by_file(tmp_path: Path) -> None:
 
 
 def test_one_fault_in_a_common_file_names_it(tmp_path: Path) -> None:
-    found = judged(tmp_path, {"common-session": OLD_COMMON, "su": INCLUDE})["su"]
+    found = judged(tmp_path, {"common-session": OLD_COMMON, "su-l": INCLUDE})["su-l"]
     assert found.text.startswith("/etc/pam.d/common-session: no pam_polytmp.so")
 
 
