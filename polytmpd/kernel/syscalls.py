@@ -27,7 +27,6 @@ from polytmpd.kernel.descriptor import Descriptor
 
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
-AT_RECURSIVE: Final = 0x8000
 
 CLONE_FS: Final = 0x00000200
 CLONE_NEWNS: Final = 0x00020000
