@@ -3,12 +3,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from polytmpd.core.model import Directory, InstanceDirectory, Lifetime
 from tests.unit.settled import no_descriptor_leaks, no_task_leaks
 from tests.unit.world import ALICE, BOB, OWN_NAMESPACE, World
 
 __all__ = ["no_descriptor_leaks", "no_task_leaks"]
+
+settings.register_profile("no deadline", deadline=None)  # a slow machine is no failure
+settings.load_profile("no deadline")
 
 
 @pytest.fixture
