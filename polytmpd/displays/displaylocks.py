@@ -25,6 +25,8 @@ from polytmpd.displays.worker import Worker
 _UPDATE: Final = 0.02
 _REST: Final = 0.05
 _REST_FACTOR: Final = 10
+_PATIENCE: Final = 2.0
+"""Seconds that a login waits at most for the worker."""
 
 
 class DisplayLocks:
@@ -58,16 +60,20 @@ class DisplayLocks:
         bases += [entry.path for entry in directories if SOCKETS in entry.shared]
         if not bases:
             return
-        await self._worker.call(lambda registry: registry.start(bases[0], places))
+        await self._have_done(lambda registry: registry.start(bases[0], places))
         self._update_soon()
         for uid in (HOST, *places):
             self._sweep(uid)
 
     async def instance_came(self, instance: Instance) -> None:
-        """Show all displays in an instance. Call it before the user enters; it may be called again."""
+        """Show all displays in an instance. Call it before the user enters; it may be called again.
+
+        If the worker does not answer within two seconds, this returns without it: no login waits for a file
+        system that hangs. The displays are shown once the worker answers.
+        """
         if (place := place_of(instance)) is None:
             return
-        await self._worker.call(lambda registry: registry.add_place(instance.uid, place))
+        await self._have_done(lambda registry: registry.add_place(instance.uid, place))
         self._update_soon()
         if place.is_persistent:
             self._sweep(instance.uid)
@@ -87,8 +93,16 @@ class DisplayLocks:
         self._updates = None
         if self._status.inotify is not None:
             asyncio.get_running_loop().remove_reader(self._status.inotify)
-        await self._worker.call(lambda registry: registry.close())
+        await self._have_done(lambda registry: registry.close())
         self._worker.shut_down()
+
+    async def _have_done(self, work: Callable[[Registry], None]) -> None:
+        """Have the worker do this, and wait for it, but not for long."""
+        if await self._worker.call_within(_PATIENCE, work):
+            self._complaints.settle("worker")
+        else:
+            message = "The thread that shows X display locks does not answer, continuing without it"
+            self._complaints.warn("worker", message)
 
     def _update_soon(self) -> None:
         """Update the registry at the next opportunity, and from now on whenever something changes."""

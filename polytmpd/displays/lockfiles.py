@@ -2,7 +2,7 @@
 """The sockets and locks of X displays, and our copies of locks, in one directory.
 
 Runs in any thread: functions without state. Each works from the caller's descriptor of the directory, for
-which O_PATH is enough. None follows a symbolic link, and none blocks.
+which O_PATH is enough. None follows a symbolic link or enters a mount, so none blocks.
 Not here: in which directories, and when.
 
 Hard facts
@@ -13,6 +13,8 @@ Hard facts
 - A program that finds a lock calls kill(PID, 0), and removes the lock on ESRCH. A copy must never contain
   anything but a positive PID: kill(-1) reaches every process.
 - A lock in a user's /tmp may be anything: a FIFO, a symbolic link, a file with a lease (fcntl(2)).
+- fusermount3 mounts on files, too, and an exempt user writes in the host's /tmp. Even stat(2) of a FUSE may
+  never return. So what is mounted on a socket or a lock is neither, and is not touched: RESOLVE_NO_XDEV.
 - A copy belongs to root and is in a sticky directory. So once a descriptor has shown that a file is a copy,
   its name still refers to it when it is unlinked. Only root can set or see a trusted.* attribute (xattr(7)).
 """
@@ -26,6 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.syscalls import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 
 SOCKETS: Final = ".X11-unix"
 MARK: Final = "trusted.polytmp.displaylock"
@@ -39,8 +42,9 @@ _SIZE_AT_MOST: Final = 16
 _PID_LAST: Final = 2**31 - 1
 _SCANNED_AT_MOST: Final = 1_000_000
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
-# what open(2) returns for a symbolic link, a socket, a file with a lease
-_NOT_OURS: Final = (errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK)
+_HERE: Final = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV
+# what openat2(2) returns for a symbolic link, a socket, a file with a lease, a mount
+_NOT_OURS: Final = (errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK, errno.EXDEV)
 
 
 def display_of_socket(name: str) -> int | None:
@@ -71,7 +75,8 @@ def parse_pid(data: bytes) -> int | None:
 def socket_owner(sockets: int, display: int) -> int | None:
     """The UID that a display's socket belongs to; None if there is no socket."""
     try:
-        found = os.stat(f"X{display}", dir_fd=sockets, follow_symlinks=False)
+        with openat2(sockets, f"X{display}", os.O_PATH | os.O_NOFOLLOW, _HERE) as fd:
+            found = os.fstat(fd)
     except OSError:
         return None
     return found.st_uid if stat.S_ISSOCK(found.st_mode) else None
@@ -84,7 +89,7 @@ def read_lock(directory: int, display: int, owner: int) -> int | None:
     """
     with (
         contextlib.suppress(OSError),
-        Descriptor.open(lock_name(display), _READ, dir_fd=directory) as fd,
+        openat2(directory, lock_name(display), _READ, _HERE) as fd,
     ):
         found = os.fstat(fd)
         if stat.S_ISREG(found.st_mode) and found.st_uid == owner:
@@ -163,7 +168,7 @@ def _opened_copy(name: str, directory: int) -> Iterator[Descriptor | None]:
     Raises OSError: FileNotFoundError if nothing has the name.
     """
     try:
-        fd = Descriptor.open(name, _READ, dir_fd=directory)
+        fd = openat2(directory, name, _READ, _HERE)
     except OSError as error:
         if error.errno not in _NOT_OURS:
             raise

@@ -35,6 +35,8 @@ class Worker:
 
         self._local = local
         self._pool = ThreadPoolExecutor(1, "displaylocks", initializer=own)
+        self._awaited: Future[object] | asyncio.Future[object] = Future()
+        self._awaited.set_result(None)
 
     def submit(self, work: Callable[[Registry], T]) -> "Future[T | None]":
         """Queue work for the thread. If the work fails, the error is logged and the result is None."""
@@ -57,6 +59,19 @@ class Worker:
     async def call(self, work: Callable[[Registry], T]) -> T | None:
         """Queue work for the thread, and wait for its result; see submit()."""
         return await asyncio.wrap_future(self.submit(work))
+
+    async def call_within(self, seconds: float, work: Callable[[Registry], object]) -> bool:
+        """Queue work for the thread, and wait so long for it. Returns whether it is done.
+
+        Otherwise it stays queued: the thread may be stuck in the kernel. Until it goes on, further calls do
+        not wait at all.
+        """
+        future = asyncio.wrap_future(self.submit(work))
+        if not self._awaited.done():
+            return False
+        await asyncio.wait((future,), timeout=seconds)
+        self._awaited = future
+        return future.done()
 
     def shut_down(self) -> None:
         """Accept no more work. Does not wait for work that is still queued."""

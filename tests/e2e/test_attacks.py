@@ -220,6 +220,32 @@ def test_a_dead_and_a_hung_fuse_hold_nobody_else_up(machine: Machine) -> None:
     wait_until_gone(machine)
 
 
+BIND = """python3 -c 'import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])' """
+
+
+def test_a_hung_fuse_at_a_display_holds_nobody_up(machine: Machine) -> None:
+    """One on a socket of the host's, one on a lock: an exempt user made them. A new daemon examines all."""
+    machine.sh("grep -q ^user_allow_other /etc/fuse.conf || echo user_allow_other >>/etc/fuse.conf")
+    machine.run("su", "svc", "-c", f"mkdir /tmp/.X11-unix/X5; touch /tmp/.X6-lock; {BIND} /tmp/.X11-unix/X6")
+    try:
+        with (
+            attack(machine, "svc", program("fuse.py", "trap", "/tmp/.X11-unix/X5"), "mounted"),
+            attack(machine, "svc", program("fuse.py", "trap", "/tmp/.X6-lock"), "mounted"),
+        ):
+            machine.run("systemctl", "restart", "polytmpd")
+            with machine.session("alice") as alice:
+                assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
+                alice.run(f"echo '{4711:10}' >/tmp/.X7-lock; {BIND} /tmp/.X11-unix/X7")
+                eventually(lambda: machine.sh("ls -A /tmp").stdout.count(".X7-lock"), what="it is shown")
+            machine.run("systemctl", "restart", "polytmpd", timeout=20)
+            assert "does not answer" not in machine.journal("-u", "polytmpd", "-n", "50")
+            assert machine.run("su", "bob", "-c", "ls -A /tmp", timeout=20).stdout.count(".X5-lock") == 0
+    finally:
+        machine.sh("umount -l /tmp/.X11-unix/X5 /tmp/.X6-lock; rm -rf /tmp/.X11-unix/* /tmp/.X[67]-lock")
+    wait_until_gone(machine)
+    wait_until_gone(machine, "bob")
+
+
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
 def test_root_has_mounted_something_in_an_instance(machine: Machine, kind: str) -> None:
     """It stays until root unmounts it; nothing in it is deleted, and no login waits for it."""

@@ -2,6 +2,7 @@
 """The worker and its thread, complaints, and which modules know of the event loop."""
 
 import ast
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -97,3 +98,25 @@ def test_a_complaint_is_made_once_until_it_is_settled(caplog: pytest.LogCaptureF
     complaints.warn("disk", "disk again")
     assert [record.message for record in caplog.records] == ["disk of UID 7", "watch", "disk again"]
     assert caplog.records[0].__dict__["POLYTMP_UID"] == "7"
+
+
+async def test_nothing_waits_for_a_thread_that_hangs(worker: Worker) -> None:
+    """In the kernel, for example, for a file system that never answers. What was queued is done later."""
+    hangs = threading.Event()
+    done: list[int] = []
+
+    def note(number: int) -> Callable[[Registry], None]:
+        return lambda _: done.append(number)
+
+    try:
+        assert not await worker.call_within(0.01, lambda _: hangs.wait())
+        async with asyncio.timeout(10):
+            for number in range(100):
+                assert not await worker.call_within(3600, note(number))
+        assert not done
+    finally:
+        hangs.set()
+    await worker.call(lambda _: None)
+    assert done == list(range(100))
+    assert await worker.call_within(3600, lambda _: done.clear())
+    assert not done

@@ -9,10 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd.displays.lockfiles import MARK, find_copies, make_copy, publish
-from tests.kernel.displays.host import ALICE, BOB, make_lock, opened, put_copy, read, take_away
+from polytmpd.displays.lockfiles import MARK, SOCKETS, find_copies, make_copy, publish, socket_owner
+from polytmpd.kernel import syscalls
+from tests.kernel import children
+from tests.kernel.displays.host import (
+    ALICE,
+    BOB,
+    make_lock,
+    make_socket,
+    opened,
+    put_copy,
+    read,
+    take_away,
+)
 
 pytestmark = pytest.mark.kernel
+MS_BIND = 4096
 
 
 # Reading
@@ -58,6 +70,27 @@ def test_anything_else_is_neither_read_nor_replaced_and_nothing_blocks(base: Pat
     assert not put_copy(base, 7)
     assert not take_away(base, 7)
     assert os.path.lexists(path)
+
+
+def test_what_is_mounted_on_a_socket_or_a_lock_is_not_touched(base: Path) -> None:
+    """It may be a FUSE that never answers."""
+    (base / SOCKETS).mkdir()
+    lock, other = make_lock(base, 7, ALICE), make_lock(base, 8, ALICE)
+    make_socket(base, 7, ALICE)
+    make_socket(base, 8, BOB)
+
+    def mounted() -> None:
+        with opened(base / SOCKETS) as sockets:
+            assert socket_owner(sockets, 7) == ALICE
+            syscalls.mount(f"{base}/{SOCKETS}/X8", f"{base}/{SOCKETS}/X7", None, MS_BIND)
+            assert socket_owner(sockets, 7) is None
+        assert read(base, 7, ALICE) == 4711
+        syscalls.mount(str(other), str(lock), None, MS_BIND)
+        assert read(base, 7, ALICE) is None
+        assert not put_copy(base, 7)
+        assert not take_away(base, 7)
+
+    children.in_namespace(mounted)
 
 
 def test_a_file_with_a_lease_does_not_block(base: Path) -> None:
