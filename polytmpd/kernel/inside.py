@@ -42,7 +42,6 @@ from polytmpd.kernel.syscalls import (
     RESOLVE_NO_SYMLINKS,
     UMOUNT_NOFOLLOW,
     fsmount,
-    mount,
     move_mount,
     open_tree,
     openat2,
@@ -120,7 +119,6 @@ def share_again(namespace: int, path: str, names: Sequence[str]) -> list[str]:
                 with contextlib.suppress(OSError):  # EINVAL: the mount went with its mount point
                     umount2(place, MNT_DETACH | UMOUNT_NOFOLLOW)
                 attach(tree, place)
-                mount("none", place, None, MS_PRIVATE)  # a copy of the host's mount is its peer
                 changed.append(place)
         return changed
 

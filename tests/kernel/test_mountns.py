@@ -142,6 +142,33 @@ def case_shared_names_are_the_hosts() -> None:
         assert Path(it.mounted, ".X11-unix/X0").exists()
 
 
+def case_what_is_shared_again_is_no_peer_of_the_hosts() -> None:
+    """Not for a moment: a user may mount on it at once, and so may the host."""
+    sub, attach = "/mnt/tmp/.X11-unix/sub", inside.attach
+    with bed() as it:
+        namespace = it.build()
+        Path(it.mounted, ".X11-unix").rmdir()
+        Path(sub).mkdir(parents=True)
+        on_host: list[list[str]] = []
+
+        def attach_and_mount(tree: int, path: str, flags: int = 0) -> None:
+            subprocess.run(
+                ["nsenter", "--mount=/proc/1/ns/mnt", "mount", "-t", "tmpfs", "host", sub], check=True
+            )
+            attach(tree, path, flags)
+            syscalls.mount("user", sub, "tmpfs", 0)
+            on_host.append([mount.source for mount in mountinfo.read("1") if mount.mount_point == sub])
+
+        with mock.patch.object(inside, "attach", attach_and_mount):
+            assert inside.share_again(namespace.fd, it.mounted, [".X11-unix"]) == [f"{it.mounted}/.X11-unix"]
+        assert on_host == [["host"]], "the user's mount did not reach the host"
+        subprocess.run(["umount", sub], check=True)
+        table = inside.mounts_in(namespace.fd)
+        assert [mount.source for mount in table if mount.mount_point == sub] == ["user"]
+        (shared,) = [mount for mount in table if mount.mount_point.endswith("/.X11-unix")]
+        assert not shared.propagates
+
+
 def case_a_host_mount_below_is_not_kept() -> None:
     with bed() as it:
         for path in (it.mounted, it.plain):
