@@ -74,8 +74,8 @@ class Presence:
         """Follow logind and systemd, and report who is here now. Raises BusError."""
         await self._logind.subscribe(self)
         await self._systemd.subscribe(self)
-        for uid in list(self._people):  # before logind is asked: processes in the slice claim what is held
-            await self._look_at_slice(uid)
+        # Before logind is asked: processes in the slice claim what is held.
+        await self._look_at_slices()
         # If logind does not answer, what is held stays held: there may be sessions that we do not hear of.
         await self._list_logind()
 
@@ -145,10 +145,8 @@ class Presence:
             self._tasks.start(self._look_at_session(session_id))
 
     def systemd_changed(self) -> None:
-        for uid, person in self._people.items():
-            self._tasks.start(self._look_at_slice(uid))
-            for session in person.claims.sessions:
-                self._tasks.start(self._look_at_session(session))
+        self._tasks.start(self._look_at_slices())
+        self._tasks.start(self._list_logind())  # sessions may have begun to close
 
     def slice_populated(self, uid: int, populated: bool) -> None:
         person = self._people.get(uid)
@@ -261,8 +259,23 @@ class Presence:
         try:
             group = await self._systemd.control_group(uid)
         except BusError as error:
-            group = f"/user.slice/user-{uid}.slice"  # see user@.service(5); it is queried again later
+            group = _usual_group(uid)
             log.warning("Failed to query the slice of UID %d, assuming %s: %s", uid, group, error)
+        self._group_is(uid, group)
+
+    async def _look_at_slices(self) -> None:
+        """_look_at_slice() of everyone, with one question."""
+        try:
+            groups = await self._systemd.control_groups()
+        except BusError as error:
+            groups = {uid: _usual_group(uid) for uid in self._people}
+            log.warning(
+                "Failed to query the slices of users, assuming /user.slice/user-UID.slice: %s", error
+            )
+        for uid in list(self._people):
+            self._group_is(uid, groups.get(uid, ""))
+
+    def _group_is(self, uid: int, group: str) -> None:
         person = self._people.get(uid)
         if person is None or not person.followed:
             return
@@ -271,3 +284,8 @@ class Presence:
             for follower in self._followers:
                 follower.control_group_changed(uid, group)
         self._slices.watch(uid, group, self.slice_populated)
+
+
+def _usual_group(uid: int) -> str:
+    """See user@.service(5). systemd is asked again later."""
+    return f"/user.slice/user-{uid}.slice"

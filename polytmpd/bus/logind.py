@@ -4,6 +4,7 @@
 Not here: what the daemon does about it.
 """
 
+import asyncio
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ PATH: Final = "/org/freedesktop/login1"
 MANAGER: Final = "org.freedesktop.login1.Manager"
 _NO_LOGINS: Final = ("manager", "background")
 """Prefixes of the classes of sessions that are not logins, see sd_session_get_class(3)."""
+_ASKED_AT_ONCE: Final = 16
+"""The bus limits how many answers we may wait for, see systemd1.py."""
 _GONE: Final = ("org.freedesktop.login1.NoSuchSession", "org.freedesktop.DBus.Error.UnknownObject")
 
 
@@ -93,6 +96,7 @@ class Logind:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._tasks = Tasks()
+        self._asking = asyncio.Semaphore(_ASKED_AT_ONCE)
         self._removed: set[str | int] = set()
         """Sessions and users that went away while their properties were being read."""
 
@@ -135,15 +139,16 @@ class Logind:
         return await self._session(session, path) is not None
 
     async def _ask(self, member: str, signature: str = "", *body: Any) -> list[Any]:
-        owner = self._connection.owner(SERVICE)
-        return await self._connection.ask(owner, PATH, MANAGER, member, signature, body)
+        async with self._asking:
+            owner = self._connection.owner(SERVICE)
+            return await self._connection.ask(owner, PATH, MANAGER, member, signature, body)
 
     async def _session(self, session: str, path: str) -> Session | None:
         """None if the session is closing or gone."""
         try:
-            values = await self._connection.get_properties(
-                self._connection.owner(SERVICE), path, f"{SERVICE}.Session"
-            )
+            async with self._asking:
+                owner = self._connection.owner(SERVICE)
+                values = await self._connection.get_properties(owner, path, f"{SERVICE}.Session")
         except BusError as error:
             if error.name in _GONE:
                 return None
@@ -166,8 +171,9 @@ class Logind:
 
     async def _tell_user(self, listener: Listener, uid: int, path: str) -> None:
         try:
-            owner = self._connection.owner(SERVICE)
-            name = await self._connection.get_property(owner, path, f"{SERVICE}.User", "Name")
+            async with self._asking:
+                owner = self._connection.owner(SERVICE)
+                name = await self._connection.get_property(owner, path, f"{SERVICE}.User", "Name")
         except BusError as error:
             log.debug("User %d is already gone: %s", uid, error)
             return

@@ -3,8 +3,15 @@
 scopes, properties of units.
 
 Not here: reading the cgroups.
+
+Hard facts
+- The bus lets a connection wait for 128 answers on Debian (max_replies_per_connection of
+  dbus-daemon-1(1)), and refuses further calls with LimitsExceeded. A host may have thousands of slices.
+- The name of a slice is its place in the tree (systemd.slice(5)): the cgroup of user-UID.slice is always a
+  child of user.slice's.
 """
 
+import asyncio
 import logging
 import re
 from collections.abc import Collection
@@ -19,6 +26,8 @@ log = logging.getLogger(__name__)
 SERVICE: Final = "org.freedesktop.systemd1"
 PATH: Final = "/org/freedesktop/systemd1"
 MANAGER: Final = "org.freedesktop.systemd1.Manager"
+_ASKED_AT_ONCE: Final = 16
+_SLICE_NAME: Final = re.compile(r"user-(\d+)\.slice", re.ASCII)
 _SLICE: Final = re.compile(rf"{PATH}/unit/user_2d(\d+)_2eslice", re.ASCII)
 _SCOPE: Final = re.compile(rf"{PATH}/unit/session_2d([0-9A-Za-z]+)_2escope")
 
@@ -67,6 +76,7 @@ class Systemd:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._tasks = Tasks()
+        self._asking = asyncio.Semaphore(_ASKED_AT_ONCE)
 
     async def subscribe(self, listener: Listener) -> None:
         """Report changes from now on. Raises BusError."""
@@ -97,11 +107,24 @@ class Systemd:
 
         Raises BusError.
         """
+        async with self._asking:
+            return await self._control_group(f"user-{uid}.slice")
+
+    async def control_groups(self) -> dict[int, str]:
+        """The cgroups of all users' slices, by UID, however many there are. Raises BusError."""
+        async with self._asking:
+            owner = self._connection.owner(SERVICE)
+            (units,) = await self._connection.ask(
+                owner, PATH, MANAGER, "ListUnitsByPatterns", "asas", (["active"], ["user-*.slice"])
+            )
+            parent = await self._control_group("user.slice") if units else ""
+        found = [match for name, *_ in units if (match := _SLICE_NAME.fullmatch(name))]
+        return {int(match[1]): f"{parent}/{match[0]}" for match in found} if parent else {}
+
+    async def _control_group(self, unit: str) -> str:
         try:
             owner = self._connection.owner(SERVICE)
-            (path,) = await self._connection.ask(
-                owner, PATH, MANAGER, "GetUnit", "s", (f"user-{uid}.slice",)
-            )
+            (path,) = await self._connection.ask(owner, PATH, MANAGER, "GetUnit", "s", (unit,))
             group = await self._connection.get_property(owner, path, f"{SERVICE}.Slice", "ControlGroup")
         except BusError as error:
             if error.name.endswith((".NoSuchUnit", ".UnknownObject")):

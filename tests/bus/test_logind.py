@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The clients of logind and systemd, against small fakes of them."""
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -197,14 +199,33 @@ class FakeSystemd:
         self.subscribed = 0
         self.groups: dict[str, str] = {}
         self.error = ""
+        self.asked: list[str] = []
+        self.busy: list[Message] | None = None
+        """What waits for an answer, if none is given."""
         client.bus.add_message_handler(self._on_message)
 
     def _on_message(self, message: Message) -> bool:
         path = message.path or ""
         if message.message_type is not MessageType.METHOD_CALL or not path.startswith(SYSTEMD_PATH):
             return False
-        self.client.bus.send(self._answer(message))
+        self.asked.append(message.member or "")
+        if self.busy is not None:
+            self.busy.append(message)
+        else:
+            self.client.bus.send(self._answer(message))
         return True
+
+    async def answer_at_last(self) -> int:
+        """Answer all that waits, again and again; returns how many calls waited at most."""
+        most = 0
+        while self.busy:
+            most = max(most, len(self.busy))
+            waiting, self.busy = self.busy, []
+            for message in waiting:
+                self.client.bus.send(self._answer(message))
+            with contextlib.suppress(AssertionError):
+                await eventually(lambda: self.busy, 1)
+        return most
 
     def _answer(self, message: Message) -> Message:
         if self.error:
@@ -217,6 +238,10 @@ class FakeSystemd:
                 return Message.new_error(message, f"{SYSTEMD}.NoSuchUnit", "not loaded")
             escaped = message.body[0].replace("-", "_2d").replace(".", "_2e")
             return Message.new_method_return(message, "o", [f"/org/freedesktop/systemd1/unit/{escaped}"])
+        if message.member == "ListUnitsByPatterns":
+            assert message.body == [["active"], ["user-*.slice"]]
+            rows = [[unit, "", "loaded", "active", "active", "", "/", 0, "", "/"] for unit in self.groups]
+            return Message.new_method_return(message, "a(ssssssouso)", [rows])
         unit = (message.path or "").rpartition("/")[2].replace("_2d", "-").replace("_2e", ".")
         return Message.new_method_return(message, "v", [Variant("s", self.groups[unit])])
 
@@ -260,6 +285,35 @@ async def test_control_group(fake_systemd: FakeSystemd, connection: Connection) 
     fake_systemd.error = "org.freedesktop.DBus.Error.Failed"
     with pytest.raises(BusError, match="as told"):
         await systemd.control_group(1000)
+
+
+async def test_all_control_groups_with_one_question(
+    fake_systemd: FakeSystemd, connection: Connection
+) -> None:
+    systemd = Systemd(connection)
+    await systemd.subscribe(Listener())
+    assert await systemd.control_groups() == {}
+    fake_systemd.asked.clear()
+    fake_systemd.groups = {"user.slice": "/in/user.slice", "user-1-x.slice": "/in/user.slice/user-1-x.slice"}
+    wanted = {uid: f"/in/user.slice/user-{uid}.slice" for uid in range(1000, 2000)}
+    fake_systemd.groups |= {f"user-{uid}.slice": group for uid, group in wanted.items()}
+    assert await systemd.control_groups() == wanted
+    assert fake_systemd.asked == ["ListUnitsByPatterns", "GetUnit", "Get"]
+    fake_systemd.error = "org.freedesktop.DBus.Error.Failed"
+    with pytest.raises(BusError, match="as told"):
+        await systemd.control_groups()
+
+
+async def test_few_questions_wait_for_an_answer_at_once(
+    fake_systemd: FakeSystemd, connection: Connection
+) -> None:
+    systemd = Systemd(connection)
+    await systemd.subscribe(Listener())
+    fake_systemd.busy = []
+    asking = [asyncio.ensure_future(systemd.control_group(uid)) for uid in range(1000, 1100)]
+    await eventually(lambda: fake_systemd.busy)
+    assert await fake_systemd.answer_at_last() <= 16
+    assert await asyncio.gather(*asking) == [""] * 100
 
 
 async def test_only_changes_of_user_slices_are_reported(

@@ -134,6 +134,34 @@ def test_daemon_reexec(host: Host) -> None:
         host.machine.run("systemctl", "restart", "polytmpd")
 
 
+MANY = 300
+PEOPLE = f"""
+for uid in $(seq 20001 {20000 + MANY}); do
+  echo "many$uid:x:$uid:$uid::/:/bin/sh" >>/etc/passwd
+  systemd-run --quiet --collect --unit=many-$uid --slice=user-$uid.slice sleep infinity
+  busctl call org.polytmp1 /org/polytmp1 org.polytmp1.Manager AcquireNamespace u $uid >/dev/null
+done
+"""
+
+
+def test_daemon_reexec_with_many_users(host: Host) -> None:
+    """They have more slices than the bus lets a program wait for answers about."""
+    try:
+        host.machine.sh(PEOPLE, timeout=200)
+        assert len(host.instances()) == MANY
+        since = host.machine.sh("date +%s").stdout.strip()
+        host.machine.run("systemctl", "daemon-reexec")
+        assert host.login("alice", "echo in").stdout == "in\n"
+        for end in ("systemctl stop many-20001", "systemctl restart polytmpd; systemctl stop many-20002"):
+            before = len(host.instances())
+            host.machine.sh(end)
+            eventually(lambda: len(host.instances()) == before - 1, 60, "one instance is gone")  # noqa: B023
+        assert "Failed to query" not in host.machine.journal("-u", "polytmpd", f"--since=@{since}")
+    finally:
+        host.machine.sh("systemctl stop 'many-*'; sed -i /^many/d /etc/passwd")
+    host.wait_gone()
+
+
 def test_a_second_daemon_refuses_to_run(host: Host) -> None:
     with nobody_notices(host):
         before = host.traces()

@@ -174,6 +174,10 @@ class FakeSystemd:
         await asyncio.sleep(0)
         return self.groups.get(uid, "")
 
+    async def control_groups(self) -> dict[int, str]:
+        await asyncio.sleep(0)
+        return dict(self.groups)
+
 
 class FakeSlices:
     def __init__(self) -> None:
