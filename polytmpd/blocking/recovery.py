@@ -5,18 +5,19 @@ Not here: what follows from what is found (executor).
 """
 
 import errno
+import functools
 import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from polytmpd.blocking import accounts
 from polytmpd.core import names
 from polytmpd.core.model import Directory, Instance, InstanceDirectory
 from polytmpd.core.names import INNER
-from polytmpd.kernel import host, inside, mountinfo, mountns, namespaces
+from polytmpd.kernel import host, inside, mountinfo, mountns, namespaces, patience
 from polytmpd.kernel.mountinfo import Mount
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,19 @@ def reconstruct(
     return Instance(uid, accounts.name_of(uid, str(uid)), now, monotonic, tuple(entries), namespace)
 
 
+class UnreadError(OSError):
+    """It is not known whether barriers are mounted.
+
+    unknown: the names of these barriers. found: those that are mounted.
+    """
+
+    def __init__(self, unknown: Mapping[str, OSError], found: Mapping[str, int]) -> None:
+        first = next(iter(unknown.values()))
+        super().__init__(first.errno, first.strerror)
+        self.unknown = frozenset(unknown)
+        self.found = found
+
+
 def mounted_barriers(
     places: Iterable[tuple[str, str]], cancelled: Callable[[], bool] = lambda: False
 ) -> dict[str, int]:
@@ -125,9 +139,12 @@ def mounted_barriers(
 
     0 instead of a process if none lives in that namespace, but something keeps it. A mount counts if it is
     of the instance or of something in it, for example a bind mount of the user's /tmp in another namespace.
-    A user's own file system with another user's barrier in its path does not count. Raises OSError if
-    anything cannot be read, because it may be in use; ECANCELED if cancelled. Blocks for as long as users
-    like, by the length of their tables, so no login may wait for it.
+    A user's own file system with another user's barrier in its path does not count.
+
+    What cannot be read may be in use: raises UnreadError, or OSError if that concerns all barriers;
+    ECANCELED if cancelled. What a user makes unreadable in their own user namespace concerns their barriers
+    alone, and so does what takes too long there (kernel/patience). Logs what is left out. Blocks for as long
+    as users like by what is theirs, so no login may wait for it.
     """
     wanted: dict[tuple[str, str], set[str]] = {}
     for path, name in places:
@@ -136,12 +153,27 @@ def mounted_barriers(
         return {}
     found: dict[str, int] = {}
     devices = {device for device, _ in wanted}
-    for namespace in namespaces.every(cancelled):
-        for device, root in namespaces.roots(namespace, devices, cancelled):
-            for (its_device, directory), barriers in wanted.items():
-                if its_device == device:
-                    for name in _lies_in(root, directory, barriers):
-                        found.setdefault(name, namespace.pid)
+    owners = {name: names.owner(name) for _, name in places}
+    limits = patience.Patience(cancelled, {owner for owner in owners.values() if owner is not None})
+    for namespace in namespaces.every(limits):
+        with limits.on_account_of(
+            patience.owner(namespace.fd), functools.partial(namespaces.users_of, namespace)
+        ) as over:
+            for device, root in namespaces.roots(namespace, devices, over):
+                for (its_device, directory), barriers in wanted.items():
+                    if its_device == device:
+                        for name in _lies_in(root, directory, barriers):
+                            found.setdefault(name, namespace.pid)
+    unknown: dict[str, OSError] = {}
+    for name in owners.keys() - found.keys():
+        owner = owners[name]
+        for uid, error in limits.unread.items():
+            if owner in {uid, None}:  # without a name in it, it may be anyone's
+                unknown[name] = error
+    for uid in limits.unread.keys() - owners.values():
+        log.info("Failed to read all mounts of UID %d, searching without them: %s", uid, limits.unread[uid])
+    if unknown:
+        raise UnreadError(unknown, found)
     return found
 
 

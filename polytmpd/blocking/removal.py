@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from polytmpd.blocking import deletion, instances, recovery, storage
@@ -136,8 +136,20 @@ def release_kept(directories: Sequence[Directory], known: set[str]) -> None:
 
 
 def unused(leftovers: Sequence[Place], cancelled: Callable[[], bool]) -> list[Place]:
-    """The leftovers that no process has mounted. Raises OSError; ECANCELED if cancelled."""
-    in_use = recovery.mounted_barriers(leftovers, cancelled)
+    """The leftovers that no process has mounted. Raises OSError; ECANCELED if cancelled.
+
+    Logs which may be in use.
+    """
+    in_use: Collection[str]
+    try:
+        in_use = recovery.mounted_barriers(leftovers, cancelled)
+    except recovery.UnreadError as error:
+        in_use = {*error.unknown, *error.found}
+        log.error(
+            "Failed to determine whether %s is in use, keeping it until the next start: %s",
+            ", ".join(sorted(error.unknown)),
+            host.in_words(error),
+        )
     return [place for place in leftovers if place.barrier not in in_use]
 
 

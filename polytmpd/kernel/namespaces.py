@@ -24,14 +24,14 @@ Hard facts
 
 import contextlib
 import errno
-import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from polytmpd.kernel import host, inside, mountinfo
+from polytmpd.kernel import host, inside, mountinfo, patience
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.patience import Cancelled, Patience
 from polytmpd.kernel.processes import descriptor_paths, namespace_paths, pids
 from polytmpd.kernel.syscalls import (
     LSMT_ROOT,
@@ -49,13 +49,9 @@ from polytmpd.kernel.syscalls import (
 _LISTED_AT_ONCE: Final = 64
 _ATTEMPTS: Final = 100
 _ROOT_AT_MOST: Final = 16 << 20
-_LINES_BETWEEN: Final = 1024
-"""So many lines are read before it is asked whether to go on."""
 _TOLD_APART_BY: Final = 128
 """Bytes of a line: the IDs of the mount and of its parent come first."""
 _NO_ID_YET: Final = 0
-
-Cancelled = Callable[[], bool]
 
 
 def _never() -> bool:
@@ -85,8 +81,8 @@ def inhabited(cancelled: Cancelled = _never) -> Iterator[Found]:
     for pid in pids():
         if pid == os.getpid():
             continue
-        _go_on(cancelled)
         for path in namespace_paths(pid):
+            _go_on(cancelled)
             with contextlib.suppress(OSError):
                 members.setdefault(os.stat(path).st_ino, []).append(path)
     for inode, paths in members.items():
@@ -97,20 +93,30 @@ def inhabited(cancelled: Cancelled = _never) -> Iterator[Found]:
                 yield Found(opened, inode, int(inside_of[0].partition("/")[0]), inside_of)
 
 
-def every(cancelled: Cancelled = _never) -> Iterator[Found]:
+def every(limits: Patience) -> Iterator[Found]:
     """inhabited(), and then those that only a descriptor keeps, as far as the kernel shows them.
 
-    Blocking, for as long as users have open descriptors. Raises OSError; ECANCELED if cancelled.
+    Blocking, for as long as users have open descriptors, within the limits. Raises OSError; ECANCELED if
+    cancelled.
     """
     seen: set[int] = set()
-    for found in inhabited(cancelled):
+    for found in inhabited(limits.cancelled):
         seen.add(found.inode)
         yield found
-    others = _neighbours(cancelled) if _shows_neighbours() else _open_ones(seen, cancelled)
+    others = _neighbours(limits.cancelled) if _shows_neighbours() else _open_ones(seen, limits)
     for found in others:
         if found.inode not in seen:
             seen.add(found.inode)
             yield found
+
+
+def users_of(found: Found) -> set[int]:
+    """The users whose processes live in a namespace, without those that have ended."""
+    users: set[int] = set()
+    for process in found.processes:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            users.add(patience.user_of(process))
+    return users
 
 
 def roots(
@@ -128,7 +134,7 @@ def roots(
         # Which error depends on who refuses it: the kernel, or the filter of a sandbox.
         if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
             raise
-        return _tabled(found, devices, cancelled)
+        return _of_devices(tables(found, cancelled), devices, cancelled)
     return _listed(found, namespace, top, devices, cancelled)
 
 
@@ -183,21 +189,30 @@ def _neighbours(cancelled: Cancelled) -> Iterator[Found]:
                 yield Found(fd, os.fstat(fd).st_ino, 0)
 
 
-def _open_ones(seen: Collection[int], cancelled: Cancelled) -> Iterator[Found]:
+def _open_ones(seen: Collection[int], limits: Patience) -> Iterator[Found]:
     for pid in pids():
         if pid == os.getpid():
             continue
-        for path in descriptor_paths(pid):
-            _go_on(cancelled)
-            try:
-                target = os.readlink(path)
-            except OSError:
-                continue
-            if target.startswith("mnt:["):
-                inode = int(target[5:-1])
-                if inode not in seen and (fd := _open_any([path], inode)) is not None:
-                    with fd:
-                        yield Found(fd, inode, pid)
+        try:
+            user = patience.user_of(str(pid))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        with limits.on_account_of(user) as cancelled:
+            yield from _opened_by(pid, seen, cancelled)
+
+
+def _opened_by(pid: int, seen: Collection[int], cancelled: Cancelled) -> Iterator[Found]:
+    for path in descriptor_paths(pid):
+        _go_on(cancelled)
+        try:
+            target = os.readlink(path)
+        except OSError:
+            continue
+        if target.startswith("mnt:["):
+            inode = int(target[5:-1])
+            if inode not in seen and (fd := _open_any([path], inode)) is not None:
+                with fd:
+                    yield Found(fd, inode, pid)
 
 
 # What is mounted
@@ -247,27 +262,30 @@ def _root(namespace: int, mount_id: int) -> str:
         try:
             return os.fsdecode(statmount(namespace, mount_id, STATMOUNT_MNT_ROOT, size).root)
         except OSError as error:
-            if error.errno != errno.EOVERFLOW or size > _ROOT_AT_MOST:
+            if error.errno != errno.EOVERFLOW or size >= _ROOT_AT_MOST:
                 raise
             size *= 16
 
 
-def _tabled(found: Found, devices: Collection[str], cancelled: Cancelled) -> Iterator[tuple[str, str]]:
+def tables(found: Found, cancelled: Cancelled = _never) -> Iterator[bytes]:
+    """The lines of mountinfo of a namespace's own root and of all processes in it, see mountinfo.lines().
+
+    A mount may come more than once, and those that are hidden from all of them do not come. Raises OSError;
+    ECANCELED if cancelled.
+    """
     with inside.open_table(found.fd) as table:
-        yield from _of_devices(mountinfo.lines_from(table), devices, cancelled)
+        yield from mountinfo.lines_from(table)
     read: set[tuple[str, bytes]] = set()
     for process in found.processes:
         _go_on(cancelled)
         try:
-            yield from _table_of(process, found.inode, devices, read, cancelled)
+            yield from _table_of(process, found.inode, read)
         except OSError as error:
             if error.errno not in {errno.ENOENT, errno.ESRCH, errno.EINVAL}:
                 raise  # it has not merely ended
 
 
-def _table_of(
-    process: str, inode: int, devices: Collection[str], read: set[tuple[str, bytes]], cancelled: Cancelled
-) -> Iterator[tuple[str, str]]:
+def _table_of(process: str, inode: int, read: set[tuple[str, bytes]]) -> Iterator[bytes]:
     """The table of one process, unless one with the same root directory was read.
 
     Two root directories with the same path lie on different mounts, and the first line of the table tells
@@ -277,7 +295,8 @@ def _table_of(
         first = next(lines, b"")
         seen = os.readlink(f"/proc/{process}/root"), first[:_TOLD_APART_BY]
         if seen not in read and os.stat(f"/proc/{process}/ns/mnt").st_ino == inode:
-            yield from _of_devices(itertools.chain((first,), lines), devices, cancelled)
+            yield first
+            yield from lines
             read.add(seen)
 
 
@@ -285,9 +304,8 @@ def _of_devices(
     lines: Iterable[bytes], devices: Collection[str], cancelled: Cancelled
 ) -> Iterator[tuple[str, str]]:
     wanted = [f" {device} ".encode() for device in devices]
-    for number, line in enumerate(lines):
-        if number % _LINES_BETWEEN == 0:
-            _go_on(cancelled)
+    for line in lines:
+        _go_on(cancelled)
         if line and any(device in line for device in wanted):
             device, root = mountinfo.device_and_root(line)
             if device in devices:

@@ -59,7 +59,9 @@ FS_IMMUTABLE_FL: Final = 0x00000010
 FS_APPEND_FL: Final = 0x00000020
 
 NS_GET_USERNS: Final = 0xB701
+NS_GET_PARENT: Final = 0xB702
 NS_GET_NSTYPE: Final = 0xB703
+NS_GET_OWNER_UID: Final = 0xB704
 NS_GET_MNTNS_ID: Final = 0x8008B705
 NS_MNT_GET_NEXT: Final = 0x8010B70B
 NS_MNT_GET_PREV: Final = 0x8010B70C
@@ -255,6 +257,18 @@ def get_nstype(fd: int) -> int:
 def get_userns(fd: int) -> Descriptor:
     """ioctl_ns(2) NS_GET_USERNS: the user namespace that owns the namespace."""
     return Descriptor(fcntl.ioctl(fd, NS_GET_USERNS))
+
+
+def get_parent(userns: int) -> Descriptor:
+    """ioctl_ns(2) NS_GET_PARENT: the parent of a user namespace. EPERM if it is outside of our own."""
+    return Descriptor(fcntl.ioctl(userns, NS_GET_PARENT))
+
+
+def get_owner_uid(userns: int) -> int:
+    """ioctl_ns(2) NS_GET_OWNER_UID: the UID that made a user namespace."""
+    buffer = bytearray(4)
+    fcntl.ioctl(userns, NS_GET_OWNER_UID, buffer)
+    return int(struct.unpack("=I", buffer)[0])
 
 
 def get_mntns_id(fd: int) -> int:

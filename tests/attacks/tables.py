@@ -7,6 +7,7 @@ killed.
 
 tables.py mounts DEPTH COUNT      makes COUNT mounts in its own namespace, in a directory DEPTH names deep;
                                   the names are spaces, which the kernel escapes with four characters each
+tables.py endless DEPTH           makes one mount of a directory in /tmp that is DEPTH names deep
 tables.py descriptors PROCESSES   starts that many processes with as many open files as the limit allows
 """
 
@@ -35,12 +36,16 @@ def write(path: str, text: str) -> None:
         file.write(text)
 
 
-def mounts(depth: int, count: int) -> None:
+def become_alone() -> None:
     uid, gid = os.getuid(), os.getgid()
     check(LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNS))
     write("/proc/self/setgroups", "deny")
     write("/proc/self/uid_map", f"0 {uid} 1")
     write("/proc/self/gid_map", f"0 {gid} 1")
+
+
+def mounts(depth: int, count: int) -> None:
+    become_alone()
     check(LIBC.mount(b"deep", b"/mnt", b"tmpfs", 0, None))
     os.chdir("/mnt")
     for _ in range(depth):
@@ -50,6 +55,18 @@ def mounts(depth: int, count: int) -> None:
     os.mkdir("to")
     for _ in range(count):
         check(LIBC.mount(b"from", b"to", None, MS_BIND, None))
+    say_ready()
+    signal.pause()
+
+
+def endless(depth: int) -> None:
+    os.makedirs("/tmp/endless", exist_ok=True)
+    os.chdir("/tmp/endless")
+    for _ in range(depth):
+        os.mkdir("d" * 255)
+        os.chdir("d" * 255)
+    become_alone()
+    check(LIBC.mount(b".", b"/mnt", None, MS_BIND, None))
     say_ready()
     signal.pause()
 
@@ -72,6 +89,8 @@ def main() -> None:
     match kind, [int(argument) for argument in arguments]:
         case "mounts", [depth, count]:
             mounts(depth, count)
+        case "endless", [depth]:
+            endless(depth)
         case "descriptors", [processes]:
             descriptors(processes)
 

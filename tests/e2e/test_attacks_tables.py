@@ -55,6 +55,22 @@ def test_mounts_with_endless_paths(machine: Machine) -> None:
             assert observe.daemon_memory(machine, "VmHWM") < 200 * 1024
 
 
+def test_a_mount_whose_path_is_too_long_is_in_use_for_its_user_alone(machine: Machine) -> None:
+    """It takes listmount(2) to find it too long. Without that, the beginning of the path is read."""
+    has_listmount = machine.release != "bookworm"
+    depth = "66000" if has_listmount else "1000"
+    with attack(machine, "bob", program("tables.py", "endless", depth), "ready"):
+        for user in ("bob", "alice"):
+            assert machine.run("su", user, "-c", "echo in").stdout == "in\n"
+        wait_until_gone(machine)
+        lines = machine.journal("-u", "polytmpd", "-n", "30", "--output=cat")
+        if has_listmount:
+            assert "Failed to read all mounts of UID 1002, searching without them" in lines
+            assert observe.state(machine, "bob") == "draining"
+    wait_until_gone(machine, "bob", 60)
+    machine.run("rm", "-r", "/tmp/endless")
+
+
 def test_a_trap_where_a_barrier_might_lie(machine: Machine) -> None:
     """A daemon that followed a mount's path to its owner would wait for a file system that never answers."""
     machine.sh("grep -q ^user_allow_other /etc/fuse.conf || echo user_allow_other >>/etc/fuse.conf")
@@ -81,6 +97,15 @@ def test_descriptors_without_end(machine: Machine) -> None:
         with attack(machine, "svc", program("tables.py", "descriptors", "40"), "ready"):
             assert machine.run("su", "-", "bob", "-c", "cat /tmp/mark").stdout == "mark\n"
         stays_bobs(machine)
+
+
+def test_descriptors_without_end_keep_no_instance(machine: Machine) -> None:
+    with attack(machine, "svc", program("tables.py", "descriptors", "40"), "ready"):
+        assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+        eventually(lambda: observe.state(machine, "alice") is None, 40, "alice's instance is gone")
+        lines = machine.journal("-u", "polytmpd", "-n", "10", "--output=cat")
+        assert "more mounts or descriptors than can be searched" in lines
+    wait_until_gone(machine)
 
 
 def test_a_storm_of_mounts_refuses_no_login(machine: Machine) -> None:

@@ -15,13 +15,19 @@ from unittest import mock
 import pytest
 
 from polytmpd.blocking import recovery
-from polytmpd.kernel import host, namespaces, syscalls
+from polytmpd.blocking.removal import Place, unused
+from polytmpd.kernel import host, namespaces, patience, syscalls
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.patience import Patience
 from tests.kernel import children
 from tests.kernel.world import run_alone
 
 BARRIER = "polytmp-1001"
+MALLORY, SUBORDINATE = 1500, 200000
+REMOVING = f"polytmp-removing-{'a' * 16}"
 _MS_BIND = 4096
+_CLONE_NEWUSER = 0x10000000
+_PR_SET_DUMPABLE = 4
 
 
 def _without_listmount() -> contextlib.AbstractContextManager[object]:
@@ -214,6 +220,149 @@ def case_what_cannot_be_read_may_be_in_use() -> None:
         assert it.users() == {BARRIER: pid}
 
 
+# Namespaces of other users
+
+
+@contextlib.contextmanager
+def of_mallory(work: Callable[[], object] = lambda: None) -> Iterator[int]:
+    """A process of UID 1500's in namespaces of their own calls work(), and stays; yields its pid."""
+    ready, mapped = os.pipe(), os.pipe()
+
+    def live() -> None:
+        children.become(MALLORY)
+        children._libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # or /proc/self is root's
+        syscalls.unshare(_CLONE_NEWUSER | syscalls.CLONE_NEWNS)
+        os.write(ready[1], b".")
+        os.read(mapped[0], 1)
+        work()
+        os.write(ready[1], b".")
+        signal.pause()
+
+    pid = children.start(live)
+    try:
+        os.close(ready[1])
+        assert os.read(ready[0], 1) == b".", "it has its namespaces"
+        for table in ("uid_map", "gid_map"):
+            Path(f"/proc/{pid}/{table}").write_text(f"0 {MALLORY} 1\n1 {SUBORDINATE} 1\n")
+        os.write(mapped[1], b".")
+        assert os.read(ready[0], 1) == b".", "it has started"
+        yield pid
+    finally:
+        for fd in (ready[0], *mapped):
+            os.close(fd)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@contextlib.contextmanager
+def junk() -> Iterator[str]:
+    """A directory that lies deeper than is read here, in the file system with the barriers."""
+    with (
+        tempfile.TemporaryDirectory(dir="/var/tmp") as base,
+        mock.patch.object(namespaces, "_ROOT_AT_MOST", 4096),
+    ):
+        for name in (BARRIER, f"polytmp-{MALLORY}", REMOVING):
+            os.makedirs(f"{base}/{name}/tmp")
+        deep = f"{base}/" + "/".join(["d" * 250] * 13)
+        os.makedirs(deep)
+        os.chmod(base, 0o755)
+        yield base
+        assert recovery.mounted_barriers([(base, BARRIER)]) == {}
+
+
+def mount_deep(base: str) -> None:
+    os.chdir(f"{base}/" + "/".join(["d" * 250] * 13))
+    os.makedirs("/".join(["e" * 250] * 5), exist_ok=True)
+    for _ in range(5):
+        os.chdir("e" * 250)
+    syscalls.mount(".", "/mnt", None, _MS_BIND)
+
+
+def unknown(base: str, *names: str) -> set[str]:
+    try:
+        found = recovery.mounted_barriers([(base, name) for name in names])
+    except recovery.UnreadError as error:
+        return {*error.unknown, *error.found}
+    return set(found)
+
+
+def case_what_one_user_makes_unreadable_is_in_use_for_them_alone() -> None:
+    with junk() as base:
+        os.chmod(f"{base}/" + "/".join(["d" * 250] * 13), 0o777)
+        with of_mallory(lambda: mount_deep(base)):
+            assert unknown(base, BARRIER) == set()
+            assert unknown(base, BARRIER, f"polytmp-{MALLORY}", REMOVING) == {f"polytmp-{MALLORY}", REMOVING}
+            places = [Place(base, name) for name in (f"polytmp-{MALLORY}", BARRIER)]
+            assert unused(places, lambda: False) == places[1:]
+        assert unknown(base, BARRIER, f"polytmp-{MALLORY}", REMOVING) == set()
+
+
+def case_what_root_has_put_in_an_unreadable_namespace_may_be_anyones() -> None:
+    with junk() as base:
+        os.chmod(f"{base}/" + "/".join(["d" * 250] * 13), 0o777)
+        with of_mallory(lambda: mount_deep(base)) as pid:
+            ready = os.pipe()
+
+            def enter() -> None:
+                with Descriptor.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY) as fd:
+                    syscalls.unshare(syscalls.CLONE_FS)
+                    syscalls.setns(fd, syscalls.CLONE_NEWNS)
+                children.become(1001)
+                os.write(ready[1], b".")
+                signal.pause()
+
+            alices = children.start(enter)
+            assert os.read(ready[0], 1) == b"."
+            assert unknown(base, BARRIER, "polytmp-1002") == {BARRIER}
+            os.kill(alices, signal.SIGKILL)
+            os.waitpid(alices, 0)
+            assert unknown(base, BARRIER) == set()
+
+
+def case_one_user_does_not_keep_a_search_for_others_for_long() -> None:
+    with junk() as base, of_mallory(), mock.patch.object(patience, "SECONDS", -1.0):
+        assert unknown(base, BARRIER) == set()
+        assert unknown(base, f"polytmp-{MALLORY}") == set(), "all the time it takes"
+        limits = Patience(lambda: False, {1001})
+        assert list(namespaces.every(limits))
+        with limits.on_account_of(MALLORY) as over:
+            assert over()
+        with limits.on_account_of(1001) as over:
+            assert not over()
+        with limits.on_account_of(patience.ROOT) as over:
+            assert not over()
+
+
+def case_one_users_descriptors_do_not_keep_a_search_for_long() -> None:
+    """Of all that a user has open, so much is examined as fits."""
+    refused = mock.patch.object(namespaces, "_shows_neighbours", return_value=False)
+    with of_mallory(), refused, mock.patch.object(patience, "SECONDS", -1.0):
+        limits = Patience(lambda: False)
+        list(namespaces.every(limits))
+        assert set(limits.unread) == {MALLORY}
+        assert "more mounts or descriptors than can be searched" in str(limits.unread[MALLORY])
+        limits = Patience(lambda: False, {MALLORY})
+        list(namespaces.every(limits))
+        assert limits.unread == {}
+
+
+def case_whose_a_namespace_is() -> None:
+    """Also one that a subordinate UID made in it, and that of a process whose /proc/PID is root's."""
+
+    def nested() -> None:
+        os.setresuid(1, 1, 1)
+        syscalls.unshare(_CLONE_NEWUSER | syscalls.CLONE_NEWNS)
+
+    def hidden() -> None:
+        children._libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+    for work in (lambda: None, nested, hidden):
+        with of_mallory(work) as pid, Descriptor.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY) as fd:
+            assert patience.owner(fd) == patience.user_of(str(pid)) == MALLORY
+    with Descriptor.open("/proc/self/ns/mnt", os.O_RDONLY) as fd:
+        assert patience.owner(fd) == patience.user_of("self") == 0
+
+
 CASES = sorted(name for name in globals() if name.startswith("case_"))
 
 
@@ -239,12 +388,12 @@ def test_a_namespace_in_flight() -> None:
         with Descriptor.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY) as fd:
             inode = os.fstat(fd).st_ino
             socket.send_fds(ours, [b"."], [fd])
-        assert {found.inode: found.pid for found in namespaces.every()}[inode] == pid
+        assert {found.inode: found.pid for found in namespaces.every(Patience(lambda: False))}[inode] == pid
         os.close(done[1])
         os.waitpid(pid, 0)
-        others = [found.pid for found in namespaces.every() if found.inode == inode]
+        others = [found.pid for found in namespaces.every(Patience(lambda: False)) if found.inode == inode]
         assert others == ([0] if namespaces._shows_neighbours() else [])
         _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
         for number in (*fds, *ready, done[0]):
             os.close(number)
-        assert inode not in [found.inode for found in namespaces.every()]
+        assert inode not in [found.inode for found in namespaces.every(Patience(lambda: False))]
