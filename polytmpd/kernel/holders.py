@@ -6,7 +6,7 @@ Not here: any decision. The result is a snapshot of /proc and may already be out
 Hard facts
 - A mount namespace made from another one (unshare, bwrap, a unit's PrivateTmp=) has a copy of its sentinel
   and keeps it: the end is reported when the last copy is gone. The mountinfo of a copy shows the sentinel,
-  and a mount whose root is in one of the instance's directories.
+  and a mount whose root is in one of the instance's directories. That of a process in a chroot may not.
 - PID 1 holds descriptors for the daemon (the FD store), and the daemon its own. Neither keeps an instance.
 """
 
@@ -19,8 +19,8 @@ from enum import StrEnum
 from typing import Final
 
 from polytmpd.core.names import SENTINEL
-from polytmpd.kernel import mountinfo
-from polytmpd.kernel.processes import cgroup_pids, commands, descriptor_paths, namespace_paths, pids
+from polytmpd.kernel import namespaces
+from polytmpd.kernel.processes import cgroup_pids, commands, descriptor_paths, pids
 
 _DESCRIPTORS_TIMEOUT: Final = 5.0
 
@@ -64,25 +64,16 @@ def find(
     are left out, and processes with few descriptors come first.
     """
     found: dict[int, How] = {}
-    derived: dict[int, bool] = {}
     candidates = list(pids())
-    for pid in candidates if namespace else ():
-        for path in namespace_paths(pid):
-            if cancelled():
-                break
-            try:
-                inode = os.stat(path).st_ino
-            except OSError:
-                continue
-            if inode == namespace:
-                found[pid] = How.NAMESPACE
-                break
-            if inode not in derived:
-                derived[inode] = _is_copy(
-                    path.removesuffix("/ns/mnt").removeprefix("/proc/"), roots, cancelled
-                )
-            if derived[inode]:
-                found[pid] = How.DERIVED
+    if namespace:
+        with contextlib.suppress(OSError):  # what is found until then is shown
+            for each in namespaces.inhabited(cancelled):
+                is_own = each.inode == namespace
+                if is_own or _is_copy(each, roots, cancelled):
+                    for process in each.processes:
+                        pid = int(process.partition("/")[0])
+                        if is_own or pid not in found:  # its threads may live in both
+                            found[pid] = How.NAMESPACE if is_own else How.DERIVED
     end = time.monotonic() + _DESCRIPTORS_TIMEOUT
 
     def is_over() -> bool:
@@ -115,8 +106,8 @@ def control_group(pid: int) -> str:
     return ""
 
 
-def _is_copy(process: str, roots: Collection[str], cancelled: Callable[[], bool]) -> bool:
-    """Whether a process lives in a copy of the namespace.
+def _is_copy(found: namespaces.Found, roots: Collection[str], cancelled: Callable[[], bool]) -> bool:
+    """Whether a namespace is a copy of the instance's.
 
     Searches the lines without parsing them: a user can have a hundred thousand mounts in each of many
     namespaces.
@@ -124,7 +115,7 @@ def _is_copy(process: str, roots: Collection[str], cancelled: Callable[[], bool]
     sentinel, inside = False, False
     names = [f"/{name}/".encode() for name in roots]
     with contextlib.suppress(OSError):
-        for line in mountinfo.lines(process):
+        for line in namespaces.tables(found, cancelled):
             sentinel = sentinel or SENTINEL.encode() in line
             inside = inside or any(name in line for name in names)
             if sentinel and inside:

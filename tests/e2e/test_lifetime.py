@@ -292,6 +292,17 @@ def test_all_processes_are_in_a_chroot(machine: Machine, elsewhere: Callable[[li
     wait_until_gone(machine)
 
 
+def test_a_chroot_hides_nobody_who_keeps_the_instance(machine: Machine) -> None:
+    """The lowest PID of a copy of the namespace is in a chroot, from where none of its mounts is seen."""
+    script = "/bin/sleep 8888 & exec /usr/sbin/chroot /usr /bin/sleep infinity"
+    leave(machine, f"setsid -f unshare -Urm sh -c '{script}' >/dev/null 2>&1")
+    stays(machine)
+    shown = {entry["command"]: entry["how"] for entry in observe.status(machine, "alice")["processes"]}
+    assert shown["/bin/sleep infinity"] == shown["/bin/sleep 8888"] == "derived"
+    machine.run("pkill", "-KILL", "-u", "alice", "-x", "sleep")
+    wait_until_gone(machine)
+
+
 def test_a_users_own_namespace_held_by_a_descriptor_alone(
     machine: Machine, elsewhere: Callable[[list[str]], None]
 ) -> None:

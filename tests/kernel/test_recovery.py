@@ -16,7 +16,8 @@ import pytest
 
 from polytmpd.blocking import recovery
 from polytmpd.blocking.removal import Place, unused
-from polytmpd.kernel import host, namespaces, patience, syscalls
+from polytmpd.core.names import SENTINEL
+from polytmpd.kernel import holders, host, namespaces, patience, syscalls
 from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.patience import Patience
 from tests.kernel import children
@@ -25,6 +26,7 @@ from tests.kernel.world import run_alone
 BARRIER = "polytmp-1001"
 MALLORY, SUBORDINATE = 1500, 200000
 REMOVING = f"polytmp-removing-{'a' * 16}"
+NO_NAMESPACE = 1
 _MS_BIND = 4096
 _CLONE_NEWUSER = 0x10000000
 _PR_SET_DUMPABLE = 4
@@ -218,6 +220,18 @@ def case_what_cannot_be_read_may_be_in_use() -> None:
         ):
             it.users()
         assert it.users() == {BARRIER: pid}
+
+
+def case_a_chroot_hides_no_copy_from_who_asks_for_holders() -> None:
+    def copied() -> None:
+        syscalls.mount(SENTINEL, "/media", "tmpfs", 0)
+        _chroot()
+
+    with cage() as it:
+        pids = [it.start(copied), it.start(lambda: None)]
+        found = holders.find(NO_NAMESPACE, [BARRIER])
+        assert [(holder.pid, holder.how) for holder in found] == [(pid, "derived") for pid in pids]
+        assert holders.find(NO_NAMESPACE, ["polytmp-1002"]) == []
 
 
 # Namespaces of other users

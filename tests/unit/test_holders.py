@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from polytmpd.kernel import holders, processes
+from polytmpd.kernel import holders, namespaces, processes
 from polytmpd.kernel.descriptor import Descriptor
 
 pytestmark = pytest.mark.unit
@@ -54,8 +54,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         for _ in range(MANY):
             yield f"/proc/{pid}/ns/mnt"
 
-    for module in (holders, processes):
+    for module in (namespaces, processes):
         monkeypatch.setattr(module, "namespace_paths", threads)
+    for module in (holders, namespaces, processes):
         monkeypatch.setattr(module, "pids", lambda: iter([process.pid]))
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", counted(os.stat))
@@ -86,7 +87,7 @@ def test_processes_with_few_descriptors_come_first(monkeypatch: pytest.MonkeyPat
     counts = {101: 1 << 20, 102: 3, 103: 7}
     looked: list[int] = []
     monkeypatch.setattr(holders, "pids", lambda: iter(counts))
-    monkeypatch.setattr(holders, "namespace_paths", lambda _: iter(()))
+    monkeypatch.setattr(namespaces, "inhabited", lambda _: iter(()))
     monkeypatch.setattr(holders, "_descriptor_count", counts.__getitem__)
     monkeypatch.setattr(holders, "_has_open", lambda pid, *_: looked.append(pid))
     assert holders.find(NO_NAMESPACE, ()) == []
