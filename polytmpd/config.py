@@ -406,12 +406,13 @@ def _real(root: Path, path: str) -> str:
 def _uid_min(path: Path, problems: list[Problem]) -> int:
     """UID_MIN of login.defs(5), or its default if it is missing, invalid or above UID_MAX.
 
-    pam_polytmp has the same rule. UID_MAX decides nothing else: no directory service keeps to it.
+    Read as shadow's tools read it: of several lines for a key, the last counts. pam/regular.h has the same
+    rule. UID_MAX decides nothing else: no directory service keeps to it.
     """
     default = {"UID_MIN": UID_MIN_DEFAULT, "UID_MAX": UID_MAX_DEFAULT}
     found = dict(default)
     try:
-        text = path.read_text(errors="replace")
+        text = path.read_bytes().decode("latin-1")
     except FileNotFoundError:
         return UID_MIN_DEFAULT
     except OSError as error:
@@ -420,15 +421,15 @@ def _uid_min(path: Path, problems: list[Problem]) -> int:
         )
         return UID_MIN_DEFAULT
     for number, line in enumerate(text.split("\n"), 1):
-        words = line.split()
-        if len(words) < 2 or words[0] not in found:
+        match = re.match(
+            r'[ \t]*(\w+)[ \t][ \t"]*([^"]*)', line.partition("\0")[0].rstrip(" \t\v\f\r"), re.ASCII
+        )
+        if not match or match[1] not in found:
             continue
-        value = _c_number(words[1])
-        if 0 < value <= UID_LAST:
-            found[words[0]] = value
-        else:
-            what = f"{path}:{number}: {words[0]} {words[1]!r} is not a valid UID"
-            problems.append(Problem(what, f"using {default[words[0]]}"))
+        found[match[1]] = value = _c_number(match[2]) or default[match[1]]
+        if value != _c_number(match[2]):
+            what = f"{path}:{number}: {match[1]} {match[2]!r} is not a valid UID"
+            problems.append(Problem(what, f"using {value}"))
     if found["UID_MIN"] > found["UID_MAX"]:
         what = f"{path}: UID_MIN is greater than UID_MAX"
         problems.append(Problem(what, f"using UID_MIN {UID_MIN_DEFAULT}"))
@@ -437,8 +438,10 @@ def _uid_min(path: Path, problems: list[Problem]) -> int:
 
 
 def _c_number(word: str) -> int:
-    """As strtoul(3) reads it, which shadow and pam_polytmp use; 0 for anything else."""
-    for pattern, base in (("0[xX]([0-9a-fA-F]{1,8})", 16), ("0([0-7]{1,11})", 8), ("([1-9][0-9]{0,9})", 10)):
-        if match := re.fullmatch(pattern, word, re.ASCII):
-            return int(match[1], base)
+    """A UID as strtoul(3) reads it, which shadow and pam_polytmp use; 0 for anything else."""
+    for pattern, base in (("0[xX]([0-9a-fA-F]+)", 16), ("(0[0-7]*)", 8), ("([1-9][0-9]*)", 10)):
+        match = re.fullmatch(pattern, word, re.ASCII)
+        digits = match[1].lstrip("0") if match else ""
+        if digits:
+            return int(digits, base) if len(digits) <= 11 and int(digits, base) <= UID_LAST else 0
     return 0
