@@ -71,14 +71,14 @@ int refuse(const struct session *s, const char *error_name, const char *format, 
         return PAM_PERM_DENIED; /* a session error would not stop sudo */
 }
 
-static bool parse_number(const char *text, int base, unsigned long max, unsigned long *ret) {
+static bool parse_number(const char *text, unsigned long max, unsigned long *ret) {
         unsigned long value;
         char *end;
 
         if (!isdigit((unsigned char) text[0])) /* strtoul() accepts blanks and signs */
                 return false;
         errno = 0;
-        value = strtoul(text, &end, base);
+        value = strtoul(text, &end, 10);
         if (errno != 0 || *end != '\0' || value > max)
                 return false;
         *ret = value;
@@ -99,7 +99,7 @@ static void parse_arguments(struct session *s, int argc, const char **argv, bool
                 } else if (strncmp(argv[i], "timeout=", strlen("timeout=")) != 0) {
                         if (opening)
                                 pam_syslog(s->pamh, LOG_ERR, "unknown module argument '%s', ignoring", argv[i]);
-                } else if (parse_number(argv[i] + strlen("timeout="), 10, TIMEOUT_MAX, &value) && value > 0)
+                } else if (parse_number(argv[i] + strlen("timeout="), TIMEOUT_MAX, &value) && value > 0)
                         s->timeout = value;
                 else if (opening)
                         pam_syslog(s->pamh, LOG_ERR, "'%s' is not a number of seconds from 1 to %d, using %d",
@@ -123,28 +123,13 @@ static int find_user(struct session *s) {
                 return PAM_USER_UNKNOWN;
         }
         s->uid = pw->pw_uid;
+        s->pw = pw;
         return PAM_SUCCESS;
-}
-
-static unsigned long login_defs(pam_handle_t *pamh, const char *key, unsigned long fallback) {
-        CLEANUP(freep) char *text = pam_modutil_search_key(pamh, "/etc/login.defs", key);
-        unsigned long value;
-
-        return text && parse_number(text, 0, UINT32_MAX - 1, &value) && value > 0 ? value : fallback;
-}
-
-static bool is_system_user(const struct session *s) {
-        unsigned long min = login_defs(s->pamh, "UID_MIN", UID_MIN_DEFAULT);
-        unsigned long max = login_defs(s->pamh, "UID_MAX", UID_MAX_DEFAULT);
-
-        if (min > max) /* or every user would be one; UID_MAX decides nothing else */
-                min = UID_MIN_DEFAULT;
-        return !is_regular_uid(s->uid, min);
 }
 
 /* System users (cron jobs, the boot of the host) must keep working while polytmpd is not running. */
 int unreachable(const struct session *s, const char *error_name, const char *why) {
-        if (!is_system_user(s))
+        if (!is_certainly_system_user(s->pw))
                 return refuse(s, error_name, "polytmpd cannot be reached: %s", why);
         pam_syslog(s->pamh, LOG_WARNING,
                    "system user %s keeps the shared /tmp, polytmpd cannot be reached: %s%s%s",

@@ -2,6 +2,7 @@
 /* What the parts of pam_polytmp.so share: the session, and how they report. */
 #pragma once
 
+#include <pwd.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/types.h>
@@ -17,6 +18,7 @@ struct session {
         int flags;
         const char *user;
         uid_t uid;
+        const struct passwd *pw; /* libpam's, until pam_end(3) */
         unsigned long timeout; /* seconds, for connection, authentication and reply together */
         bool debug;
         bool caller; /* stays in the directories of its caller */

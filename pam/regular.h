@@ -1,30 +1,107 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Who is a regular user by number, while polytmpd cannot be asked. It has the same rule in core/policy.py; the tests
- * compare the two. Not here: what its configuration and user records say (RegularUIDs=, groups): a user who would be
- * exempt by those is refused meanwhile.
+ * Who is a system user for certain, while polytmpd cannot be asked. A user record (https://systemd.io/USER_RECORD/)
+ * can make anyone else a regular user, whatever the number: they are refused meanwhile. polytmpd's rule is in
+ * core/policy.py, and its reading of login.defs in config.py; the tests compare the two.
+ *
+ * Not here: what polytmpd.conf(5) and user records say.
+ *
+ * Hard facts:
+ *  - PID 1 has a link /run/systemd/dynamic-uid/direct:UID to the name of the dynamic user with that UID, while a
+ *    unit with DynamicUser= has it. nss-systemd(8) reads it in dbus-daemon, which cannot ask PID 1.
+ *  - The greeters of GDM 49 and later are users in a range of their own, with homes in /run. Only the user database
+ *    sets a home; users can change their shell.
+ *  - shadow's tools take the last of several lines for a key in login.defs. pam_modutil_search_key() takes the
+ *    first, ignores case and accepts "=".
  */
 
 #pragma once
 
+#include <ctype.h>
+#include <errno.h>
+#include <pwd.h>
 #include <stdbool.h>
-#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/types.h>
+#include <unistd.h>
 
 #define UID_MIN_DEFAULT 1000
 #define UID_MAX_DEFAULT 60000
+#define REGULAR_LAST 60000 /* up to here, polytmpd asks for no user record */
 
-static inline bool is_regular_uid(uid_t uid, unsigned long uid_min) {
-        static const struct { uid_t first, last; } NOT_REGULAR[] = { /* https://systemd.io/UIDS-GIDS/ */
-                { 60578, 60705 },           /* greeters of display managers */
-                { 61184, 65519 },           /* dynamic users; also Debian's static system users (slurm 64030) */
-                { 65534, 65535 },           /* nobody */
-                { 2147352576, 2147418111 }, /* foreign users of disk images */
-                { 2147483647, 4294967295 }, /* reserved */
-        };
+/* strtoul() also accepts blanks and signs, and binary numbers since glibc 2.38: not here. */
+static inline uid_t parse_uid(const char *text, uid_t fallback) {
+        unsigned long value;
+        char *end;
 
-        for (size_t i = 0; i < sizeof(NOT_REGULAR) / sizeof(NOT_REGULAR[0]); i++)
-                if (uid >= NOT_REGULAR[i].first && uid <= NOT_REGULAR[i].last)
-                        return false;
-        return uid >= uid_min;
+        if (!isdigit((unsigned char) text[0]) || tolower((unsigned char) text[1]) == 'b')
+                return fallback;
+        errno = 0;
+        value = strtoul(text, &end, 0);
+        return errno == 0 && *end == '\0' && value > 0 && value < UINT32_MAX ? (uid_t) value : fallback;
+}
+
+/* If the line is one for the key, its value. Changes the line. */
+static inline const char *login_defs_value(char *line, const char *key) {
+        size_t n = strlen(line);
+
+        while (n > 0 && strchr(" \t\n\v\f\r", line[n - 1]))
+                line[--n] = '\0';
+        line += strspn(line, " \t");
+        n = strcspn(line, " \t");
+        if (n != strlen(key) || strncmp(line, key, n) != 0 || line[n] == '\0')
+                return NULL;
+        line += n + strspn(line + n, " \t\"");
+        line[strcspn(line, "\"")] = '\0';
+        return line;
+}
+
+/* UID_MIN of login.defs(5), or 0 if the file cannot be read. A value that is no UID counts as the default. */
+static inline uid_t read_uid_min(void) {
+        uid_t min = UID_MIN_DEFAULT, max = UID_MAX_DEFAULT;
+        FILE *file = fopen("/etc/login.defs", "re");
+        char *line = NULL;
+        size_t size = 0;
+        bool whole;
+
+        if (!file)
+                return errno == ENOENT ? min : 0;
+        while (getline(&line, &size, file) >= 0) {
+                const char *value;
+
+                if ((value = login_defs_value(line, "UID_MIN")))
+                        min = parse_uid(value, UID_MIN_DEFAULT);
+                else if ((value = login_defs_value(line, "UID_MAX")))
+                        max = parse_uid(value, UID_MAX_DEFAULT);
+        }
+        whole = feof(file) && !ferror(file);
+        free(line);
+        fclose(file);
+        if (!whole)
+                return 0;
+        return min <= max ? min : UID_MIN_DEFAULT; /* or every user would be a system user */
+}
+
+static inline bool is_dynamic_user(const struct passwd *pw) {
+        char path[64], name[256]; /* longer ones do not fit into a passwd entry of systemd's */
+        ssize_t n;
+
+        snprintf(path, sizeof(path), "/run/systemd/dynamic-uid/direct:%u", pw->pw_uid);
+        n = readlink(path, name, sizeof(name));
+        return n > 0 && (size_t) n == strlen(pw->pw_name) && memcmp(name, pw->pw_name, n) == 0;
+}
+
+static inline bool is_greeter(const struct passwd *pw) {
+        return pw->pw_uid >= 60578 && pw->pw_uid <= 60705 && strncmp(pw->pw_dir, "/run/", strlen("/run/")) == 0;
+}
+
+static inline bool is_certainly_system_user(const struct passwd *pw) {
+        if (pw->pw_uid == 65534 || pw->pw_uid == 65535) /* nobody */
+                return true;
+        if (pw->pw_uid <= REGULAR_LAST)
+                return pw->pw_uid < read_uid_min();
+        return is_dynamic_user(pw) || is_greeter(pw);
 }

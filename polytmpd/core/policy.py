@@ -13,7 +13,7 @@ UID_MAX_DEFAULT: Final = 60000
 """What login.defs(5) documents as the range of useradd(8)."""
 UID_LAST: Final = 4294967294
 REGULAR_LAST: Final = 60000
-"""Up to here a number from UID_MIN on is a regular user's, and nobody is asked."""
+"""Up to here the number decides, and no user record is asked for. pam/regular.h has the same."""
 NOT_REGULAR: Final = (
     (60578, 60705, "a display manager's greeter"),
     (61184, 65519, "a dynamic or system user"),
@@ -21,8 +21,8 @@ NOT_REGULAR: Final = (
     (2147352576, 2147418111, "a foreign user of disk images"),
     (2147483647, 4294967295, "reserved"),
 )
-"""Ranges that are no regular user's, by systemd's table: https://systemd.io/UIDS-GIDS/. pam/regular.h has
-the same. In the second one, Debian also has static system users (slurm 64030, libvirt-qemu 64055).
+"""Ranges that are no regular user's, by systemd's table: https://systemd.io/UIDS-GIDS/. In the second one,
+Debian also has static system users (slurm 64030, libvirt-qemu 64055).
 """
 NOBODY: Final = (65534, 65535, 4294967295)
 """nobody, and the UIDs that stand for none in 16 and 32 bits."""

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Sessions for which the module does not call polytmpd: root, unknown users, chroots, system users."""
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
 import pytest
 
+from polytmpd import config
 from polytmpd.core import policy
 from tests.pam.outcomes import MakeDaemon, assert_refused, assert_skipped, assert_untouched
 from tests.pam.pam_world import (
@@ -86,40 +92,106 @@ def test_a_thread_outside_its_processs_namespace(
     assert fake.stop() == []
 
 
-# System users
+# System users, while polytmpd cannot be reached
+
+UNREACHABLE = "polytmpd cannot be reached: No such file or directory"
+
+LOGIN_DEFS = [
+    ("UID_MIN 1000\nUID_MAX 60000\n", 1000),
+    ("UID_MIN 1501\n", 1501),
+    ("UID_MIN\t500\n", 500),
+    ("  UID_MIN  \t 500  \t\n", 500),
+    ("", 1000),
+    ("#UID_MIN 2000\n", 1000),
+    (" # UID_MIN 2000\n", 1000),
+    ("UID_MIN 1500\nUID_MIN 500\n", 500),  # the last one counts
+    ("UID_MIN 500\nUID_MIN 1500\n", 1500),
+    ("UID_MIN 500\nUID_MIN many\n", 1000),
+    ("UID_MIN many\nUID_MIN 500\n", 500),
+    ("UID_MAX 400\nUID_MAX 60000\nUID_MIN 500\n", 500),
+    ("UID_MIN 500\nUID_MAX 60000\nUID_MAX 400\n", 1000),
+    ("UID_MIN=500\n", 1000),
+    ("UID_MIN = 500\n", 1000),
+    ("uid_min 500\n", 1000),
+    ("SYS_UID_MIN 500\n", 1000),
+    ("UID_MIN 500 # ours\n", 1000),
+    ('UID_MIN "500"\n', 500),
+    ('UID_MIN "500" # ours\n', 500),
+    ("UID_MIN 500", 500),
+    ("UID_MIN 500\r\n", 500),
+    ("UID_MIN 500\rUID_MIN 600\n", 1000),
+    ("UID_MIN 500\0 UID_MIN 600\n", 500),
+    ("UID_MIN\xa0500\n", 1000),
+    ("\xe4\xf6\xfc\nUID_MIN 500\n", 500),
+    ("UID_MIN\n", 1000),
+    ("UID_MIN \n", 1000),
+    ("UID_MIN many\nUID_MAX -1\n", 1000),
+    ("UID_MIN 2000x\n", 1000),
+    ("UID_MIN 1_500\n", 1000),
+    ("UID_MIN +1500\n", 1000),
+    ("UID_MIN 99999999999999999999999\n", 1000),
+    ("UID_MIN 4294967295\n", 1000),
+    ("UID_MIN 0x5dd\n", 1501),
+    ("UID_MIN 0X5DD\n", 1501),
+    ("UID_MIN 0x\n", 1000),
+    ("UID_MIN 0b10111011101\n", 1000),
+    ("UID_MIN 02735\n", 1501),
+    ("UID_MIN 000000000000002735\n", 1501),
+    ("UID_MIN 0\n", 1000),
+    ("UID_MIN 1500\nUID_MAX 1500\n", 1500),
+    ("UID_MIN 3000\nUID_MAX 2000\n", 1000),  # or all users would be system users
+    ("UID_MIN 2000\nUID_MAX 0x10\n", 1000),
+]
 
 
-@pytest.mark.parametrize(
-    ("login_defs", "user", "system"),
-    [
-        ("UID_MIN 1000\nUID_MAX 60000\n", "cronuser", True),
-        ("UID_MIN 1000\nUID_MAX 60000\n", "alice", False),
-        ("UID_MIN 1000\nUID_MAX 60000\n", "high", False),
-        ("UID_MIN 1501\n", "alice", True),
-        ("UID_MIN 1501\n", "bob", False),
-        ("UID_MIN 1500\nUID_MAX 1500\n", "alice", False),
-        ("UID_MIN 1500\nUID_MAX 1500\n", "bob", False),
-        ("UID_MIN 70001\nUID_MAX 80000\n", "high", True),
-        ("UID_MIN 500\n", "cronuser", False),
-        ("", "alice", False),
-        ("", "cronuser", True),
-        ("#UID_MIN 2000\n", "alice", False),
-        ("UID_MIN many\nUID_MAX -1\n", "alice", False),
-        ("UID_MIN 2000x\n", "alice", False),
-        ("UID_MIN 99999999999999999999999\n", "alice", False),
-        ("UID_MIN 4294967295\n", "alice", False),
-        ("UID_MAX 0x10\n", "alice", False),
-        ("UID_MIN 0x5dd\n", "alice", True),
-        ("UID_MIN 02735\n", "alice", True),
-        ("UID_MIN 02734\n", "alice", False),
-        ("UID_MIN 0\n", "cronuser", True),
-        ("UID_MIN 3000\nUID_MAX 2000\n", "alice", False),  # or all users would be system users
-    ],
-)
-def test_who_is_a_system_user(world: World, login_defs: str, user: str, system: bool) -> None:
-    world.login_defs(login_defs)
-    session = world.open_session("-u", user)
-    assert session.result == (PAM_IGNORE if system else PAM_PERM_DENIED)
+@pytest.mark.parametrize(("text", "uid_min"), LOGIN_DEFS)
+def test_login_defs(world: World, text: str, uid_min: int) -> None:
+    """polytmpd and the module read the same file alike."""
+    etc = world.base / "root/etc"
+    etc.mkdir(parents=True)
+    for path in (etc / "login.defs", world.base / "login.defs"):
+        path.write_bytes(text.encode("latin-1"))
+    assert config.load(world.base / "root")[0].exemptions.uid_min == uid_min
+    add_users(world, {"below": uid_min - 1, "first": uid_min})
+    assert world.open_session("-u", "below").result == PAM_IGNORE
+    assert world.open_session("-u", "first").result == PAM_PERM_DENIED
+
+
+# Values that shadow does not read alike, on purpose: it takes signs, and any UID_MAX.
+SHADOWS_OWN = {
+    text for text, _ in LOGIN_DEFS if re.search(r"UID_MAX|[-+]|\b0\n|0[bx]|9999|4294967295", text)
+}
+
+
+@plain_build
+@pytest.mark.parametrize(("text", "uid_min"), [entry for entry in LOGIN_DEFS if entry[0] not in SHADOWS_OWN])
+def test_shadow_reads_login_defs_alike(base: Path, build: Path, text: str, uid_min: int) -> None:
+    """The first user that useradd(8) makes has the UID UID_MIN."""
+    prefix = Path(tempfile.mkdtemp(prefix="shadow-", dir=base))
+    (prefix / "etc").mkdir()
+    (prefix / "etc/login.defs").write_bytes(text.encode("latin-1"))
+    for name in ("passwd", "shadow", "group", "gshadow"):
+        (prefix / "etc" / name).write_text("")
+    (prefix / "etc/group").write_text("users:x:100:\n")
+    command = ["/usr/sbin/useradd", "--prefix", str(prefix), "--no-user-group", "--no-create-home", "first"]
+    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    assert (prefix / "etc/passwd").read_text().split(":")[2] == str(uid_min)
+
+
+def test_login_defs_that_cannot_be_read(world: World) -> None:
+    """Then it is not known who is a system user."""
+    world.shell(
+        "mkdir -p /tmp/etc; cp -a /etc/. /tmp/etc; rm /tmp/etc/login.defs; mkdir /tmp/etc/login.defs"
+    )
+    world.shell(
+        "cp /etc/passwd /tmp/etc/; mount --bind /etc/pam.d /tmp/etc/pam.d; mount --rbind /tmp/etc /etc"
+    )
+    assert_refused(world.open_session("-u", "cronuser"), UNREACHABLE, user="cronuser")
+
+
+def add_users(world: World, users: dict[str, int], home: str = "/") -> None:
+    lines = [f"{user}:x:{uid}:{uid}::{home}:/bin/sh\n" for user, uid in users.items()]
+    (world.base / "passwd").write_text("".join(lines))
 
 
 def edges() -> list[int]:
@@ -130,14 +202,61 @@ def edges() -> list[int]:
     return sorted(uid for uid in found if 0 < uid < policy.UID_LAST)
 
 
-def test_the_daemon_has_the_same_rule(world: World) -> None:
-    """While it is down, the module lets through those whom it would exempt by number, and nobody else."""
+def test_the_module_lets_nobody_in_whom_polytmpd_may_call_regular(world: World) -> None:
+    """A user record may say `regular` of any UID above 60000, which the module does not read."""
     users = {f"u{uid}": uid for uid in edges()}
-    lines = [f"{user}:x:{uid}:{uid}::/:/bin/sh\n" for user, uid in users.items()]
-    (world.base / "passwd").write_text("".join(lines))
-    exempt = {user for user, uid in users.items() if policy.Exemptions().reason(uid, user)}
-    assert len(exempt) > 8
-    assert len(users) - len(exempt) > 8
+    add_users(world, users)
+    regular = policy.Facts(disposition="regular")
+
+    def may_be_regular(uid: int, user: str) -> bool:
+        rule = policy.Exemptions()
+        return not rule.reason(uid, user) or (
+            policy.Need.RECORD in rule.need(uid, user) and not rule.reason(uid, user, regular)
+        )
+
     results = {user: world.open_session("-u", user).result for user in users}
-    assert {user for user, result in results.items() if result == PAM_IGNORE} == exempt
+    let_in = {user for user, result in results.items() if result == PAM_IGNORE}
+    assert let_in == {user for user, uid in users.items() if not may_be_regular(uid, user)}
+    assert let_in == {"u999", "u65534", "u65535"}
     assert set(results.values()) == {PAM_IGNORE, PAM_PERM_DENIED}
+
+
+def test_a_high_uid_min_makes_nobody_above_60000_a_system_user(world: World) -> None:
+    world.login_defs("UID_MIN 70001\nUID_MAX 80000\n")
+    assert world.open_session("-u", "alice").result == PAM_IGNORE
+    assert_refused(world.open_session("-u", "high"), UNREACHABLE, user="high")
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "system"),
+    [
+        ("unit", "unit", True),
+        ("unit", None, False),
+        ("unit", "unit2", False),
+        ("unit2", "unit", False),
+        ("unit", "", False),
+    ],
+)
+def test_a_dynamic_user_is_one_whom_pid_1_names(
+    world: World, name: str, link: str | None, system: bool
+) -> None:
+    world.shell("mount -t tmpfs tmpfs /run/systemd; mkdir /run/systemd/dynamic-uid")
+    if link:
+        world.shell(f"ln -s {link} /run/systemd/dynamic-uid/direct:61184")
+    elif link is not None:
+        world.shell("touch /run/systemd/dynamic-uid/direct:61184")
+    add_users(world, {name: 61184, "other": 61185})
+    assert world.open_session("-u", name).result == (PAM_IGNORE if system else PAM_PERM_DENIED)
+    assert world.open_session("-u", "other").result == PAM_PERM_DENIED
+
+
+@pytest.mark.parametrize(
+    ("home", "system"),
+    [("/run/gdm3/home/gdm-greeter", True), ("/home/gdm-greeter", False), ("/running", False), ("/", False)],
+)
+def test_a_greeter_has_its_home_in_run(world: World, home: str, system: bool) -> None:
+    add_users(world, {"gdm-greeter": 60578, "last": 60705, "before": 60577, "after": 60706}, home)
+    for user in ("gdm-greeter", "last"):
+        assert world.open_session("-u", user).result == (PAM_IGNORE if system else PAM_PERM_DENIED)
+    for user in ("before", "after"):
+        assert world.open_session("-u", user).result == PAM_PERM_DENIED
