@@ -119,6 +119,10 @@ static int find_user(struct session *s) {
         if (!pw) {
                 if (errno == ENOMEM)
                         return out_of_memory(s);
+                if (is_dynamic_user(s->user)) {
+                        pam_syslog(s->pamh, LOG_INFO, "dynamic user %s keeps the host's directories", s->user);
+                        return PAM_IGNORE;
+                }
                 pam_syslog(s->pamh, LOG_ERR, "user unknown: %s", s->user);
                 return PAM_USER_UNKNOWN;
         }

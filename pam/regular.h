@@ -7,8 +7,9 @@
  * Not here: what polytmpd.conf(5) and user records say.
  *
  * Hard facts:
- *  - PID 1 has a link /run/systemd/dynamic-uid/direct:UID to the name of the dynamic user with that UID, while a
- *    unit with DynamicUser= has it. nss-systemd(8) reads it in dbus-daemon, which cannot ask PID 1.
+ *  - While a unit with DynamicUser= has a user, PID 1 has a link /run/systemd/dynamic-uid/direct:UID to the name, and
+ *    one from direct:NAME to the UID. nss-systemd(8) reads them in dbus-daemon, which cannot ask PID 1.
+ *  - In the processes in which PID 1 opens the sessions of units (PAMName=), nss-systemd(8) finds no dynamic user.
  *  - The greeters of GDM 49 and later are users in a range of their own, with homes in /run. Only the user database
  *    sets a home; users can change their shell.
  *  - shadow's tools take the last of several lines for a key in login.defs. pam_modutil_search_key() takes the
@@ -30,6 +31,7 @@
 
 #define UID_MIN_DEFAULT 1000
 #define UID_MAX_DEFAULT 60000
+#define DYNAMIC_USERS "/run/systemd/dynamic-uid/direct:"
 #define REGULAR_LAST 60000 /* up to here, polytmpd asks for no user record */
 
 /* strtoul() also accepts blanks and signs, and binary numbers since glibc 2.38: not here. */
@@ -85,13 +87,32 @@ static inline uid_t read_uid_min(void) {
         return min <= max ? min : UID_MIN_DEFAULT; /* or every user would be a system user */
 }
 
-static inline bool is_dynamic_user(const struct passwd *pw) {
-        char path[64], name[256]; /* longer ones do not fit into a passwd entry of systemd's */
-        ssize_t n;
+static inline bool dynamic_link(const char *key, char value[static 256]) {
+        char path[sizeof(DYNAMIC_USERS) + 256];
+        ssize_t n = -1;
 
-        snprintf(path, sizeof(path), "/run/systemd/dynamic-uid/direct:%u", pw->pw_uid);
-        n = readlink(path, name, sizeof(name));
-        return n > 0 && (size_t) n == strlen(pw->pw_name) && memcmp(name, pw->pw_name, n) == 0;
+        if (strlen(key) < 256 && !strchr(key, '/')) {
+                stpcpy(stpcpy(path, DYNAMIC_USERS), key);
+                n = readlink(path, value, 255);
+        }
+        value[n > 0 ? n : 0] = '\0';
+        return n > 0;
+}
+
+/* Whether PID 1 has the user under both name and UID. */
+static inline bool is_dynamic_user(const char *name) {
+        char uid[256], back[256];
+
+        return dynamic_link(name, uid) && isdigit((unsigned char) uid[0]) &&
+               dynamic_link(uid, back) && strcmp(name, back) == 0;
+}
+
+/* Of a user whom the user database knows. */
+static inline bool has_dynamic_uid(const struct passwd *pw) {
+        char uid[16], name[256];
+
+        snprintf(uid, sizeof(uid), "%u", pw->pw_uid);
+        return dynamic_link(uid, name) && strcmp(name, pw->pw_name) == 0;
 }
 
 static inline bool is_greeter(const struct passwd *pw) {
@@ -103,5 +124,5 @@ static inline bool is_certainly_system_user(const struct passwd *pw) {
                 return true;
         if (pw->pw_uid <= REGULAR_LAST)
                 return pw->pw_uid < read_uid_min();
-        return is_dynamic_user(pw) || is_greeter(pw);
+        return has_dynamic_uid(pw) || is_greeter(pw);
 }

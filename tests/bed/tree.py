@@ -45,6 +45,7 @@ HOST_PACKAGES = [
     "less",
     "libglib2.0-bin",
     "libnss-extrausers",
+    "libnss-systemd",
     "libpam-systemd",
     "mount",
     "opendoas",

@@ -46,6 +46,7 @@ def prepare(root: Path) -> None:
         extends = line.startswith(("passwd:", "group:", "shadow:")) and "extrausers" not in line
         lines.append(f"{line} extrausers" if extends else line)
     nsswitch.write_text("\n".join(lines) + "\n")
+    observe.write(root, "etc/pam.d/bed", "account required pam_permit.so\n@include common-session\n")
     key = ssh_key().with_suffix(".pub").read_text()
     for uid in (*LOCAL.values(), *DIRECTORY.values()):
         observe.write(root, f"home/{uid}/.ssh/authorized_keys", key)
@@ -96,8 +97,10 @@ def reported(machine: Machine, since: str) -> dict[str, tuple[str, str]]:
 
 
 @contextmanager
-def user_record(machine: Machine, name: str, uid: int, disposition: str) -> Iterator[None]:
-    record = {"userName": name, "uid": uid, "gid": 100, "disposition": disposition}
+def user_record(
+    machine: Machine, name: str, uid: int, disposition: str, home: str = "/nonexistent"
+) -> Iterator[None]:
+    record = {"userName": name, "uid": uid, "gid": 100, "disposition": disposition, "homeDirectory": home}
     machine.write(f"/etc/userdb/{name}.user", json.dumps(record))
     machine.run("ln", "-sf", f"{name}.user", f"/etc/userdb/{uid}.user")
     yield
@@ -262,18 +265,55 @@ def test_a_user_database_that_hangs(machine: Machine) -> None:
     assert not is_private(machine, "alice")
 
 
-def test_without_the_daemon(machine: Machine) -> None:
-    """The module has the same rule for numbers, and refuses those whom the configuration would exempt."""
+@pytest.fixture
+def without_the_daemon(machine: Machine) -> Iterator[None]:
     observe.log_everybody_out(machine)
-    configure(machine, "ExemptUsers=bob\nExemptGroups=staff-of-dom")
     machine.run("systemctl", "mask", "--runtime", "--now", "polytmpd")
-    try:
-        for user in ("slurm", "far", "svc", "root"):
-            assert machine.ssh(user, "echo in").stdout == "in\n", user
-        for user in ("homed", "sssd", "DOM\\dora", "erin@example.com", "fred.smith", "bob", "alice"):
-            result = machine.ssh(user, "echo in", check=False)
-            assert result.returncode != 0, user
-            assert "in" not in result.stdout.splitlines(), user
-    finally:
-        machine.run("systemctl", "unmask", "--runtime", "polytmpd")
-        machine.run("systemctl", "start", "polytmpd")
+    yield
+    machine.run("systemctl", "unmask", "--runtime", "polytmpd")
+    machine.run("systemctl", "start", "polytmpd")
+
+
+def assert_refused(machine: Machine, user: str) -> None:
+    result = machine.ssh(user, "echo in", check=False)
+    assert result.returncode != 0, user
+    assert "in" not in result.stdout.splitlines(), user
+
+
+@pytest.mark.usefixtures("without_the_daemon")
+def test_without_the_daemon(machine: Machine) -> None:
+    """The module lets in only those whom no user record can make regular users."""
+    machine.write(CONF, "[Polytmp]\nExemptUsers=bob\nExemptGroups=staff-of-dom\n")
+    for user in ("svc", "root"):
+        assert machine.ssh(user, "echo in").stdout == "in\n", user
+    for user in (*LOCAL, *DIRECTORY, "bob", "alice"):
+        assert_refused(machine, user)
+    with user_record(machine, "slurm", LOCAL["slurm"], "regular"):
+        assert_refused(machine, "slurm")
+    since = machine.now()
+    with user_record(machine, "far", LOCAL["far"], "regular"):
+        assert_refused(machine, "far")
+    log = machine.journal("-u", "ssh", f"--since={since}")
+    assert "no private /tmp for user far, refusing the session" in log
+
+
+@pytest.mark.usefixtures("without_the_daemon")
+def test_units_and_greeters_without_the_daemon(machine: Machine) -> None:
+    """A unit with DynamicUser= starts, and so does a greeter of GDM 49; a person with such a UID does not."""
+
+    def start(*properties: str) -> str:
+        words = [f"--property={word}" for word in ("PAMName=bed", *properties)]
+        done = machine.run("systemd-run", "--quiet", "--wait", "--pipe", *words, "id", "-u", check=False)
+        return done.stdout.strip() if done.returncode == 0 else "refused"
+
+    assert 61184 <= int(start("DynamicUser=yes")) <= 65519
+    since = machine.now()
+    with user_record(machine, "gdm-greeter", 60578, "dynamic", home="/run/gdm3/home/gdm-greeter"):
+        assert start("User=gdm-greeter") == "60578"
+    log = machine.journal(f"--since={since}")
+    assert "system user gdm-greeter keeps the shared /tmp, polytmpd cannot be reached" in log
+    with user_record(machine, "gerda", 60579, "regular", home="/home/gerda"):
+        assert start("User=gerda") == "refused"
+    assert start("User=slurm") == "refused"
+    assert start("User=alice") == "refused"
+    assert start("User=svc") == machine.run("id", "-u", "svc").stdout.strip()

@@ -251,6 +251,33 @@ def test_a_dynamic_user_is_one_whom_pid_1_names(
 
 
 @pytest.mark.parametrize(
+    ("links", "known"),
+    [
+        ({"unit": "61184", "61184": "unit"}, True),
+        ({"unit": "61184"}, False),
+        ({"61184": "unit"}, False),
+        ({"unit": "61184", "61184": "other"}, False),
+        ({"unit": "unit"}, False),
+        ({}, False),
+    ],
+)
+def test_a_dynamic_user_whom_only_pid_1_knows(world: World, links: dict[str, str], known: bool) -> None:
+    """PID 1 opens the session of a unit (PAMName=) where nss-systemd does not find its dynamic user."""
+    world.shell("mount -t tmpfs tmpfs /run/systemd; mkdir /run/systemd/dynamic-uid")
+    for link, target in links.items():
+        world.shell(f"ln -s {target} /run/systemd/dynamic-uid/direct:{link}")
+    session = world.open_session("-u", "unit")
+    assert_untouched(session)
+    if known:  # the next module of the stack does not know the user, so there is no result
+        assert session.log == [("INFO", "dynamic user unit keeps the host's directories")]
+    else:
+        assert session.result == PAM_USER_UNKNOWN
+        assert session.log == [("ERR", "user unknown: unit")]
+    for name in ("../unit", "61184", "x" * 300, "/"):
+        assert world.open_session("-u", name).result == PAM_USER_UNKNOWN
+
+
+@pytest.mark.parametrize(
     ("home", "system"),
     [("/run/gdm3/home/gdm-greeter", True), ("/home/gdm-greeter", False), ("/running", False), ("/", False)],
 )
