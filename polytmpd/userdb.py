@@ -8,6 +8,9 @@ Hard facts
   tell that from a group that does not exist. So a group that is not found counts as unknown.
 - os.getgrouplist() keeps the GIL (up to Python 3.13 at least), so a directory service that hangs would stop
   the whole process, the event loop too. ctypes lets go of it, as pwd and grp do.
+- If an NSS module has no initgroups_dyn function, getgrouplist(3) goes through all groups with the module's
+  getgrent_r, and glibc takes no lock for that. libnss-extrausers keeps one open file for it, so two threads
+  end the process. Hence one call at a time, also for modules that could do more.
 - systemd's user records (https://systemd.io/USER_RECORD/) come from services that listen in
   /run/systemd/userdb, and from files. io.systemd.Multiplexer, of systemd-userdbd, asks all of them; Debian
   does not install it by default. Records made up from NSS have no disposition.
@@ -23,6 +26,7 @@ import json
 import os
 import pwd
 import socket
+import threading
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -42,6 +46,9 @@ _BYTES_AT_MOST: Final = 1 << 20
 _GROUPS: Final = 64
 _GROUPS_AT_MOST: Final = 1 << 17
 """More than NGROUPS_MAX, with which a process may have 65536."""
+_TURN_TIMEOUT: Final = 15.0
+"""Seconds to wait for one's turn to ask for groups: longer than a login waits for all."""
+_turn: Final = threading.Lock()
 _libc: Final = ctypes.CDLL(None)
 _libc.getgrouplist.argtypes = (
     ctypes.c_char_p,
@@ -62,11 +69,16 @@ def facts(uid: int, name: str, groups: Collection[str], *, record: bool, root: P
 
 
 def memberships(uid: int, name: str, groups: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """(those of the groups that the user is in, those that are not known). A group is a name or a GID."""
+    """(those of the groups that the user is in, those that are not known). A group is a name or a GID.
+
+    Raises TimeoutError if a call of another thread hangs.
+    """
     if not groups:
         return frozenset(), frozenset()
     try:
         gids = _group_list(name, pwd.getpwuid(uid).pw_gid)
+    except TimeoutError:
+        raise
     except (KeyError, OSError, ValueError):
         return frozenset(), frozenset(groups)
     member_of, unknown = set(), set()
@@ -87,6 +99,15 @@ def memberships(uid: int, name: str, groups: Collection[str]) -> tuple[frozenset
 
 def _group_list(name: str, gid: int) -> set[int]:
     """The GIDs of a user's groups, with the one given. Raises OSError, ValueError."""
+    if not _turn.acquire(timeout=_TURN_TIMEOUT):
+        raise TimeoutError(errno.ETIMEDOUT, "another question about groups has no answer")
+    try:
+        return _group_list_unlocked(name, gid)
+    finally:
+        _turn.release()
+
+
+def _group_list_unlocked(name: str, gid: int) -> set[int]:
     count = ctypes.c_int(_GROUPS)
     while count.value <= _GROUPS_AT_MOST:
         room = count.value

@@ -265,6 +265,29 @@ def test_a_user_database_that_hangs(machine: Machine) -> None:
     assert not is_private(machine, "alice")
 
 
+def test_lookups_at_the_same_time(machine: Machine) -> None:
+    """libnss-extrausers has one file for all threads, and glibc does not lock: the process would abort."""
+    machine.write(
+        "/root/lookups.py",
+        """
+import threading
+from polytmpd import userdb
+
+def look_up():
+    for _ in range(500):
+        found = userdb.memberships(1234567891, "DOM\\\\dora", ["staff-of-dom"])
+        assert found == (frozenset({"staff-of-dom"}), frozenset()), found
+
+threads = [threading.Thread(target=look_up) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+""",
+    )
+    machine.run("/usr/bin/python3", "/root/lookups.py", timeout=60)
+
+
 @pytest.fixture
 def without_the_daemon(machine: Machine) -> Iterator[None]:
     observe.log_everybody_out(machine)
@@ -299,7 +322,7 @@ def test_without_the_daemon(machine: Machine) -> None:
 
 @pytest.mark.usefixtures("without_the_daemon")
 def test_units_and_greeters_without_the_daemon(machine: Machine) -> None:
-    """A unit with DynamicUser= starts, and so does a greeter of GDM 49; a person with such a UID does not."""
+    """Units with DynamicUser= start, and so does a greeter of GDM 49; a person with such a UID may not."""
 
     def start(*properties: str) -> str:
         words = [f"--property={word}" for word in ("PAMName=bed", *properties)]

@@ -197,3 +197,34 @@ def test_local_users(tmp_path: Path) -> None:
     text = "root:x:0:0::/root:/bin/sh\n+::::::\nada:x:1000:1000::/:/bin/sh\ntoor:x:0:0::/:/bin/sh\n"
     (tmp_path / "etc/passwd").write_text(text)
     assert userdb.local_users(tmp_path) == {0: "root", 1000: "ada"}
+
+
+def test_one_question_about_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = threading.Semaphore(1)
+
+    def group_list(_name: str, gid: int) -> set[int]:
+        assert asking.acquire(blocking=False), "two at once"
+        threading.Event().wait(0.002)
+        asking.release()
+        return {gid}
+
+    monkeypatch.setattr(userdb, "_group_list_unlocked", group_list)
+    failed: list[str] = []
+
+    def ask() -> None:
+        for _ in range(10):
+            if userdb.memberships(0, "root", ["0"]) != (frozenset({"0"}), frozenset()):
+                failed.append("no answer")
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert failed == []
+
+
+def test_a_turn_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(userdb, "_TURN_TIMEOUT", 0.02)
+    with userdb._turn, pytest.raises(TimeoutError):
+        userdb.memberships(0, "root", ["0"])
