@@ -69,6 +69,8 @@ class Admission:
             lambda: userdb.facts(uid, name, groups, record=Need.RECORD in need),
             f"the user database does not answer about user {name}",
         )
+        if exemptions.is_unknown(uid, found):
+            raise PolytmpError(f"no service of user records answers about user {name} (UID {uid})")
         if found.unknown:
             names = ", ".join(sorted(found.unknown)[:_NAMED_AT_MOST])
             log.warning("Failed to find group %s, giving user %s private directories", names, name)

@@ -28,7 +28,8 @@ import pwd
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +38,11 @@ from polytmpd.core.policy import Exemptions, Facts
 _SERVICES: Final = "run/systemd/userdb"
 _MULTIPLEXER: Final = "io.systemd.Multiplexer"
 _NOT_ALONE: Final = {_MULTIPLEXER, "io.systemd.NameServiceSwitch", "io.systemd.DropIn"}
+_NOT_THERE: Final = [
+    f"io.systemd.UserDatabase.{error}"
+    for error in ("NoRecordFound", "BadService", "NonMatchingRecordFound", "ConflictingRecordFound")
+]
+"""The errors by which a service says that it has no such record. With any other, it may have one."""
 _FILES: Final = ("etc/userdb", "run/userdb", "run/host/userdb", "usr/local/lib/userdb", "usr/lib/userdb")
 """The directories of userdb-drop-in records, see nss-systemd(8)."""
 _DYNAMIC: Final = "run/systemd/dynamic-uid"
@@ -65,7 +71,8 @@ def facts(uid: int, name: str, groups: Collection[str], *, record: bool, root: P
     if not record:
         return Facts(member_of=member_of, unknown=unknown)
     dynamic = (root / _DYNAMIC / str(uid)).exists()
-    return Facts(disposition(uid, root), dynamic, member_of, unknown)
+    declared, silent = _declared(uid, root)
+    return Facts(declared, dynamic, member_of, unknown, silent)
 
 
 def memberships(uid: int, name: str, groups: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
@@ -156,29 +163,45 @@ def local_users(root: Path = _ROOT) -> dict[int, str]:
 
 def disposition(uid: int, root: Path = _ROOT) -> str | None:
     """What the user's record declares; None if there is none, it declares nothing, or nobody answers."""
-    for record in _records(uid, root):
-        found = record.get("disposition")
-        if isinstance(found, str) and record.get("uid", uid) == uid:
-            return found
-    return None
+    return _declared(uid, root)[0]
 
 
-def _records(uid: int, root: Path) -> Iterator[dict[str, Any]]:
+def _declared(uid: int, root: Path) -> tuple[str | None, bool]:
+    """(the disposition or None, whether a service that may have one does not answer)."""
+    silent = False
+    for look in _places(uid, root):
+        try:
+            record = look()
+        except (OSError, ValueError, RecursionError):
+            silent = True
+            continue
+        found = record.get("disposition") if record else None
+        if record and isinstance(found, str) and record.get("uid", uid) == uid:
+            return found, False
+    return None, silent
+
+
+def _places(uid: int, root: Path) -> Iterator[Callable[[], dict[str, Any] | None]]:
+    """Where to look for a record, in this order. Each raises OSError, ValueError or RecursionError."""
     for directory in _FILES:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            text = (root / directory / f"{uid}.user").read_bytes()[:_BYTES_AT_MOST]
-            if isinstance(record := json.loads(text), dict):
-                yield record
+        yield partial(_read, root / directory / f"{uid}.user")
     end = time.monotonic() + _TIMEOUT
     place = root / _SERVICES
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if record := _ask(place / _MULTIPLEXER, uid, end):
-            yield record
+    if (multiplexer := _connect(place / _MULTIPLEXER, end)) is not None:
+        yield partial(_ask, multiplexer, _MULTIPLEXER, uid, end)
         return
     for path in _others(place):
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            if record := _ask(path, uid, end):
-                yield record
+        if (service := _connect(path, end)) is not None:
+            yield partial(_ask, service, path.name, uid, end)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        text = path.read_bytes()[:_BYTES_AT_MOST]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    record = json.loads(text)
+    return record if isinstance(record, dict) else None
 
 
 def _others(place: Path) -> list[Path]:
@@ -188,24 +211,43 @@ def _others(place: Path) -> list[Path]:
     return []
 
 
-def _ask(path: Path, uid: int, end: float) -> dict[str, Any] | None:
-    """The record that a service has. Raises OSError, ValueError."""
-    call = {
-        "method": "io.systemd.UserDatabase.GetUserRecord",
-        "parameters": {"uid": uid, "service": path.name},
-    }
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as service:
-        service.settimeout(max(end - time.monotonic(), 0.001))
+def _connect(path: Path, end: float) -> socket.socket | None:
+    """None if there is no such service. The caller closes the socket.
+
+    It is not connected if the service is busy: then _ask() fails.
+    """
+    service = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    service.settimeout(max(end - time.monotonic(), 0.001))
+    try:
         service.connect(str(path))
+    except (BlockingIOError, TimeoutError):
+        pass
+    except OSError:
+        service.close()
+        return None
+    return service
+
+
+def _ask(service: socket.socket, name: str, uid: int, end: float) -> dict[str, Any] | None:
+    """The record that a service has; closes the socket. Raises OSError, ValueError if there is no answer."""
+    call = {"method": "io.systemd.UserDatabase.GetUserRecord", "parameters": {"uid": uid, "service": name}}
+    with service:
+        service.settimeout(max(end - time.monotonic(), 0.001))
         service.sendall(json.dumps(call).encode() + b"\0")
         reply = b""
         while b"\0" not in reply:
             service.settimeout(max(end - time.monotonic(), 0.001))
             data = service.recv(65536)
             if not data or len(reply) > _BYTES_AT_MOST:
-                return None
+                raise ConnectionError(errno.ECONNRESET, "no answer", name)
             reply += data
     answer = json.loads(reply.partition(b"\0")[0])
-    parameters = answer.get("parameters") if isinstance(answer, dict) and "error" not in answer else None
+    if not isinstance(answer, dict):
+        raise ValueError(f"{name}: no answer")
+    if "error" in answer:
+        if answer["error"] in _NOT_THERE:
+            return None
+        raise ValueError(f"{name}: {answer['error']}")
+    parameters = answer.get("parameters")
     record = parameters.get("record") if isinstance(parameters, dict) else None
     return record if isinstance(record, dict) else None

@@ -45,6 +45,7 @@ class Facts:
     """What the user database says of a user. The defaults stand for: not asked, or no answer.
 
     disposition: as the JSON user record declares it, see https://systemd.io/USER_RECORD/.
+    silent: there may be a record that declares one, but its service does not answer.
     dynamic: systemd has allocated the UID for a unit with DynamicUser=.
     member_of, unknown: of the groups that the settings name, those that the user is in, and those that the
     user database does not know now.
@@ -54,6 +55,7 @@ class Facts:
     dynamic: bool = False
     member_of: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
+    silent: bool = False
 
 
 NOTHING_ASKED: Final = Facts()
@@ -106,6 +108,11 @@ class Exemptions:
         if self.only_groups and not (facts.member_of | facts.unknown) & self.only_groups:
             return "not in a group of OnlyGroups="
         return None
+
+    def is_unknown(self, uid: int, facts: Facts) -> bool:
+        """Whether the user is exempt only by a number that a record might overrule, and none can be had."""
+        overruled = not self.regular and uid > REGULAR_LAST and uid not in NOBODY
+        return overruled and facts.silent and not facts.dynamic and bool(self._by_number(uid, known=True))
 
     def names(self, uid: int, name: str | None) -> bool:
         """Whether ExemptUsers= names the user."""

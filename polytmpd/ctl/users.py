@@ -62,7 +62,10 @@ def exempt_reason(exemptions: Exemptions, uid: int, name: str | None = None) -> 
         return exemptions.reason(uid)
     groups = exemptions.groups if Need.GROUPS in need else ()
     found = userdb.facts(uid, name, groups, record=Need.RECORD in need)
-    return exemptions.reason(uid, name, found)
+    reason = exemptions.reason(uid, name, found)
+    if exemptions.is_unknown(uid, found):
+        return f"{reason}, but logins are refused, as no service of user records answers"
+    return reason
 
 
 def in_time(work: Callable[[], T]) -> T:

@@ -265,6 +265,30 @@ def test_a_user_database_that_hangs(machine: Machine) -> None:
     assert not is_private(machine, "alice")
 
 
+def test_a_service_of_user_records_that_hangs(machine: Machine) -> None:
+    """A record may call slurm regular, whatever the number says. Regular numbers stay private."""
+    machine.run("systemctl", "stop", "systemd-userdbd.socket", "systemd-userdbd.service")
+    program = (
+        "import socket, time; s = socket.socket(socket.AF_UNIX); "
+        "s.bind('/run/systemd/userdb/org.example.Hung'); s.listen(); time.sleep(600)"
+    )
+    machine.run("systemd-run", "--quiet", "--unit=hung", "/usr/bin/python3", "-c", program)
+    try:
+        eventually(
+            lambda: machine.run("test", "-S", "/run/systemd/userdb/org.example.Hung"), 10, "it listens"
+        )
+        with pytest.raises(CommandError, match="no service of user records answers about user slurm"):
+            machine.run(*CALL, str(LOCAL["slurm"]), timeout=30)
+        assert machine.run(*CALL, str(LOCAL["sssd"]), timeout=30).stdout.startswith("h ")
+        with pytest.raises(CommandError, match="below UID_MIN"):
+            machine.run(*CALL, machine.run("id", "-u", "svc").stdout.strip())
+    finally:
+        machine.run("systemctl", "stop", "hung")
+        machine.sh("rm /run/systemd/userdb/org.example.Hung; systemctl start systemd-userdbd.socket")
+    with pytest.raises(CommandError, match=r"in 61184\.\.65519"):
+        machine.run(*CALL, str(LOCAL["slurm"]))
+
+
 def test_lookups_at_the_same_time(machine: Machine) -> None:
     """libnss-extrausers has one file for all threads, and glibc does not lock: the process would abort."""
     machine.write(

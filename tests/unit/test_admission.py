@@ -222,3 +222,14 @@ async def test_a_user_of_a_directory(world: World, database: FakeDatabase) -> No
     world.executor.answer("prepare")
     await eventually(lambda: world.state(user.uid) is State.ACTIVE)
     assert database.asked == [user.uid]
+
+
+async def test_a_record_that_cannot_be_had(database: FakeDatabase, caplog: pytest.LogCaptureFixture) -> None:
+    """It might call the user regular, so the number does not exempt them."""
+    admitted = Admission(Exemptions())
+    database.facts = {64030: Facts(silent=True), 70000: Facts(silent=True)}
+    with pytest.raises(PolytmpError, match="no service of user records answers about user slurm"):
+        await admitted.reason(64030, "slurm")
+    assert await admitted.reason(70000, "dora") is None
+    assert caplog.records == []
+    await admitted.close()

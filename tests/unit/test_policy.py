@@ -210,3 +210,22 @@ def test_a_user_who_left_claims_nothing(events: list[tuple[str, str]]) -> None:
     assert told(claims, ("slice", "yes")).claimed
     assert told(claims, ("session", "9")).claimed
     assert not claims.without_user().with_slice(populated=False).claimed
+
+
+@pytest.mark.parametrize(
+    ("uid", "facts", "unknown"),
+    [
+        (64030, Facts(silent=True), True),
+        (4294967000, Facts(silent=True), True),
+        (60600, Facts(silent=True), True),
+        (64030, Facts(), False),
+        (64030, Facts(silent=True, dynamic=True), False),
+        (70000, Facts(silent=True), False),  # regular by number: private, whatever the record says
+        (1234567890, Facts(silent=True), False),
+        (999, Facts(silent=True), False),
+        (65534, Facts(silent=True), False),
+    ],
+)
+def test_no_answer_is_not_taken_for_an_exemption(uid: int, facts: Facts, unknown: bool) -> None:
+    assert Exemptions().is_unknown(uid, facts) == unknown
+    assert not Exemptions(regular=((1000, 2000),)).is_unknown(uid, facts)

@@ -123,14 +123,57 @@ def test_answers_that_make_no_sense(root: Path, serve: Callable[[str, Reply], No
 def test_a_record_of_another_user(root: Path, serve: Callable[[str, Reply], None]) -> None:
     serve("a.Confused", lambda _: record("system", 1))
     assert userdb.disposition(60100, root) is None
+    assert not is_silent(root)
 
 
 def test_a_service_that_does_not_answer(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(userdb, "_TIMEOUT", 0.05)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(root / "run/systemd/userdb/io.systemd.Multiplexer"))
-        listener.listen()
-        assert userdb.disposition(60100, root) is None
+        listener.listen(0)
+        for _ in range(3):  # the last ones find its queue full
+            assert userdb.disposition(60100, root) is None
+            assert is_silent(root)
+
+
+@pytest.mark.parametrize(
+    ("answer", "silent"),
+    [
+        (b"", True),
+        (b"nonsense\0", True),
+        (b"[]\0", True),
+        (b'{"error":"io.systemd.UserDatabase.ServiceNotAvailable"}\0', True),
+        (b'{"error":["io.systemd.UserDatabase.NoRecordFound"]}\0', True),
+        (b'{"error":"io.systemd.UserDatabase.NoRecordFound"}\0', False),
+        (b'{"error":"io.systemd.UserDatabase.BadService"}\0', False),
+        (record(None), False),
+        (record("regular"), False),
+    ],
+)
+def test_what_counts_as_no_answer(
+    root: Path, serve: Callable[[str, Reply], None], answer: bytes, silent: bool
+) -> None:
+    serve("a.Service", lambda _: answer)
+    assert is_silent(root) == silent
+    serve("b.Good", lambda _: record("regular"))
+    assert not is_silent(root), "a record is there"
+
+
+def test_no_service_is_silent(root: Path) -> None:
+    assert not is_silent(root)
+    with socket.socket(socket.AF_UNIX) as stopped:
+        stopped.bind(str(root / "run/systemd/userdb/a.Stopped"))
+    assert not is_silent(root)
+
+
+def test_a_file_that_makes_no_sense(root: Path) -> None:
+    (root / "etc/userdb").mkdir(parents=True)
+    (root / "etc/userdb/60100.user").write_text('{"disposition": "regu')
+    assert is_silent(root)
+
+
+def is_silent(root: Path) -> bool:
+    return userdb.facts(60100, "x", (), record=True, root=root).silent
 
 
 def test_records_in_files(root: Path) -> None:
