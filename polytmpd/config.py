@@ -16,7 +16,7 @@ from typing import Final
 
 from polytmpd.core import places
 from polytmpd.core.model import Directory, Lifetime
-from polytmpd.core.policy import UID_LAST, UID_MAX_DEFAULT, UID_MIN_DEFAULT, Exemptions
+from polytmpd.core.policy import REGULAR_LAST, UID_LAST, UID_MAX_DEFAULT, UID_MIN_DEFAULT, Exemptions
 
 SECTION: Final = "Polytmp"
 SOCKET_DIRECTORIES: Final = (".X11-unix", ".ICE-unix", ".XIM-unix", ".font-unix")
@@ -321,14 +321,19 @@ def _assemble(root: Path, assigned: _Assigned, uid_min: int, problems: list[Prob
             )
             for path in paths
         ),
-        _exemptions(assigned, uid_min),
+        _exemptions(assigned, uid_min, problems),
     )
 
 
-def _exemptions(assigned: _Assigned, uid_min: int) -> Exemptions:
+def _exemptions(assigned: _Assigned, uid_min: int, problems: list[Problem]) -> Exemptions:
     users = assigned.get("ExemptUsers")
     groups = [user[1:] for user in users if user.startswith("@")]
     ranges = [word.split("-") for word in assigned.get("RegularUIDs")]
+    if low := [int(first) for first, _ in ranges if int(first) < min(uid_min, REGULAR_LAST + 1)]:
+        place = assigned.place_of["RegularUIDs"]
+        what = f"{place}: RegularUIDs=: UID {min(low)} is below UID_MIN {uid_min} of /etc/login.defs"
+        instead = "so pam_polytmp lets these users into the shared directories while polytmpd is down"
+        problems.append(Problem(f"{what}, {instead}", "using it", f"set UID_MIN {min(low)} there"))
     return Exemptions(
         uid_min,
         frozenset(user for user in users if not user.startswith("@")),
@@ -410,15 +415,13 @@ def _uid_min(path: Path, problems: list[Problem]) -> int:
     rule. UID_MAX decides nothing else: no directory service keeps to it.
     """
     default = {"UID_MIN": UID_MIN_DEFAULT, "UID_MAX": UID_MAX_DEFAULT}
-    found = dict(default)
+    found, instead = dict(default), f"using UID_MIN {UID_MIN_DEFAULT}"
     try:
         text = path.read_bytes().decode("latin-1")
     except FileNotFoundError:
         return UID_MIN_DEFAULT
     except OSError as error:
-        problems.append(
-            Problem(f"{path}: Failed to read: {error.strerror}", f"using UID_MIN {UID_MIN_DEFAULT}")
-        )
+        problems.append(Problem(f"{path}: Failed to read: {error.strerror}", instead))
         return UID_MIN_DEFAULT
     for number, line in enumerate(text.split("\n"), 1):
         match = re.match(
@@ -431,8 +434,7 @@ def _uid_min(path: Path, problems: list[Problem]) -> int:
             what = f"{path}:{number}: {match[1]} {match[2]!r} is not a valid UID"
             problems.append(Problem(what, f"using {value}"))
     if found["UID_MIN"] > found["UID_MAX"]:
-        what = f"{path}: UID_MIN is greater than UID_MAX"
-        problems.append(Problem(what, f"using UID_MIN {UID_MIN_DEFAULT}"))
+        problems.append(Problem(f"{path}: UID_MIN is greater than UID_MAX", instead))
         return UID_MIN_DEFAULT
     return found["UID_MIN"]
 

@@ -145,11 +145,37 @@ def test_who_is_exempt(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("login_defs", "ranges", "low"),
+    [
+        ("", "500-60000", 500),
+        ("", "70000- 999", 999),
+        ("UID_MIN 500\n", "499-", 499),
+        ("UID_MIN 500\n", "500-", None),
+        ("UID_MIN 70001\nUID_MAX 80000\n", "60000-", 60000),
+        ("UID_MIN 70001\nUID_MAX 80000\n", "60001-", None),  # the module lets nobody in by such a number
+    ],
+)
+def test_regular_users_whom_the_module_calls_system_users(
+    tmp_path: Path, login_defs: str, ranges: str, low: int | None
+) -> None:
+    """They get private directories all the same: only the reload is refused."""
+    put(tmp_path, "etc/login.defs", login_defs)
+    conf(tmp_path, f"RegularUIDs={ranges}")
+    config, problems = load(tmp_path)
+    for first in [int(word.partition("-")[0]) for word in ranges.split()]:
+        assert config.exemptions.reason(first, "x") is None
+    assert len(problems) == (low is not None)
+    if low is not None:
+        assert f":2: RegularUIDs=: UID {low} is below UID_MIN" in problems[0]
+        assert problems[0].endswith(f"polytmpd is down, using it; set UID_MIN {low} there")
+
+
 def test_ranges(tmp_path: Path) -> None:
-    conf(tmp_path, "RegularUIDs=1000-60000 5\nRegularUIDs=200000-")
+    conf(tmp_path, "RegularUIDs=1000-60000 61000\nRegularUIDs=200000-")
     config, problems = load(tmp_path)
     assert problems == []
-    assert config.exemptions.regular == ((1000, 60000), (5, 5), (200000, 4294967294))
+    assert config.exemptions.regular == ((1000, 60000), (61000, 61000), (200000, 4294967294))
 
 
 def test_a_mistake_exempts_nobody(tmp_path: Path) -> None:
