@@ -58,6 +58,9 @@ async def run() -> int:
     settings, problems = config.load()
     for problem in problems:
         log.error("%s", problem, extra=journal.fields(journal.MessageId.BAD_CONFIG))
+    for problem in config.unfit(settings.directories):
+        text = "Until this is corrected, logins of regular users are refused: %s"
+        log.error(text, problem.fault, extra=journal.fields(journal.MessageId.BAD_CONFIG))
     state = StateDirectory(STATE)
     state.lock()
     connection = await Connection.open()

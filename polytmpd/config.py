@@ -383,7 +383,8 @@ def _objection(path: str, real: str, *, checked: bool) -> tuple[str, ...]:
 def unfit(directories: Iterable[Directory], root: Path = Path("/")) -> list[Problem]:
     """The directories in which no instance can be made now. Blocks.
 
-    At start they stay in the list, and make logins fail, which is noticed: a file system may come later.
+    At start they stay in the list and logins are refused, since a file system may come later. To leave them
+    out would put users into shared directories that were private before.
     """
     found = []
     for directory in directories:
@@ -397,7 +398,7 @@ def unfit(directories: Iterable[Directory], root: Path = Path("/")) -> list[Prob
                 Problem(f"Directories=: {path} is not a directory", remedy="create it or name another one")
             )
         elif directory.must_be_sticky and not mode & stat.S_ISVTX:
-            remedy = f"chmod +t {path}; if it is meant to be private as it is, UncheckedDirectories={path}"
+            remedy = f"chmod +t {path}, or add UncheckedDirectories={path} if it is to be private as it is"
             what = f"Directories=: {path} is not for temporary files, as it is not sticky"
             found.append(Problem(what, remedy=remedy))
     return found

@@ -92,18 +92,41 @@ def test_a_directory_that_is_not_sticky(machine: Machine) -> None:
     write(machine, "Directories=/tmp /plain")
     with pytest.raises(CommandError):
         machine.run("systemctl", "reload", "polytmpd")
+    with machine.session("alice") as alice:
+        assert alice.run("touch /tmp/x; ls /tmp").split() == ["x"], "the last good configuration"
+    observe.log_everybody_out(machine)
     begin = machine.now()
     machine.run("systemctl", "restart", "polytmpd")
+    remedy = "chmod +t /plain, or add UncheckedDirectories=/plain if it is to be private as it is"
+    text = machine.journal("-u", "polytmpd", f"--since={begin}", "-p", "err")
+    assert (
+        "logins of regular users are refused: Directories=: /plain is not for temporary files, as " in text
+    )
+    assert remedy in text
     result = machine.ssh("alice", "echo in", check=False)
     assert result.returncode != 0
     assert "/plain" in result.stdout + result.stderr
-    text = machine.journal("-u", "polytmpd", f"--since={begin}")
-    assert "not sticky, so not for temporary files" in text
+    assert "UncheckedDirectories=" in result.stdout + result.stderr
     check = machine.run("polytmpctl", "check", check=False)
     assert check.returncode == 1
-    assert "chmod +t /plain" in check.stdout
+    assert remedy in " ".join(check.stdout.split())
     machine.run("chmod", "1777", "/plain")
     assert machine.ssh("alice", "touch /plain/x; ls /plain").stdout.split() == ["x"]
+    observe.log_everybody_out(machine)
+    machine.run("rm", "-rf", "/plain")
+
+
+def test_an_upgrade_names_what_it_does_not_accept(machine: Machine) -> None:
+    """On the terminal: an administrator must not hear of it from users who cannot log in."""
+    machine.run("install", "-d", "-m", "0755", "/plain")
+    configure = "DPKG_MAINTSCRIPT_PACKAGE=polytmp /var/lib/dpkg/info/polytmp.postinst configure"
+    write(machine, "Directories=/tmp /plain /etc")
+    said = machine.sh(f"{configure} 0.0.9").stderr
+    assert f"polytmp: {CONF}:2: Directories=: /etc is a directory of the system" in said
+    assert "logins of regular users are refused: Directories=: /plain is not for temporary files" in said
+    write(machine, "Directories=/tmp /plain\nUncheckedDirectories=/plain")
+    assert "polytmp: " not in machine.sh(f"{configure} 0.0.9").stderr
+    assert machine.ssh("alice", "stat -c %a /plain").stdout.strip() == "755"
     observe.log_everybody_out(machine)
     machine.run("rm", "-rf", "/plain")
 

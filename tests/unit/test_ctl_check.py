@@ -421,7 +421,7 @@ def test_a_directory_that_is_not_sticky(tmp_path: Path) -> None:
     assert found.text == (
         "logins are refused: Directories=: /plain is not for temporary files, as it is not sticky"
     )
-    assert found.remedy.startswith("chmod +t /plain; ")
+    assert found.remedy.startswith("chmod +t /plain, or add UncheckedDirectories=/plain ")
 
 
 def test_a_directory_that_keeps_the_configuration_from_taking_effect(tmp_path: Path) -> None:
