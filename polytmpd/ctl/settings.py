@@ -19,7 +19,7 @@ from polytmpd.ctl.output import clean, count
 _CONFIGURATION: Final = "polytmpd.conf"
 _RELOAD: Final = "systemctl reload polytmpd.service"
 _EXEMPT: Final = "exempt users"
-_NAMED_AT_MOST: Final = 5
+_NAMED_AT_MOST: Final = 20
 
 
 def judge(

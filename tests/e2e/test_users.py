@@ -7,6 +7,7 @@ Not here: attacks with names and UIDs (test_attacks_bus, test_uid_reuse), the ru
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,21 @@ def test_users_of_all_ranges(machine: Machine, user: str) -> None:
         assert observe.state(machine, user) == "active"
         assert observe.directories(machine, user)["/var/tmp"] == f"/var/tmp/polytmp-{uid}/tmp"
     assert user not in reported(machine, since)
+
+
+def test_su_and_cron_for_users_of_a_directory(machine: Machine) -> None:
+    """They join the namespace of the ssh login, whatever the name and the number."""
+    users = {"sssd": 1234567890, "DOM\\dora": 1234567891}
+    jobs = [f"* * * * * {user} {observe.NAMESPACE} >/home/{uid}/cron\n" for user, uid in users.items()]
+    machine.write("/etc/cron.d/users", "".join(jobs))
+    with machine.session("sssd") as sssd, machine.session("DOM\\dora") as dora:
+        for session, (user, uid) in zip((sssd, dora), users.items(), strict=True):
+            namespace = session.run(observe.NAMESPACE).strip()
+            assert namespace != machine.run("readlink", "/proc/1/ns/mnt").stdout.strip()
+            assert machine.run("su", "-", user, "-c", observe.NAMESPACE).stdout.strip() == namespace
+            eventually(partial(machine.run, "test", "-s", f"/home/{uid}/cron"), 75, "cron runs it")
+            assert machine.read(f"/home/{uid}/cron").decode().strip() == namespace
+    machine.sh("rm /etc/cron.d/users /home/*/cron")
 
 
 @pytest.mark.parametrize("user", ["far", "wrong", "slurm", "svc"])

@@ -382,8 +382,8 @@ REST = "beside root and 2 system users"
         ("RegularUIDs=64030-70000", {}, f"1 user {REST}: ada (1000): UID 1000 is not in RegularUIDs="),
         (
             "RegularUIDs=5",
-            dict.fromkeys(range(2000, 2009), "x"),
-            "UID 2003 is not in RegularUIDs=; and 6 more",
+            dict.fromkeys(range(2000, 2024), "x"),
+            "UID 2018 is not in RegularUIDs=; and 6 more",
         ),
         ("", {4294967000: "far"}, "far (4294967000): UID 4294967000 is in 2147483647..4294967295"),
     ],
