@@ -67,10 +67,10 @@ class Admission:
         groups = exemptions.groups if Need.GROUPS in need else ()
         found = await self._look_up(
             lambda: userdb.facts(uid, name, groups, record=Need.RECORD in need),
-            f"the user database does not answer about user {name}",
+            f"the user database did not answer for user {name}",
         )
         if exemptions.is_unknown(uid, found):
-            raise PolytmpError(f"no service of user records answers about user {name} (UID {uid})")
+            raise PolytmpError(f"a service of user records did not answer for user {name} (UID {uid})")
         if found.unknown:
             names = ", ".join(sorted(found.unknown)[:_NAMED_AT_MOST])
             log.warning("Failed to find group %s, giving user %s private directories", names, name)
@@ -97,7 +97,7 @@ class Admission:
                 lambda: _unmatched(exemptions), "the user database does not answer"
             )
         except PolytmpError as error:
-            log.warning("Cannot determine whether the settings match anybody: %s", error)
+            log.warning("Cannot determine whether the settings match anyone: %s", error)
             return
         for problem in problems:
             log.warning("%s", problem)
@@ -152,5 +152,7 @@ def _unmatched(exemptions: Exemptions) -> list[str]:
     if exemptions.regular and not any(
         first <= uid <= last for uid in userdb.local_users() for first, last in exemptions.regular
     ):
-        found.append("RegularUIDs=: No user in /etc/passwd has such a UID; ignore this if a directory has")
+        found.append(
+            "RegularUIDs=: No user in /etc/passwd has one of these UIDs; ignore this if directory users do"
+        )
     return found

@@ -399,7 +399,7 @@ def unfit(directories: Iterable[Directory], root: Path = Path("/")) -> list[Prob
             )
         elif directory.must_be_sticky and not mode & stat.S_ISVTX:
             remedy = f"chmod +t {path}, or add UncheckedDirectories={path} if it is to be private as it is"
-            what = f"Directories=: {path} is not for temporary files, as it is not sticky"
+            what = f"Directories=: {path} is not sticky, so not a directory for temporary files"
             found.append(Problem(what, remedy=remedy))
     return found
 

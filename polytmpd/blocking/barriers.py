@@ -53,7 +53,7 @@ def require_sticky(base_fd: int) -> None:
     where = path_of(base_fd)
     with naming(where):
         if not os.fstat(base_fd).st_mode & stat.S_ISVTX:
-            what = "not sticky, so not for temporary files: chmod +t it, or name it in UncheckedDirectories="
+            what = "Not sticky, so not for temporary files; run chmod +t, or add it to UncheckedDirectories="
             raise PermissionError(errno.EPERM, what, where)
 
 

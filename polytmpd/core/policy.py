@@ -102,11 +102,11 @@ class Exemptions:
         elif because := self._by_number(uid, known=name is not None):
             return because
         elif facts.dynamic and not self.regular:
-            return f"UID {uid} is that of a dynamic user"
+            return f"UID {uid} belongs to a dynamic user"
         if found := sorted(facts.member_of & self.exempt_groups):
             return f"group {found[0]} is exempt"
         if self.only_groups and not (facts.member_of | facts.unknown) & self.only_groups:
-            return "not in a group of OnlyGroups="
+            return "the user is in no group of OnlyGroups="
         return None
 
     def is_unknown(self, uid: int, facts: Facts) -> bool:
@@ -129,18 +129,18 @@ class Exemptions:
 
     def _by_number(self, uid: int, *, known: bool) -> str | None:
         if uid in NOBODY:
-            return f"UID {uid} is nobody's"
+            return f"UID {uid} stands for nobody"
         if self.regular:
             if any(first <= uid <= last for first, last in self.regular):
                 return None
             return f"UID {uid} is not in RegularUIDs="
         if uid < self.uid_min:
-            return f"UID {uid} is below UID_MIN {self.uid_min}, that of a system user"
+            return f"UID {uid} is below UID_MIN {self.uid_min}: a system user"
         for first, last, whose in NOT_REGULAR:
             if first <= uid <= last:
                 return f"UID {uid} is in {first}..{last} ({whose})"
         if not known and CONTAINERS[0] <= uid <= CONTAINERS[1]:
-            return f"UID {uid} is a container's: no user has it"
+            return f"UID {uid} belongs to a container: the user database has no such user"
         return None
 
 

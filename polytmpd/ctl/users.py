@@ -64,7 +64,7 @@ def exempt_reason(exemptions: Exemptions, uid: int, name: str | None = None) -> 
     found = userdb.facts(uid, name, groups, record=Need.RECORD in need)
     reason = exemptions.reason(uid, name, found)
     if exemptions.is_unknown(uid, found):
-        return f"{reason}, but logins are refused, as no service of user records answers"
+        return f"{reason}, but logins are refused, as a service of user records did not answer"
     return reason
 
 

@@ -32,7 +32,7 @@ def test_wrong_arguments(machine: Machine) -> None:
         (["remove", "bob"], "no files are kept for them"),
         (["remove", "root"], "root is never moved"),
         (["remove", "--persistent", "0"], "root is never moved"),
-        (["status", "nobody"], "UID 65534 is nobody's"),
+        (["status", "nobody"], "UID 65534 stands for nobody"),
         (["remove", "--persistent", "bob"], "no files are kept for them"),
         (["monitor", "--json=pretty"], "--json=short"),
     ):

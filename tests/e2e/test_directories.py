@@ -99,9 +99,7 @@ def test_a_directory_that_is_not_sticky(machine: Machine) -> None:
     machine.run("systemctl", "restart", "polytmpd")
     remedy = "chmod +t /plain, or add UncheckedDirectories=/plain if it is to be private as it is"
     text = machine.journal("-u", "polytmpd", f"--since={begin}", "-p", "err")
-    assert (
-        "logins of regular users are refused: Directories=: /plain is not for temporary files, as " in text
-    )
+    assert "logins of regular users are refused: Directories=: /plain is not sticky, so " in text
     assert remedy in text
     result = machine.ssh("alice", "echo in", check=False)
     assert result.returncode != 0
@@ -123,7 +121,7 @@ def test_an_upgrade_names_what_it_does_not_accept(machine: Machine) -> None:
     write(machine, "Directories=/tmp /plain /etc")
     said = machine.sh(f"{configure} 0.0.9").stderr
     assert f"polytmp: {CONF}:2: Directories=: /etc is a directory of the system" in said
-    assert "logins of regular users are refused: Directories=: /plain is not for temporary files" in said
+    assert "logins of regular users are refused: Directories=: /plain is not sticky" in said
     write(machine, "Directories=/tmp /plain\nUncheckedDirectories=/plain")
     assert "polytmp: " not in machine.sh(f"{configure} 0.0.9").stderr
     assert machine.ssh("alice", "stat -c %a /plain").stdout.strip() == "755"

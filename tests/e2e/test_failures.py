@@ -88,7 +88,7 @@ def test_a_uid_that_does_not_exist(machine: Machine) -> None:
 
 def test_exempt_users(machine: Machine) -> None:
     for uid in ("0", "1", "65534", "4294967295"):
-        with pytest.raises(CommandError, match=r"root is never moved|below UID_MIN|is nobody's"):
+        with pytest.raises(CommandError, match=r"root is never moved|below UID_MIN|stands for nobody"):
             machine.run(*CALL, "AcquireNamespace", "u", uid)
 
 

@@ -253,7 +253,7 @@ def test_settings_that_match_nobody(machine: Machine) -> None:
         return machine.journal("-u", "polytmpd", f"--since={since}", "-p", "warning")
 
     eventually(lambda: "OnlyGroups=: No such group: stuff" in warned(), 10, "a warning")
-    assert "RegularUIDs=: No user in /etc/passwd has such a UID" in warned()
+    assert "RegularUIDs=: No user in /etc/passwd has one of these UIDs" in warned()
     assert "ExemptUsers=: No such user: alcie; correct or remove it" in warned()
     done = machine.run("polytmpctl", "check", "--json=short", check=False)
     texts = [entry["text"] for entry in json.loads(done.stdout)["results"] if entry["verdict"] == "warn"]
@@ -272,7 +272,7 @@ def test_a_user_database_that_hangs(machine: Machine) -> None:
             machine.run(*CALL, "1002")
         for process in hanging:
             _, error = process.communicate(timeout=40)
-            assert b"the user database does not answer about user alice within 10 s" in error
+            assert b"the user database did not answer for user alice within 10 s" in error
         done = machine.run("polytmpctl", "check", check=False, timeout=50)
         assert "the user database does not answer within 10 s" in " ".join(done.stdout.split())
         assert "User alice" not in machine.journal("-u", "polytmpd", f"--since={begin}")
@@ -293,7 +293,7 @@ def test_a_service_of_user_records_that_hangs(machine: Machine) -> None:
         eventually(
             lambda: machine.run("test", "-S", "/run/systemd/userdb/org.example.Hung"), 10, "it listens"
         )
-        with pytest.raises(CommandError, match="no service of user records answers about user slurm"):
+        with pytest.raises(CommandError, match="a service of user records did not answer for user slurm"):
             machine.run(*CALL, str(LOCAL["slurm"]), timeout=30)
         assert machine.run(*CALL, str(LOCAL["sssd"]), timeout=30).stdout.startswith("h ")
         with pytest.raises(CommandError, match="below UID_MIN"):

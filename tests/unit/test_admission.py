@@ -108,7 +108,7 @@ async def test_no_answer(database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
     database.answers.clear()
     admitted = Admission(STAFF)
     for _ in range(6):
-        with pytest.raises(PolytmpError, match="the user database does not answer about user alice within"):
+        with pytest.raises(PolytmpError, match="the user database did not answer for user alice within"):
             await admitted.reason(1001, "alice")
     assert len(database.asked) == 4
     database.answers.set()
@@ -123,7 +123,7 @@ async def test_an_error(database: FakeDatabase, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(userdb, "facts", broken)
     admitted = Admission(STAFF)
-    with pytest.raises(PolytmpError, match="does not answer about user alice: broken"):
+    with pytest.raises(PolytmpError, match="did not answer for user alice: broken"):
         await admitted.reason(1001, "alice")
     await admitted.close()
 
@@ -140,7 +140,7 @@ async def test_settings_that_match_nobody(
     assert [record.getMessage() for record in caplog.records] == [
         f"ExemptUsers=: No such user: {named}; correct or remove it",
         "OnlyGroups=: No such group: none-such; correct or remove it",
-        "RegularUIDs=: No user in /etc/passwd has such a UID; ignore this if a directory has",
+        "RegularUIDs=: No user in /etc/passwd has one of these UIDs; ignore this if directory users do",
     ]
     assert {record.levelname for record in caplog.records} == {"WARNING"}
     await admitted.close()
@@ -201,7 +201,7 @@ async def test_a_login_that_gets_no_answer(
     database.answers.clear()
     world.admission.replace(STAFF)
     world.presence.session_new(Session("1", ALICE))
-    with pytest.raises(PolytmpError, match="does not answer about user alice"):
+    with pytest.raises(PolytmpError, match="did not answer for user alice"):
         await world.login()
     await eventually(lambda: "Cannot yet determine whether user alice is exempt" in caplog.text)
     database.answers.set()
@@ -228,7 +228,7 @@ async def test_a_record_that_cannot_be_had(database: FakeDatabase, caplog: pytes
     """It might call the user regular, so the number does not exempt them."""
     admitted = Admission(Exemptions())
     database.facts = {64030: Facts(silent=True), 70000: Facts(silent=True)}
-    with pytest.raises(PolytmpError, match="no service of user records answers about user slurm"):
+    with pytest.raises(PolytmpError, match="a service of user records did not answer for user slurm"):
         await admitted.reason(64030, "slurm")
     assert await admitted.reason(70000, "dora") is None
     assert caplog.records == []

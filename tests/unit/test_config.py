@@ -253,7 +253,7 @@ def test_directories_that_no_instance_can_be_made_in(tmp_path: Path) -> None:
     config, problems = load(tmp_path)
     assert problems == []
     assert [problem.partition(";")[0] for problem in unfit(config.directories, tmp_path)] == [
-        "Directories=: /plain is not for temporary files, as it is not sticky",
+        "Directories=: /plain is not sticky, so not a directory for temporary files",
         "Directories=: /file is not a directory",
         "Directories=: /none is not a directory",
     ]

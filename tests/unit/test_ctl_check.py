@@ -419,7 +419,7 @@ def test_a_directory_that_is_not_sticky(tmp_path: Path) -> None:
     found = one(list(settings.judge(tmp_path, *config.load(tmp_path), None)), "polytmpd.conf")
     assert found.verdict == "fail"
     assert found.text == (
-        "logins are refused: Directories=: /plain is not for temporary files, as it is not sticky"
+        "logins are refused: Directories=: /plain is not sticky, so not a directory for temporary files"
     )
     assert found.remedy.startswith("chmod +t /plain, or add UncheckedDirectories=/plain ")
 

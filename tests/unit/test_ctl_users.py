@@ -32,7 +32,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
         (1002, "bob", "bob has no instance: user bob is named in ExemptUsers="),
         (1002, "1002", "1002 has no instance: user bob is named in ExemptUsers="),
         (70000, "high", "high has no instance"),
-        (65534, "nobody", "nobody has no instance: UID 65534 is nobody's"),
+        (65534, "nobody", "nobody has no instance: UID 65534 stands for nobody"),
         (1003, "carol", "carol has no instance"),
     ],
 )

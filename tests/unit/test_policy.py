@@ -64,7 +64,7 @@ def test_who_is_exempt(uid: int, name: str | None, exempt: bool) -> None:
 def test_reason_names_the_setting() -> None:
     assert "ExemptUsers=" in str(NAMED.reason(1001, "alice"))
     assert "ExemptUsers=" in str(NAMED.reason(1002, "bob"))
-    assert NAMED.reason(999) == "UID 999 is below UID_MIN 1000, that of a system user"
+    assert NAMED.reason(999) == "UID 999 is below UID_MIN 1000: a system user"
     assert NAMED.reason(64030) == "UID 64030 is in 61184..65519 (a dynamic or system user)"
 
 
@@ -117,7 +117,7 @@ def test_ranges_replace_the_rule() -> None:
         ({"staff"}, set(), Facts(), None),
         ({"staff"}, set(), Facts(unknown=frozenset({"staff"})), None),
         (set(), {"staff"}, Facts(member_of=frozenset({"staff"})), None),
-        (set(), {"staff"}, Facts(), "not in a group of OnlyGroups="),
+        (set(), {"staff"}, Facts(), "the user is in no group of OnlyGroups="),
         (set(), {"staff", "lab"}, Facts(unknown=frozenset({"lab"})), None),
         ({"lab"}, {"staff"}, Facts(member_of=frozenset({"staff", "lab"})), "group lab is exempt"),
     ],
