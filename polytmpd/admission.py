@@ -21,7 +21,7 @@ from polytmpd.tasks import Tasks
 log = logging.getLogger(__name__)
 
 LOOKUP_TIMEOUT: Final = 10.0
-"""Seconds that the user database may take. A login waits for them."""
+"""Seconds that a login waits for the user database."""
 _LOOKUPS_AT_ONCE: Final = 4
 _NAMED_AT_MOST: Final = 5
 
@@ -38,7 +38,7 @@ class Admission:
         self._lookups = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
 
     def replace(self, exemptions: Exemptions) -> None:
-        """After a reload: decide by these settings, report everybody once more, and who is not found."""
+        """Decide by these settings from now on; report each exempt user again, and names not found."""
         self._exemptions = exemptions
         self._reported.clear()
         self._tasks.start(self._report_unmatched(exemptions))
@@ -48,15 +48,15 @@ class Admission:
         await self._tasks.close()
 
     def must_ask(self, uid: int, name: str | None = None) -> bool:
-        """Whether the user database has to be asked, so that only reason() can tell."""
+        """Whether the decision needs the user database: then only reason() can make it."""
         return self._exemptions.need(uid, name) is not Need.NOTHING
 
     def reason_at_once(self, uid: int, name: str | None = None) -> str | None:
-        """As reason(), for a user of whom nothing has to be asked. name: None if it is not known yet."""
+        """Like reason(), for a user about whom nothing has to be asked. name: None if not known yet."""
         return self._decide(self._exemptions, uid, name, NOTHING_ASKED)
 
     async def reason(self, uid: int, name: str) -> str | None:
-        """Why the user keeps the host's directories, which is in the journal then; None: they do not.
+        """Why the user keeps the host's directories, which is logged; None if they do not.
 
         Raises PolytmpError if the user database does not answer in time.
         """
@@ -143,7 +143,7 @@ class Admission:
 
 
 def _unmatched(exemptions: Exemptions) -> list[str]:
-    """The settings that match nobody now, as problems. Blocks."""
+    """The settings that match no one at present, as problems. Blocks."""
     found = []
     for setting, what, missing in userdb.unmatched(exemptions):
         names = ", ".join(missing[:_NAMED_AT_MOST])

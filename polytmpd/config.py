@@ -189,7 +189,7 @@ def _name_in_tmp(word: str) -> str:
 
 
 def _number(word: str) -> int | None:
-    """The UID or GID that a word is; None if it is none. int() accepts more than we do."""
+    """A word as a UID or GID, or None. int() accepts more."""
     digits = word.isascii() and word.isdecimal() and len(word) <= len(str(UID_LAST))
     return int(word) if digits and int(word) <= UID_LAST else None
 
@@ -238,7 +238,7 @@ _KEYS: Final[dict[str, Callable[[str], str]]] = {
 
 
 _WHOLE_OR_NOT: Final = {"RegularUIDs", "OnlyGroups"}
-"""Settings that exempt those whom they do not name. Without one word of them, more users would be exempt."""
+"""Settings that exempt everyone they do not name: to drop one bad word would exempt more users."""
 
 
 def _collect(setting: _Setting, assigned: _Assigned, problems: list[Problem]) -> None:
@@ -346,7 +346,7 @@ def _exemptions(assigned: _Assigned, uid_min: int, problems: list[Problem]) -> E
 def _usable(
     root: Path, paths: list[str], unchecked: list[str], place: str, problems: list[Problem]
 ) -> list[str]:
-    """The directories without those that would break the system, and each once. Follows symbolic links."""
+    """Drop duplicates and directories that would break the system. Follows symbolic links."""
     real = {path: _real(root, path) for path in paths}
     objections = {path: _objection(path, real[path], checked=path not in unchecked) for path in paths}
     found: list[str] = []
@@ -371,7 +371,7 @@ def _usable(
 
 
 def _objection(path: str, real: str, *, checked: bool) -> tuple[str, ...]:
-    """(what is wrong with a private directory of that real path, the remedy); empty if nothing is."""
+    """(what is wrong with making that real path private, the remedy), or empty."""
     if places.is_kernels(real):
         return "is not a place for files of users", "remove it from the list"
     if checked and places.is_systems(real):

@@ -157,7 +157,7 @@ class Presence:
 
     def _claim(self, user: User, change: Callable[[Claims], Claims]) -> None:
         if self._admission.must_ask(user.uid, user.name):
-            # The claims are kept meanwhile: what ends before the answer is over then.
+            # Keep the claims until the answer arrives: sessions may end before it does.
             person = self._people.setdefault(user.uid, _Person(user.name, followed=False))
             if not person.followed:
                 self._tasks.start(self._follow_if_regular(user))

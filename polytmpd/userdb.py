@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the user database says of a user: their groups, and what kind of user systemd holds them for.
+"""What the user database says about a user: their groups, and the kind of user that systemd takes them for.
 
 Not here: what follows from it (core/policy), names (blocking/accounts), and when to ask (admission).
 
@@ -7,7 +7,7 @@ Hard facts
 - getgrnam(3) and getgrouplist(3) also find nothing if a directory service does not answer: the caller cannot
   tell that from a group that does not exist. So a group that is not found counts as unknown.
 - os.getgrouplist() keeps the GIL (up to Python 3.13 at least), so a directory service that hangs would stop
-  the whole process, the event loop too. ctypes lets go of it, as pwd and grp do.
+  the whole process, the event loop too. ctypes releases it, as pwd and grp do.
 - If an NSS module has no initgroups_dyn function, getgrouplist(3) goes through all groups with the module's
   getgrent_r, and glibc takes no lock for that. libnss-extrausers keeps one open file for it, so two threads
   end the process. Hence one call at a time, also for modules that could do more.
@@ -15,7 +15,7 @@ Hard facts
   /run/systemd/userdb, and from files. io.systemd.Multiplexer, of systemd-userdbd, asks all of them; Debian
   does not install it by default. Records made up from NSS have no disposition.
 - The varlink protocol (https://varlink.org/Interface-Definition): JSON objects, each ended by a NUL byte.
-- Every function blocks. NSS takes as long as it likes, all other questions together five seconds.
+- Every function blocks: NSS without a bound, all services of user records together for five seconds.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ _NOT_THERE: Final = [
     f"io.systemd.UserDatabase.{error}"
     for error in ("NoRecordFound", "BadService", "NonMatchingRecordFound", "ConflictingRecordFound")
 ]
-"""The errors by which a service says that it has no such record. With any other, it may have one."""
+"""Errors that mean that a service has no such record. With any other error, it may have one."""
 _FILES: Final = ("etc/userdb", "run/userdb", "run/host/userdb", "usr/local/lib/userdb", "usr/lib/userdb")
 """The directories of userdb-drop-in records, see nss-systemd(8)."""
 _DYNAMIC: Final = "run/systemd/dynamic-uid"
@@ -53,7 +53,7 @@ _GROUPS: Final = 64
 _GROUPS_AT_MOST: Final = 1 << 17
 """More than NGROUPS_MAX, with which a process may have 65536."""
 _TURN_TIMEOUT: Final = 15.0
-"""Seconds to wait for one's turn to ask for groups: longer than a login waits for all."""
+"""Seconds that a thread waits for its turn to ask for groups. A login gives up earlier."""
 _turn: Final = threading.Lock()
 _libc: Final = ctypes.CDLL(None)
 _libc.getgrouplist.argtypes = (
@@ -66,7 +66,7 @@ _ROOT: Final = Path("/")
 
 
 def facts(uid: int, name: str, groups: Collection[str], *, record: bool, root: Path = _ROOT) -> Facts:
-    """What policy.Need names: with record, of the user record, and of those groups."""
+    """Answer what policy.Need names: the record, if asked for, and membership in those groups."""
     member_of, unknown = memberships(uid, name, groups)
     if not record:
         return Facts(member_of=member_of, unknown=unknown)
@@ -126,7 +126,7 @@ def _group_list_unlocked(name: str, gid: int) -> set[int]:
 
 
 def unmatched(exemptions: Exemptions) -> Iterator[tuple[str, str, list[str]]]:
-    """(setting, user or group, words) of the settings that name whom the user database does not know now."""
+    """(setting, user or group, words) of settings whose users or groups are not found at present."""
     for setting, what, words in (
         ("ExemptUsers", "user", exemptions.users),
         ("ExemptGroups", "group", exemptions.exempt_groups),
@@ -148,7 +148,7 @@ def _is_known(what: str, word: str) -> bool:
 
 
 def local_users(root: Path = _ROOT) -> dict[int, str]:
-    """The users in /etc/passwd: to list a directory service may take minutes, and most forbid it."""
+    """The users in /etc/passwd. Listing a directory service may take minutes, and most forbid it."""
     found: dict[int, str] = {}
     try:
         text = (root / "etc/passwd").read_text(errors="replace")
@@ -162,12 +162,12 @@ def local_users(root: Path = _ROOT) -> dict[int, str]:
 
 
 def disposition(uid: int, root: Path = _ROOT) -> str | None:
-    """What the user's record declares; None if there is none, it declares nothing, or nobody answers."""
+    """The disposition that the user's record declares, or None, also if no service answers."""
     return _declared(uid, root)[0]
 
 
 def _declared(uid: int, root: Path) -> tuple[str | None, bool]:
-    """(the disposition or None, whether a service that may have one does not answer)."""
+    """(the disposition or None, whether a service that may have a record did not answer)."""
     silent = False
     for look in _places(uid, root):
         try:

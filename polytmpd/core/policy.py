@@ -25,15 +25,15 @@ NOT_REGULAR: Final = (
 Debian also has static system users (slurm 64030, libvirt-qemu 64055).
 """
 NOBODY: Final = (65534, 65535, 4294967295)
-"""nobody, and the UIDs that stand for none in 16 and 32 bits."""
+"""The nobody user, and -1 in 16 and 32 bits."""
 BEYOND: Final = 2147352576
-"""From here on, no UID is meant for people. Who has one is a mistake, not a system user."""
+"""UIDs from here on are meant neither for people nor for system users: a user with one is a mistake."""
 CONTAINERS: Final = (524288, 1879048191)
 """Ranges of containers' UIDs. SSSD, IPA and winbind use them for people, who have a record then."""
 
 
 class Need(Flag):
-    """What has to be asked to decide about a user."""
+    """What a decision about a user needs."""
 
     NOTHING = 0
     RECORD = auto()
@@ -42,7 +42,7 @@ class Need(Flag):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the user database says of a user. The defaults stand for: not asked, or no answer.
+    """What the user database says about a user. The defaults mean: not asked, or no answer.
 
     disposition: as the JSON user record declares it, see https://systemd.io/USER_RECORD/.
     silent: there may be a record that declares one, but its service does not answer.
@@ -81,7 +81,7 @@ class Exemptions:
         return self.exempt_groups | self.only_groups
 
     def need(self, uid: int, name: str | None = None) -> Need:
-        """What reason() has to know. NOTHING for an ordinary login, if no setting names a group."""
+        """What reason() needs. NOTHING for an ordinary login, unless a setting names a group."""
         by_record = not self.regular and uid > REGULAR_LAST and uid not in NOBODY
         by_number = not by_record and self._by_number(uid, known=True)
         if by_number or self._by_name(uid, name):
@@ -110,7 +110,7 @@ class Exemptions:
         return None
 
     def is_unknown(self, uid: int, facts: Facts) -> bool:
-        """Whether the user is exempt only by a number that a record might overrule, and none can be had."""
+        """Whether only the number exempts the user, and a record that may overrule it is out of reach."""
         overruled = not self.regular and uid > REGULAR_LAST and uid not in NOBODY
         return overruled and facts.silent and not facts.dynamic and bool(self._by_number(uid, known=True))
 

@@ -89,7 +89,7 @@ def _exempt_users(root: Path, config: Config, others: dict[int, str], listed: Co
 
 
 def _in_time(work: Callable[[], Iterable[Result]], name: str) -> list[Result]:
-    """What work finds, unless a directory service keeps it waiting."""
+    """What work() finds, or that the user database hangs."""
     try:
         return users.in_time(lambda: list(work()))
     except TimeoutError:
