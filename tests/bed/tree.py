@@ -39,6 +39,7 @@ HOST_PACKAGES = [
     "cron",
     "dbus",
     "dbus-user-session",
+    "dovecot-imapd",
     "e2fsprogs",
     "fuse3",
     "iproute2",
@@ -147,7 +148,8 @@ for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub
     ln -sf /dev/null "$root/etc/systemd/system/$unit"
 done
 # Here for the tests that start it.
-chroot "$root" systemctl disable --quiet smbd.service nmbd.service samba-ad-dc.service
+chroot "$root" systemctl disable --quiet smbd.service nmbd.service samba-ad-dc.service \
+    dovecot.service dovecot.socket
 ln -sf /lib/systemd/system/multi-user.target "$root/etc/systemd/system/default.target"
 install -d "$root/var/log/journal"
 """
