@@ -25,6 +25,7 @@ from polytmpd.executor import fdstore
 from polytmpd.executor.actions import Executor
 from polytmpd.kernel import host
 from polytmpd.kernel.host import in_words
+from polytmpd.placement import Placement
 from polytmpd.presence import Presence
 from polytmpd.questions import Questions
 from polytmpd.slices import Slices
@@ -70,7 +71,7 @@ async def run() -> int:
     views = Views(settings.paths)
     daemon = Daemon(settings, config.load, executor, presence, admission, views)
     questions = Questions(views, daemon.kept, executor.removed_entries)
-    service = Service(connection, views, daemon, questions)
+    service = Service(connection, views, daemon, questions, Placement(connection, views))
     devices = Devices(executor.device_gone, executor.devices_missed)
     await daemon.start()
     devices.start()

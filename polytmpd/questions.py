@@ -131,25 +131,6 @@ class Questions:
             raise NoSuchInstanceError.of(uid)
         raise NotPolyinstantiatedError(f"{path} is in no private directory; it is the same on the host")
 
-    def require_known_namespace(self, pid: int) -> None:
-        """Raise NotPolyinstantiatedError if the process has its own mount namespace.
-
-        A login service that has one would lose it, or see the wrong mounts.
-        """
-        known = {view.namespace for view in self._views if view.namespace}
-        try:
-            known.add(host.namespace_inode())
-            if not known.isdisjoint(processes.namespaces(pid)):
-                return
-        except OSError as error:
-            raise PolytmpError(
-                f"failed to determine the mount namespace of process {pid}: {in_words(error)}"
-            ) from error
-        raise NotPolyinstantiatedError(
-            f"process {pid} has its own mount namespace; see PrivateTmp=, ProtectSystem= and similar "
-            "settings of its service"
-        )
-
     def _view(self, uid: int) -> View:
         view = self._views.get(uid)
         if view is None:

@@ -32,11 +32,14 @@ from polytmpd.core.names import object_owner, object_path
 from polytmpd.core.views import Views
 from polytmpd.errors import (
     BusyError,
+    ExemptError,
     InvalidArgsError,
     NoSuchInstanceError,
     PolytmpError,
 )
+from polytmpd.kernel import host
 from polytmpd.kernel.descriptor import Descriptor
+from polytmpd.kernel.host import in_words
 
 T = TypeVar("T")
 
@@ -88,19 +91,34 @@ class Answers(Protocol):
         """The host's path, also for files kept without an instance."""
         ...
 
-    def require_known_namespace(self, pid: int) -> None:
-        """Raise NotPolyinstantiatedError for a process that has its own mount namespace."""
+
+class Placement(Protocol):
+    """Which processes may leave the mount namespace that they are in. Raises PolytmpError."""
+
+    async def require_movable(self, uid: int, pid: int) -> bool:
+        """Return if the process may move; whether it is in an instance now.
+
+        Raises ExemptError if it stays where it is.
+        """
         ...
 
 
 class Service:
     """Shows the daemon's instances on the bus."""
 
-    def __init__(self, connection: Connection, views: Views, backend: Backend, answers: Answers) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        views: Views,
+        backend: Backend,
+        answers: Answers,
+        placement: Placement,
+    ) -> None:
         self._connection = connection
         self._views = views
         self._backend = backend
         self._answers = answers
+        self._placement = placement
         self._callers = Callers(connection, views)
         self._counts = Turns(COUNTS_AT_ONCE)
         self._lists = Turns(LISTS_AT_ONCE)
@@ -180,8 +198,14 @@ class Service:
 
     async def _acquire_namespace(self, call: Call) -> Sequence[Any]:
         await self._callers.require_root(call, "AcquireNamespace")
-        self._answers.require_known_namespace(await self._callers.pid(call))
-        return [await self._backend.acquire(call.arguments[0])]
+        uid = call.arguments[0]
+        in_instance = await self._placement.require_movable(uid, await self._callers.pid(call))
+        try:
+            return [await self._backend.acquire(uid)]
+        except ExemptError:
+            if not in_instance:
+                raise
+            return [_hosts_namespace()]  # an exempt user's directories
 
     async def _get_instance(self, call: Call) -> Sequence[Any]:
         return [object_path(self._view(call.arguments[0]).uid)]
@@ -296,6 +320,13 @@ class Service:
         if uid is None:
             raise NoSuchInstanceError(f"{call.path} is not an instance")
         return uid
+
+
+def _hosts_namespace() -> Descriptor:
+    try:
+        return host.open_namespace()
+    except OSError as error:
+        raise PolytmpError(f"failed to open the host's mount namespace: {in_words(error)}") from error
 
 
 def _directories(view: View) -> list[list[str]]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A client of the service manager, org.freedesktop.systemd1(5): cgroups of users' slices, changes of session
-scopes, properties of units.
+scopes, properties of units, the service of a process.
 
 Not here: reading the cgroups.
 
@@ -28,6 +28,8 @@ PATH: Final = "/org/freedesktop/systemd1"
 MANAGER: Final = "org.freedesktop.systemd1.Manager"
 _ASKED_AT_ONCE: Final = 16
 _SLICE_NAME: Final = re.compile(r"user-(\d+)\.slice", re.ASCII)
+_STATES: Final = ["activating", "active", "reloading", "refreshing", "deactivating"]
+_WITHOUT_PROCESS: Final = frozenset({"exited", "auto-restart", "auto-restart-queued", "dead"})
 _SLICE: Final = re.compile(rf"{PATH}/unit/user_2d(\d+)_2eslice", re.ASCII)
 _SCOPE: Final = re.compile(rf"{PATH}/unit/session_2d([0-9A-Za-z]+)_2escope")
 
@@ -43,6 +45,29 @@ async def unit_properties(connection: Connection, name: str, wanted: Collection[
         values = await connection.get_properties(SERVICE, path, f"{SERVICE}.{interface}")
         found |= {key: value for key, value in values.items() if key in wanted}
     return found
+
+
+async def service_of(connection: Connection, pid: int) -> str:
+    """The service whose main or control process this is, whatever cgroup it is in; empty if there is none.
+
+    Asks about one service after the other: 0.5 ms each. Raises BusError.
+    """
+    (units,) = await connection.ask(
+        SERVICE, PATH, MANAGER, "ListUnitsByPatterns", "asas", (_STATES, ["*.service"])
+    )
+    for name, _, _, _, state, _, path, *_ in units:
+        if state in _WITHOUT_PROCESS:
+            continue
+        for key in ("MainPID", "ControlPID"):
+            try:
+                found = await connection.get_property(SERVICE, path, f"{SERVICE}.Service", key)
+            except BusError as error:
+                if error.name.endswith(".UnknownObject"):  # meanwhile
+                    break
+                raise
+            if found == pid:
+                return str(name)
+    return ""
 
 
 async def version(connection: Connection) -> str:

@@ -141,7 +141,7 @@ async def backend() -> AsyncIterator[Backend]:
 @pytest.fixture
 async def service(connection: Connection, backend: Backend) -> Service:
     """org.polytmp1 on the private bus, with no instance."""
-    made = Service(connection, backend.views, backend, backend)
+    made = Service(connection, backend.views, backend, backend, backend)
     await made.publish()
     return made
 

@@ -17,6 +17,7 @@ from polytmpd.bus.library import Variant
 from polytmpd.bus.service import Service
 from polytmpd.core.model import State, View
 from polytmpd.core.names import object_owner, object_path
+from polytmpd.kernel.descriptor import Descriptor
 from tests.bus.world import PROPERTIES, STRANGER, Backend, Client, as_stranger, run, view
 from tests.unit.settled import eventually
 
@@ -344,10 +345,27 @@ async def test_a_reply_that_cannot_be_sent(
     assert (name, "internal" in text) == ("org.polytmp1.Error.Failed", True)
 
 
+async def test_an_exempt_user_who_comes_from_an_instance_gets_the_hosts_namespace(
+    service: Service, backend: Backend, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.error = errors.ExemptError("user svc is exempt")
+    assert await client.error("AcquireNamespace", "u", [999]) == (
+        "org.polytmp1.Error.Exempt",
+        "user svc is exempt",
+    )
+    null = Descriptor.open("/dev/null", os.O_PATH)
+    device = os.fstat(null).st_rdev
+    monkeypatch.setattr("polytmpd.kernel.host.open_namespace", lambda: null)
+    backend.in_instance = True
+    (fd,) = (await client.call("AcquireNamespace", "u", [999])).unix_fds
+    assert os.fstat(fd).st_rdev == device
+    os.close(fd)
+
+
 async def test_only_one_service_owns_the_name(
     service: Service, connect: Callable[[], Any], backend: Backend
 ) -> None:
-    second = Service(await connect(), backend.views, backend, backend)
+    second = Service(await connect(), backend.views, backend, backend, backend)
     with pytest.raises(BusError, match="running twice"):
         await second.publish()
 

@@ -45,6 +45,7 @@ class Backend:
         self.fd = Descriptor.open("/proc/self/ns/mnt", os.O_RDONLY)
         self.acquired: list[int] = []
         self.callers: list[int] = []
+        self.in_instance = False
         self.acquire_with: Callable[[], Descriptor] | None = None
         self.error: Exception | None = None
         self.refusal: Exception | None = None
@@ -61,8 +62,9 @@ class Backend:
         if self.error is not None:
             raise self.error
 
-    def require_known_namespace(self, pid: int) -> None:
+    async def require_movable(self, uid: int, pid: int) -> bool:
         self.callers.append(pid)
+        return self.in_instance
 
     async def acquire(self, uid: int) -> Descriptor:
         self.acquired.append(uid)

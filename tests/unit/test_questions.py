@@ -127,27 +127,6 @@ async def test_a_reused_namespace_number_belongs_to_the_newest_owner(
     assert ("changed", (ALICE.uid, ("namespace",))) in world.announced
 
 
-async def test_a_login_service_with_threads_is_examined_once(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await world.active(ALICE, "1")
-    await world.active(BOB, "2")
-    looked: list[str] = []
-    monkeypatch.setattr("polytmpd.kernel.host.namespace_inode", lambda: 1)
-    monkeypatch.setattr("polytmpd.kernel.processes.namespace_paths", lambda _: iter(["leader", "thread"]))
-    monkeypatch.setattr("polytmpd.kernel.processes._inode", lambda path: looked.append(path))
-    with pytest.raises(NotPolyinstantiatedError):
-        world.questions.require_known_namespace(os.getpid())
-    assert looked == ["leader", "thread"]
-
-
-async def test_a_caller_in_a_separate_namespace(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    world.questions.require_known_namespace(os.getpid())
-    monkeypatch.setattr("polytmpd.kernel.host.namespace_inode", lambda: 1)
-    with pytest.raises(NotPolyinstantiatedError, match=f"process {os.getpid()} has its own mount"):
-        world.questions.require_known_namespace(os.getpid())
-
-
 @dataclass
 class Search:
     """A search of /proc that runs until it is cancelled."""

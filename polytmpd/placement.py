@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether the process that opens a session may leave the mount namespace that it is in.
+
+It may if it is in the host's or in an instance. Two kinds of sessions stay where they are, with a line in
+the journal: that of a unit which cannot start in a user's directories, and those of a sandboxed service that
+has its own directories. Every other mount namespace is refused.
+Not here: who gets an instance (daemon), and the settings of units (core/sandbox).
+
+Hard facts
+- pam_systemd has logind move the process to a session's scope. So the cgroup does not always lead to the
+  unit that systemd starts, but PID 1 knows the unit's main process.
+- Users start programs in the cgroups of services too, for example in cron.service. A set-user-ID program
+  (firejail) can give them a mount namespace. So a service's own namespace is that of its main process, which
+  belongs to root.
+"""
+
+import logging
+from typing import Any, Final
+
+from polytmpd.bus import systemd1
+from polytmpd.bus.connection import BusError, Connection
+from polytmpd.core import sandbox
+from polytmpd.core.views import Views
+from polytmpd.errors import ExemptError, NotPolyinstantiatedError, PolytmpError
+from polytmpd.journal import fields
+from polytmpd.kernel import host, origin, processes
+from polytmpd.kernel.host import in_words
+
+log = logging.getLogger(__name__)
+
+_PROPERTIES: Final = ("Id", "User", "PAMName", "MainPID", "ControlPID", *sandbox.SETTINGS)
+
+
+class Placement:
+    """Decides for the callers of AcquireNamespace. Asks systemd over a connection that the caller owns."""
+
+    def __init__(self, connection: Connection, views: Views) -> None:
+        self._connection = connection
+        self._views = views
+        self._named: set[str] = set()
+
+    async def require_movable(self, uid: int, pid: int) -> bool:
+        """Return if the process may move; whether it is in an instance now, and must leave it.
+
+        Raises ExemptError if it stays where it is, NotPolyinstantiatedError if it may not.
+        """
+        try:
+            here = processes.namespaces(pid)
+            if host.namespace_inode() in here:
+                await self._require_unit_that_starts(uid, pid)
+                return False
+        except OSError as error:
+            raise PolytmpError(
+                f"failed to determine the mount namespace of process {pid}: {in_words(error)}"
+            ) from error
+        if not here.isdisjoint(view.namespace for view in self._views if view.namespace):
+            return True
+        await self._require_private(uid, pid, here)
+        raise NotPolyinstantiatedError(
+            f"process {pid} has its own mount namespace; see PrivateTmp=, ProtectSystem= and similar "
+            "settings of its service"
+        )
+
+    async def _require_unit_that_starts(self, uid: int, pid: int) -> None:
+        """Raise ExemptError for the process of a unit that needs the host's directories.
+
+        Whatever is not known to be one moves. Raises OSError.
+        """
+        if not origin.is_started_by_systemd(pid):
+            return
+        unit = sandbox.unit_of(origin.cgroup(pid))
+        try:
+            if not unit.endswith(".service"):
+                unit = await systemd1.service_of(self._connection, pid)
+            if not unit or sandbox.is_user_manager(unit):
+                return
+            found = await self._properties(unit)
+        except BusError as error:
+            log.warning("Failed to determine the unit of process %d, moving it: %s", pid, error)
+            return
+        if pid not in {found.get("MainPID"), found.get("ControlPID")} or not found.get("PAMName"):
+            return
+        if why := sandbox.conflicts(found, self._directories(uid)):
+            log.info(
+                "%s of user %s stays in the host's mount namespace, because of %s. "
+                "To give it the user's directories, remove this from the unit",
+                unit,
+                found.get("User"),
+                ", ".join(why),
+                extra=fields(uid=uid),
+            )
+            raise ExemptError(f"{unit} needs the host's directories: {', '.join(why)}")
+
+    async def _require_private(self, uid: int, pid: int, here: set[int]) -> None:
+        """Raise ExemptError if the process is in a service's own mount namespace, with its own directories.
+
+        Whatever is not known to be private is not.
+        """
+        try:
+            unit = sandbox.unit_of(origin.cgroup(pid))
+            if not unit.endswith(".service") or sandbox.is_user_manager(unit):
+                return
+            if sandbox.is_login_service(unit) or len(here) != 1:
+                return
+            main = int((await self._properties(unit)).get("MainPID", 0))
+            if not main or processes.namespaces(main) != here or origin.real_uid(main) != 0:
+                return
+            if any(origin.has_the_hosts(pid, directory) for directory in self._directories(uid)):
+                return
+        except (OSError, BusError) as error:
+            log.warning("Failed to determine what process %d sees, refusing: %s", pid, in_words(error))
+            return
+        if unit not in self._named:
+            self._named.add(unit)
+            log.warning(
+                "%s opens sessions in its own mount namespace, which has its own %s: they stay there. See: "
+                "systemctl show -p PrivateTmp %s",
+                unit,
+                " and ".join(self._views.directories),
+                unit,
+                extra=fields(uid=uid),
+            )
+        raise ExemptError(f"{unit} has its own directories")
+
+    async def _properties(self, unit: str) -> dict[str, Any]:
+        return await systemd1.unit_properties(self._connection, unit, _PROPERTIES)
+
+    def _directories(self, uid: int) -> set[str]:
+        view = self._views.get(uid)
+        existing = (entry.directory.path for entry in view.directories) if view else ()
+        return {*self._views.directories, *existing}
