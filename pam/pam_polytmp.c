@@ -42,6 +42,26 @@ static const char *const COMMAND_SERVICES[] = {
         "pkexec",
 };
 
+/*
+ * Servers that check passwords or count connections, and run nothing as the user. What their root process does
+ * meanwhile belongs in the server's directories.
+ */
+static const char *const SERVER_SERVICES[] = {
+        "dovecot", /* opens and closes the session while it checks a password; the mail process has none */
+        "ppp",     /* pppd runs ip-up and others as root */
+        "ocserv",  /* one process for all users; not all versions open sessions */
+        "cups",    /* opens none */
+};
+
+static bool is_in(const char *const *services, size_t n, const char *service) {
+        for (size_t i = 0; i < n; i++)
+                if (strcmp(service, services[i]) == 0)
+                        return true;
+        return false;
+}
+
+#define IS_IN(services, service) is_in(services, sizeof(services) / sizeof((services)[0]), service)
+
 int out_of_memory(const struct session *s) {
         pam_syslog(s->pamh, LOG_CRIT, "out of memory");
         return PAM_BUF_ERR;
@@ -151,12 +171,9 @@ static const char *item(pam_handle_t *pamh, int type) {
 static void decide(struct session *s, const char *service) {
         if (s->why)
                 return;
-        s->why = "default";
-        for (size_t i = 0; i < sizeof(COMMAND_SERVICES) / sizeof(COMMAND_SERVICES[0]); i++)
-                if (strcmp(service, COMMAND_SERVICES[i]) == 0) {
-                        s->caller = true;
-                        s->why = "name";
-                }
+        s->server = IS_IN(SERVER_SERVICES, service);
+        s->caller = s->server || IS_IN(COMMAND_SERVICES, service);
+        s->why = s->caller ? "name" : "default";
 }
 
 static struct session prepare(pam_handle_t *pamh, int flags, int argc, const char **argv, bool opening) {
@@ -167,7 +184,7 @@ static struct session prepare(pam_handle_t *pamh, int flags, int argc, const cha
         decide(&s, service);
         if (s.debug && opening)
                 pam_syslog(pamh, LOG_DEBUG, "service %s %s (%s): user %s %s directories", service,
-                           s.caller ? "runs commands" : "is a login", s.why, s.user,
+                           s.server ? "is a server" : s.caller ? "runs commands" : "is a login", s.why, s.user,
                            s.caller ? "stays in the caller's" : "gets their own");
         return s;
 }

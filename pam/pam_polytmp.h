@@ -22,6 +22,7 @@ struct session {
         unsigned long timeout; /* seconds, for connection, authentication and reply together */
         bool debug;
         bool caller; /* stays in the directories of its caller */
+        bool server; /* caller, because the service is a server */
         const char *why;
 };
 

@@ -25,6 +25,8 @@ from tests.pam.pam_world import (
 
 pytestmark = [pytest.mark.pam, pytest.mark.timeout(120)]
 
+ROOT = Path(__file__).parents[2]
+INSTALL, SOURCE = ROOT / "docs/install.md", ROOT / "pam/pam_polytmp.c"
 MakeDaemon = Callable[..., Daemon]
 
 ALICE, BOB = 1500, 1501
@@ -93,6 +95,44 @@ def test_a_command_stays_where_its_caller_is(
     ]
     assert session.messages == []
     assert served.stop() == []
+
+
+def documented_servers() -> dict[str, str]:
+    """PAM service → whose directories, as docs/install.md has them."""
+    text = INSTALL.read_text().partition("### Servers\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
+    return {row[1].strip(" `"): row[2].strip() for row in rows}
+
+
+@pytest.mark.parametrize(("service", "place"), documented_servers().items())
+def test_a_server_is_where_the_documentation_says(
+    world: World,
+    bus: Bus,
+    served: Daemon,
+    alices: Namespace,
+    bobs: Namespace,
+    service: str,
+    place: str,
+) -> None:
+    world.module("debug", service=service)
+    session = world.open_session("-s", service, "-u", "bob", "-n", alices.inner_path, bus=bus.address)
+    if place == "the user's":
+        assert session.namespace == bobs.inode
+        assert session.after_namespace == alices.inode
+    else:
+        assert place == "the server's"
+        assert (session.result, session.namespace) == (PAM_IGNORE, alices.inode)
+        assert session.log == [
+            ("DEBUG", f"service {service} is a server (name): user bob stays in the caller's directories")
+        ]
+        assert served.stop() == []
+
+
+def test_all_servers_are_documented() -> None:
+    table = re.search(r"SERVER_SERVICES\[\] = \{\n(.*?)\};", SOURCE.read_text(), re.DOTALL)
+    assert table
+    left = {service for service, place in documented_servers().items() if place == "the server's"}
+    assert set(re.findall(r'^ +"([\w-]+)"', table[1], re.MULTILINE)) == left
 
 
 @pytest.mark.parametrize("service", LOGINS)
