@@ -22,6 +22,9 @@
  *  - libpam unloads modules in pam_end(3). The record below survives because of -z nodelete (Makefile). A forked
  *    child inherits it together with the namespace, so it is true there too. exec() loses it: a new program in
  *    a user's namespace has come from there.
+ *  - /proc may be missing in a chroot, but also in a sandbox (InaccessiblePaths=/proc), and /proc/1 is if /proc
+ *    is mounted with hidepid= and the process lacks CAP_SYS_PTRACE (proc(5)). A chroot into a directory is told
+ *    by statx(2), Linux 5.8: its / is not the root of a mount. A chroot into a mount needs /proc.
  *  - A program may close descriptors that it does not know, and reuse the numbers. So a descriptor is kept only
  *    if the process did not come from PID 1's namespace, which can be opened again, and it is compared before use.
  *  - The kernel reuses the inode number of a namespace that is gone. PID 1's never goes, the descriptor keeps
@@ -105,14 +108,25 @@ bool begin_session(uid_t uid, uid_t *ret_first) {
         return record.several;
 }
 
+/* Whether / is a directory within a mount. What is not known is no. */
+static bool is_below_a_mount(void) {
+        struct statx root;
+
+        return statx(AT_FDCWD, "/", 0, STATX_INO, &root) == 0 &&
+               root.stx_attributes_mask & STATX_ATTR_MOUNT_ROOT && !(root.stx_attributes & STATX_ATTR_MOUNT_ROOT);
+}
+
 /* Returns a negative errno, or whether / is another directory than PID 1's. */
 static int is_in_chroot(void) {
         struct stat root, init_root;
 
         if (stat("/", &root) < 0)
                 return -errno;
-        if (stat("/proc/1/root", &init_root) < 0)
-                return errno == ENOENT ? 1 : -errno; /* only a chroot has no /proc */
+        if (stat("/proc/1/root", &init_root) < 0) {
+                int error = errno;
+
+                return error == ENOENT && is_below_a_mount() ? 1 : -error;
+        }
         return !same_file(&root, &init_root);
 }
 

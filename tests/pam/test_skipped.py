@@ -81,6 +81,14 @@ def test_a_process_in_a_chroot_without_proc_is_left_alone(world: World) -> None:
     assert_skipped(session, "NOTICE", "user alice is in a chroot, keeping the chroot's /tmp")
 
 
+@plain_build
+def test_a_process_without_proc_that_may_not_be_in_a_chroot(world: World) -> None:
+    """As in a sandbox with InaccessiblePaths=/proc: its /tmp may be the shared one."""
+    hidden = world.make_namespace("mount -t tmpfs tmpfs /proc; mkdir -p /proc/thread-self/fd")
+    session = world.open_session("-n", hidden.inner_path)
+    assert_refused(session, "cannot compare / with /proc/1/root: No such file or directory")
+
+
 def test_a_thread_outside_its_processs_namespace(
     world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
 ) -> None:
