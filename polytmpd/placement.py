@@ -8,12 +8,15 @@ Not here: who gets an instance (daemon), and the settings of units (core/sandbox
 
 Hard facts
 - pam_systemd has logind move the process to a session's scope. So the cgroup does not always lead to the
-  unit that systemd starts, but PID 1 knows the unit's main process.
-- Users start programs in the cgroups of services too, for example in cron.service. A set-user-ID program
-  (firejail) can give them a mount namespace. So a service's own namespace is that of its main process, which
-  belongs to root.
+  service, but PID 1 knows each service's main process.
+- Users get mount namespaces of their own with set-user-ID programs (firejail), and start programs in the
+  cgroups of services too, for example in cron.service. So a service's own namespace is that of its main
+  process, which belongs to root.
+- What users run in a service's private /tmp shares it with what other users run there. So the sessions of
+  programs that run something for users do not stay in a sandbox.
 """
 
+import contextlib
 import logging
 from typing import Any, Final
 
@@ -71,7 +74,7 @@ class Placement:
         unit = sandbox.unit_of(origin.cgroup(pid))
         try:
             if not unit.endswith(".service"):
-                unit = await systemd1.service_of(self._connection, pid)
+                unit = await self._service_of(pid)
             if not unit or sandbox.is_user_manager(unit):
                 return
             found = await self._properties(unit)
@@ -97,15 +100,12 @@ class Placement:
         Whatever is not known to be private is not.
         """
         try:
-            unit = sandbox.unit_of(origin.cgroup(pid))
-            if not unit.endswith(".service") or sandbox.is_user_manager(unit):
-                return
-            if sandbox.is_login_service(unit) or len(here) != 1:
-                return
-            main = int((await self._properties(unit)).get("MainPID", 0))
-            if not main or processes.namespaces(main) != here or origin.real_uid(main) != 0:
+            if len(here) != 1 or sandbox.is_login_program(origin.program(pid)):
                 return
             if any(origin.has_the_hosts(pid, directory) for directory in self._directories(uid)):
+                return
+            unit = await self._service_in(here)
+            if not unit or sandbox.is_user_manager(unit) or sandbox.is_login_service(unit):
                 return
         except (OSError, BusError) as error:
             log.warning("Failed to determine what process %d sees, refusing: %s", pid, in_words(error))
@@ -121,6 +121,25 @@ class Placement:
                 extra=fields(uid=uid),
             )
         raise ExemptError(f"{unit} has its own directories")
+
+    async def _service_in(self, namespaces: set[int]) -> str:
+        """The service whose main process, one of root's, lives in these mount namespaces; or empty."""
+        async for service in systemd1.services(self._connection):
+            with contextlib.suppress(OSError):  # the process has ended
+                if (
+                    service.main
+                    and processes.namespaces(service.main) == namespaces
+                    and origin.real_uid(service.main) == 0
+                ):
+                    return service.name
+        return ""
+
+    async def _service_of(self, pid: int) -> str:
+        """The service that has this main or control process; empty if there is none."""
+        async for service in systemd1.services(self._connection):
+            if pid in {service.main, service.control}:
+                return service.name
+        return ""
 
     async def _properties(self, unit: str) -> dict[str, Any]:
         return await systemd1.unit_properties(self._connection, unit, _PROPERTIES)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A client of the service manager, org.freedesktop.systemd1(5): cgroups of users' slices, changes of session
-scopes, properties of units, the service of a process.
+scopes, properties of units, processes of services.
 
 Not here: reading the cgroups.
 
@@ -14,7 +14,8 @@ Hard facts
 import asyncio
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -34,6 +35,15 @@ _SLICE: Final = re.compile(rf"{PATH}/unit/user_2d(\d+)_2eslice", re.ASCII)
 _SCOPE: Final = re.compile(rf"{PATH}/unit/session_2d([0-9A-Za-z]+)_2escope")
 
 
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service and its processes; 0 if there is none."""
+
+    name: str
+    main: int
+    control: int
+
+
 async def unit_properties(connection: Connection, name: str, wanted: Collection[str]) -> dict[str, Any]:
     """Read the wanted properties of a service; those it lacks are left out.
 
@@ -47,27 +57,23 @@ async def unit_properties(connection: Connection, name: str, wanted: Collection[
     return found
 
 
-async def service_of(connection: Connection, pid: int) -> str:
-    """The service whose main or control process this is, whatever cgroup it is in; empty if there is none.
-
-    Asks about one service after the other: 0.5 ms each. Raises BusError.
-    """
+async def services(connection: Connection) -> AsyncIterator[Service]:
+    """The services that have processes. Each one takes two calls. Raises BusError."""
     (units,) = await connection.ask(
         SERVICE, PATH, MANAGER, "ListUnitsByPatterns", "asas", (_STATES, ["*.service"])
     )
     for name, _, _, _, state, _, path, *_ in units:
         if state in _WITHOUT_PROCESS:
             continue
-        for key in ("MainPID", "ControlPID"):
-            try:
-                found = await connection.get_property(SERVICE, path, f"{SERVICE}.Service", key)
-            except BusError as error:
-                if error.name.endswith(".UnknownObject"):  # meanwhile
-                    break
-                raise
-            if found == pid:
-                return str(name)
-    return ""
+        interface = f"{SERVICE}.Service"
+        try:
+            main = await connection.get_property(SERVICE, path, interface, "MainPID")
+            control = await connection.get_property(SERVICE, path, interface, "ControlPID")
+        except BusError as error:
+            if error.name.endswith(".UnknownObject"):  # it has ended
+                continue
+            raise
+        yield Service(str(name), int(main), int(control))
 
 
 async def version(connection: Connection) -> str:

@@ -44,6 +44,36 @@ LOGIN_SERVICES: Final = frozenset(
     )
 )
 """Services that run what their users like. In a sandbox they would run it in one /tmp for all of them."""
+LOGIN_PROGRAMS: Final = frozenset(
+    (
+        *(
+            "login",
+            "su",
+            "sudo",
+            "sudo-rs",
+            "runuser",
+            "doas",
+            "pkexec",
+            "machinectl",
+            "at",
+            "atd",
+            "cron",
+            "crond",
+        ),
+        *(
+            "sshd",
+            "sshd-session",
+            "dropbear",
+            "systemd",
+            "systemd-executor",
+            "cockpit-session",
+            "slurmstepd",
+        ),
+        *("gdm-session-worker", "lightdm", "sddm-helper", "lxdm-session", "greetd", "xdm", "xrdp-sesman"),
+        *("xrdp-sesexec", "ly", "nodm", "smbd", "vsftpd", "proftpd"),
+    )
+)
+"""Programs that run something as the user for whom they open a session."""
 _USER_MANAGER: Final = re.compile(r"user@\d+\.service", re.ASCII)
 
 
@@ -99,6 +129,10 @@ def unit_of(cgroup: str) -> str:
 
 def is_user_manager(unit: str) -> bool:
     return _USER_MANAGER.fullmatch(unit) is not None
+
+
+def is_login_program(program: str) -> bool:
+    return program in LOGIN_PROGRAMS
 
 
 def is_login_service(unit: str) -> bool:

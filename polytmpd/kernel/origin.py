@@ -28,6 +28,11 @@ def is_started_by_systemd(pid: int) -> bool:
     return directory == os.path.dirname(own) and program in _PROGRAMS and _status(pid, "PPid") == 1
 
 
+def program(pid: int) -> str:
+    """The name of the program that the process executes. Raises OSError."""
+    return os.path.basename(os.readlink(f"/proc/{pid}/exe").removesuffix(_DELETED))
+
+
 def real_uid(pid: int) -> int:
     """The real UID: a server that works for a user changes only its effective one. Raises OSError."""
     return _status(pid, "Uid")

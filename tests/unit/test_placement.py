@@ -6,12 +6,13 @@ Not here: real systems (tests/e2e/test_sandboxes).
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from typing import Any, cast
 
 import pytest
 
 from polytmpd.bus.connection import BusError, Connection
+from polytmpd.bus.systemd1 import Service
 from polytmpd.core.views import Views
 from polytmpd.errors import ExemptError, NotPolyinstantiatedError, PolytmpError
 from polytmpd.placement import Placement
@@ -22,7 +23,6 @@ pytestmark = pytest.mark.unit
 HOST, ALICES, SERVICES, OTHERS = 1, 4026532000, 3, 4
 UID, PID, MAIN = 1001, 42, 41
 UNIT = {"User": "alice", "PAMName": "login", "MainPID": PID, "ControlPID": 0, "PrivateTmp": True}
-SERVICE = {"MainPID": MAIN}
 
 
 class World:
@@ -33,7 +33,12 @@ class World:
         self.started_by_systemd = True
         self.cgroup = "0::/system.slice/x.service"
         self.unit: dict[str, Any] | Exception = UNIT
-        self.main_of = "x.service"
+        self.program = "server"
+        self.services: list[Service | Exception] = [
+            Service("none.service", 0, 0),
+            Service("ended.service", 8, 0),
+            Service("x.service", MAIN, PID),
+        ]
         self.main_uid = 0
         self.hosts: set[str] | Exception = set()
         self.asked: list[str] = []
@@ -41,14 +46,15 @@ class World:
         self.views.show(view(1500))  # its namespace is ALICES
         self.placement = Placement(cast("Connection", None), self.views)
         here = "polytmpd.placement"
-        monkeypatch.setattr(f"{here}.processes.namespaces", lambda pid: self.namespaces[pid])
+        monkeypatch.setattr(f"{here}.processes.namespaces", lambda pid: self.namespaces.get(pid, set()))
         monkeypatch.setattr(f"{here}.host.namespace_inode", lambda: HOST)
         monkeypatch.setattr(f"{here}.origin.is_started_by_systemd", lambda _: self.started_by_systemd)
         monkeypatch.setattr(f"{here}.origin.cgroup", lambda _: self.cgroup)
         monkeypatch.setattr(f"{here}.origin.real_uid", lambda _: self.main_uid)
         monkeypatch.setattr(f"{here}.origin.has_the_hosts", self._has_the_hosts)
         monkeypatch.setattr(f"{here}.systemd1.unit_properties", self._properties)
-        monkeypatch.setattr(f"{here}.systemd1.service_of", self._service_of)
+        monkeypatch.setattr(f"{here}.systemd1.services", self._services)
+        monkeypatch.setattr(f"{here}.origin.program", lambda _: self.program)
 
     def _has_the_hosts(self, _: int, directory: str) -> bool:
         if isinstance(self.hosts, Exception):
@@ -61,9 +67,11 @@ class World:
             raise self.unit
         return {key: value for key, value in self.unit.items() if key in wanted}
 
-    async def _service_of(self, _: Connection, pid: int) -> str:
-        assert pid == PID
-        return self.main_of
+    async def _services(self, _: Connection) -> AsyncIterator[Service]:
+        for service in self.services:
+            if isinstance(service, Exception):
+                raise service
+            yield service
 
     async def outcome(self) -> str:
         try:
@@ -94,9 +102,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         ({"unit": {}}, "moves"),
         ({"unit": BusError("org.x.Failed", "no answer")}, "moves"),
         ({"cgroup": "0::/user.slice/user-1001.slice/user@1001.service"}, "moves"),
-        ({"cgroup": "0::/init.scope", "main_of": "user@1001.service"}, "moves"),
+        ({"cgroup": "0::/init.scope", "services": [Service("user@1001.service", PID, 0)]}, "moves"),
+        ({"cgroup": "0::/init.scope", "services": []}, "moves"),
         ({"cgroup": "0::/user.slice/user-1001.slice/session-4.scope"}, "stays"),
-        ({"cgroup": "0::/user.slice/user-1001.slice/session-4.scope", "main_of": ""}, "moves"),
+        ({"cgroup": "0::/user.slice/user-1001.slice/session-4.scope", "services": []}, "moves"),
     ],
     ids=str,
 )
@@ -132,19 +141,20 @@ async def test_the_directories_of_an_existing_instance_count(world: World) -> No
         ({"hosts": {"/tmp"}}, "refused"),
         ({"hosts": {"/var/tmp"}}, "refused"),
         ({"hosts": OSError(40, "Too many levels of symbolic links")}, "refused"),
+        ({"hosts": OSError(2, "No such file or directory")}, "refused"),
         ({"main_uid": 1001}, "refused"),
-        ({"unit": {"MainPID": 0}}, "refused"),
-        ({"unit": {}}, "refused"),
-        ({"unit": BusError("org.x.Failed", "no answer")}, "refused"),
+        ({"services": []}, "refused"),
+        ({"services": [Service("x.service", 0, MAIN)]}, "refused"),
+        ({"services": [BusError("org.x.Failed", "no answer")]}, "refused"),
+        ({"services": [Service("user@1001.service", MAIN, 0)]}, "refused"),
+        ({"services": [Service("cron.service", MAIN, 0)]}, "refused"),
+        ({"services": [Service("ssh@4-5.service", MAIN, 0)]}, "refused"),
+        ({"program": "login"}, "refused"),
+        ({"program": "sshd-session"}, "refused"),
         ({"namespaces": {PID: {OTHERS}, MAIN: {SERVICES}}}, "refused"),
         ({"namespaces": {PID: {SERVICES, OTHERS}, MAIN: {SERVICES, OTHERS}}}, "refused"),
         ({"namespaces": {PID: {SERVICES}, MAIN: {HOST}}}, "refused"),
-        ({"namespaces": {PID: set(), MAIN: set()}}, "refused"),
-        ({"cgroup": "0::/user.slice/user-1001.slice/session-4.scope"}, "refused"),
-        ({"cgroup": "0::/user.slice/user-1001.slice/user@1001.service/x.service"}, "refused"),
-        ({"cgroup": "0::/elsewhere"}, "refused"),
-        ({"cgroup": "0::/system.slice/cron.service"}, "refused"),
-        ({"cgroup": "0::/system.slice/ssh@4-5.service"}, "refused"),
+        ({"namespaces": {}}, "refused"),
         ({"namespaces": {PID: {ALICES}}}, "in an instance"),
     ],
     ids=str,
@@ -153,7 +163,6 @@ async def test_a_process_that_is_not_on_the_host(
     world: World, changes: dict[str, Any], outcome: str
 ) -> None:
     world.namespaces[PID] = {SERVICES}
-    world.unit = SERVICE
     for name, value in changes.items():
         setattr(world, name, value)
     assert await world.outcome() == outcome
@@ -161,9 +170,8 @@ async def test_a_process_that_is_not_on_the_host(
 
 async def test_a_service_is_in_the_journal_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.namespaces[PID] = {SERVICES}
-    world.unit = SERVICE
     for name in ("x", "y", "x"):
-        world.cgroup = f"0::/system.slice/{name}.service"
+        world.services = [Service(f"{name}.service", MAIN, 0)]
         assert await world.outcome() == "stays"
     assert [record.getMessage().partition(" ")[0] for record in caplog.records] == ["x.service", "y.service"]
     assert "which has its own /tmp and /var/tmp: they stay there" in caplog.text
@@ -172,7 +180,6 @@ async def test_a_service_is_in_the_journal_once(world: World, caplog: pytest.Log
 async def test_a_directory_that_is_not_in_force_any_more(world: World) -> None:
     """The user's instance has it, so a service that shares it with the host does not do."""
     world.namespaces[PID] = {SERVICES}
-    world.unit = SERVICE
     world.hosts = {"/var/tmp"}
     world.views.show_directories(("/tmp",))
     assert await world.outcome() == "stays"
@@ -182,7 +189,6 @@ async def test_a_directory_that_is_not_in_force_any_more(world: World) -> None:
 
 async def test_the_message_of_a_refusal(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.namespaces[PID] = {OTHERS}
-    world.unit = SERVICE
     with pytest.raises(
         NotPolyinstantiatedError, match=f"process {PID} has its own mount namespace; see Priv"
     ):
