@@ -6,6 +6,9 @@
  * for all PAM handles of the process: smbd opens and closes each session with a handle of its own. While
  * sessions of several users are open, the process is where it came from.
  *
+ * A refused session is over when its handle ends with an error. Until then, or if the handle ends without one,
+ * it may be open: sessions of other users are refused, too.
+ *
  * Not here: whose namespace it is (polytmpd.c), and whether the session moves at all (pam_polytmp.c).
  *
  * Hard facts:
@@ -58,6 +61,7 @@
 /* Sessions and moves of this process. Threads may open sessions at the same time: hold the lock. */
 static struct record {
         unsigned sessions; /* open now; refused ones count, because an optional module lets them in */
+        unsigned refused;  /* of these */
         uid_t uid;         /* of the first of them */
         bool several;      /* there were sessions of other users meanwhile */
         bool moved;        /* for uid, from origin to target, and perhaps back */
@@ -96,16 +100,36 @@ static bool is_in_target(void) {
         return record.moved && (stat(MNT_NS, &now) < 0 || same_file(&now, &record.target));
 }
 
-bool begin_session(uid_t uid, uid_t *ret_first) {
+bool begin_session(uid_t uid, uid_t *ret_first, bool *ret_refused) {
         LOCKED();
 
         if ((record.sessions > 0 || is_in_target()) && record.uid != uid)
                 record.several = true;
         else if (record.sessions == 0)
                 record.uid = uid;
+        *ret_refused = record.refused > 0 && record.refused == record.sessions;
         record.sessions++;
         *ret_first = record.uid;
         return record.several;
+}
+
+/* libpam calls this when the handle ends, or opens a session again. */
+static void end_refused_session(UNUSED pam_handle_t *pamh, UNUSED void *data, int status) {
+        LOCKED();
+
+        if ((status & ~PAM_DATA_SILENT) == PAM_SUCCESS || record.refused == 0) /* open, or closed meanwhile */
+                return;
+        record.refused--;
+        record.sessions--;
+        if (record.sessions == 0)
+                record.several = false;
+}
+
+void note_refusal(const struct session *s) {
+        acquire_lock();
+        record.refused++;
+        release_lock();
+        (void) pam_set_data(s->pamh, "pam_polytmp_refused", &record, end_refused_session);
 }
 
 /* Whether / is a directory within a mount. What is not known is no. */
@@ -309,6 +333,8 @@ void end_session(const struct session *s) {
         acquire_lock();
         if (record.sessions > 0)
                 record.sessions--;
+        if (record.refused > record.sessions)
+                record.refused = record.sessions;
         last = record.sessions == 0;
         several = record.several;
         if (last)

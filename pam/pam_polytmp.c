@@ -191,11 +191,14 @@ static struct session prepare(pam_handle_t *pamh, int flags, int argc, const cha
 
 static int open_session(struct session *s) {
         CLEANUP(closep) int fd = -1;
+        bool refused;
         uid_t first;
         int r;
 
-        if (begin_session(s->uid, &first))
-                return leave_for_several(s, first);
+        if (begin_session(s->uid, &first, &refused))
+                return refused && s->uid != 0 ?
+                       refuse(s, NULL, "a session of UID %u in this process was refused and may be open", first) :
+                       leave_for_several(s, first);
         if (s->uid == 0)
                 return PAM_IGNORE; /* root is never moved, and polytmpd is not asked */
         r = check_caller(s);
@@ -216,8 +219,11 @@ EXPORT int pam_sm_open_session(pam_handle_t *pamh, int flags, int argc, const ch
         struct session s = prepare(pamh, flags, argc, argv, true);
         int r = s.caller ? PAM_IGNORE : find_user(&s);
 
-        if (!s.caller && r == PAM_SUCCESS)
+        if (!s.caller && r == PAM_SUCCESS) {
                 r = open_session(&s);
+                if (r != PAM_SUCCESS && r != PAM_IGNORE)
+                        note_refusal(&s);
+        }
         errno = saved_errno;
         return r;
 }

@@ -53,8 +53,11 @@ int acquire_namespace(const struct session *s, int *ret_fd);
 /* namespace.c */
 
 /* Counts a session of the process. Returns whether it has opened sessions for several users, of whom *ret_first
- * was the first. */
-bool begin_session(uid_t uid, uid_t *ret_first);
+ * was the first; *ret_refused says whether all others were refused. */
+bool begin_session(uid_t uid, uid_t *ret_first, bool *ret_refused);
+
+/* The session that was counted last is refused. */
+void note_refusal(const struct session *s);
 
 /* Takes the process back to where it came from, if it was moved. PAM_IGNORE, or PAM_PERM_DENIED if it cannot go. */
 int leave_for_several(const struct session *s, uid_t first);

@@ -222,7 +222,7 @@ static void *session(void *unused) {
 
 /*
  * Steps, as a server takes them that opens each session with a handle of its own and ends the handle at once:
- * +USER opens, -USER closes, "fork" goes on in a child, "thread" in a thread, "close" closes all descriptors,
+ * +USER opens, -USER closes, ?USER opens and ends the handle with the result, "fork" goes on in a child, "thread" in a thread, "close" closes all descriptors,
  * "reuse" opens PID 1's namespace on several of them, "chroot" goes to /tmp/chroot, "own" unshares the mount namespace, "drop" becomes UID 1500.
  */
 static void *run(void *text) {
@@ -233,13 +233,13 @@ static void *run(void *text) {
                 int r = PAM_SUCCESS, status;
                 struct view v = { 0 };
 
-                if (*step == '+' || *step == '-') {
+                if (*step == '+' || *step == '-' || *step == '?') {
                         pam_handle_t *pamh = NULL;
 
                         if (pam_start(o.service, step + 1, &conv, &pamh) != PAM_SUCCESS)
                                 die("pam_start");
-                        r = *step == '+' ? pam_open_session(pamh, o.flags) : pam_close_session(pamh, 0);
-                        pam_end(pamh, PAM_SUCCESS);
+                        r = *step == '-' ? pam_close_session(pamh, 0) : pam_open_session(pamh, o.flags);
+                        pam_end(pamh, *step == '?' ? r : PAM_SUCCESS);
                 } else if (strcmp(step, "fork") == 0) {
                         pid_t pid;
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.pam.pam_world import (
     CHROOT,
+    PAM_AUTH_ERR,
     PAM_IGNORE,
     PAM_PERM_DENIED,
     PAM_SUCCESS,
@@ -227,11 +228,42 @@ def test_a_user_with_two_sessions_stays_until_the_last_is_closed(
     assert namespaces(steps) == [alices.inode] * 3 + [host(world)] * 2
 
 
-def test_a_refused_session_counts(world: World, bus: Bus, daemon: MakeDaemon, bobs: Namespace) -> None:
-    """An optional module lets it in, and bob's directories are not for it."""
-    daemon(users={str(BOB): [bobs.path]}, others="org.polytmp1.Error.Failed")
-    steps = world.steps("+alice,+bob", bus=bus.address)
-    assert namespaces(steps) == [host(world)] * 2
+@pytest.fixture
+def refusing(bus: Bus, daemon: MakeDaemon, bobs: Namespace) -> Daemon:
+    """A daemon that refuses everyone but bob."""
+    return daemon(users={str(BOB): [bobs.path]}, others="org.polytmp1.Error.Failed")
+
+
+def test_a_refused_session_counts(world: World, bus: Bus, refusing: Daemon) -> None:
+    """An optional module lets it in, and bob's directories are not for it. A required one does not, and the
+    host's are not for bob. So bob is refused, too; root is not.
+    """
+    steps = world.steps("+alice,+bob,+root", bus=bus.address)
+    assert namespaces(steps) == [host(world)] * 3
+    assert [step.result for step in steps] == [PAM_PERM_DENIED, PAM_PERM_DENIED, PAM_AUTH_ERR]
+    open_still = "a session of UID 1500 in this process was refused and may be open"
+    assert world.log.take()[1:] == [
+        ("ERR", f"no private /tmp for user bob, refusing the session: {open_still}"),
+        ("WARNING", WARNING.format(ALICE, "root")),
+    ]
+
+
+@pytest.mark.parametrize("steps", ["?alice,+bob", "?alice,?alice,+bob", "+alice,-alice,+bob"])
+def test_a_refused_session_that_is_over(
+    world: World, bus: Bus, refusing: Daemon, bobs: Namespace, steps: str
+) -> None:
+    """A server such as dovecot ends the handle with the error, and goes on to the next user."""
+    *before, last = world.steps(steps, bus=bus.address)
+    assert namespaces(before) == [host(world)] * len(before)
+    assert (last.result, last.namespace) == (PAM_SUCCESS, bobs.inode)
+
+
+def test_only_refused_sessions_end_with_their_handle(
+    world: World, bus: Bus, served: Daemon, alices: Namespace
+) -> None:
+    """smbd ends the handle of each session that it has opened."""
+    steps = world.steps("?alice,+bob", bus=bus.address)
+    assert namespaces(steps) == [alices.inode, host(world)]
 
 
 def test_without_a_close_the_way_to_another_user_leads_back(
