@@ -70,6 +70,8 @@ ROWS: Final = [
     # logins
     Row("sudo -iu bob", "sudo -iu bob {}", "bob", "bob"),
     Row("su - bob", PASSWORD + "su - bob -c {q}", "bob", "bob"),
+    Row("sudo -iu svc", "sudo -iu svc {}", "svc", "host"),
+    Row("su - svc", PASSWORD + "su - svc -c {q}", "svc", "host"),
     Row("run0 --user=bob", "run0 --user=bob {}", "bob", "bob", releases="trixie"),
     Row(
         "systemd-run -p PAMName=login --uid=bob",
@@ -91,7 +93,7 @@ CASES = [(origin, row) for row in ROWS for origin in row.origins.split()]
 @pytest.fixture(scope="module")
 def origins(machine: Machine) -> Iterator[dict[str, Session]]:
     """Sessions of alice and root; bob has one, so that he has directories that could be missed."""
-    machine.sh("for user in root alice bob; do echo $user:secret; done | chpasswd")
+    machine.sh("for user in root alice bob svc; do echo $user:secret; done | chpasswd")
     handover.start(machine)
     machine.write("/etc/cron.d/handover", f"* * * * * bob {WITNESS} cron-bob\n")
     with machine.session("alice") as alice, machine.session("root") as root, machine.session("bob"):
@@ -123,7 +125,7 @@ def test_who_runs_where(
     caller = "host" if origin == "root" else "alice"
     user = row.user or ("alice" if origin == "alice" else "root")
     place = {"caller": caller, "own": user if user != "root" else "host"}.get(row.place, row.place)
-    assert seen.witness.uid == (USERS | {"root": ROOT})[user]
+    assert seen.witness.uid == int(machine.run("id", "-u", user).stdout)
     assert seen.witness.namespace == places[place], f"not in the directories of {place}: {places}"
     assert handover.strangers(seen, places, USERS) == []
 

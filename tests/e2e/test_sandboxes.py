@@ -2,7 +2,7 @@
 """System units with User= and PAMName=, and servers that open sessions in a sandbox: all of them work, and
 none shares a /tmp without a line in the journal.
 
-Not here: units without PAM (test_handover), login services in a sandbox that are refused (test_check_truth).
+Not here: units without PAM (test_handover), dovecot (test_dovecot).
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from tests import observe
-from tests.bed import Machine
+from tests.bed import Machine, eventually
 
 USERS: Final = {"alice": 1001, "bob": 1002}
 Seen = dict[str, Any]
@@ -176,3 +176,39 @@ def test_a_users_manager_moves_whatever_its_unit_says(machine: Machine) -> None:
     finally:
         machine.sh("rm -r /etc/systemd/system/user@.service.d/x.conf; systemctl daemon-reload")
         observe.log_everybody_out(machine)
+
+
+# Login services
+
+
+def refused(machine: Machine, begin: str) -> bool:
+    return "has its own mount namespace" in machine.journal(
+        "--since", begin, "-g", "no private /tmp for user"
+    )
+
+
+@pytest.fixture
+def cron_in_a_sandbox(machine: Machine) -> Iterator[None]:
+    machine.write("/etc/systemd/system/cron.service.d/x.conf", "[Service]\nPrivateTmp=yes\n")
+    machine.sh("systemctl daemon-reload; systemctl restart cron")
+    yield
+    machine.sh("rm -r /etc/systemd/system/cron.service.d; systemctl daemon-reload; systemctl restart cron")
+
+
+def test_login_services_in_a_sandbox(machine: Machine, begin: str, cron_in_a_sandbox: None) -> None:
+    """alice's and bob's jobs would share the /tmp of cron."""
+    machine.write("/etc/cron.d/job", "* * * * * bob touch /var/lib/jobs/ran\n")
+    machine.sh("install -d -m 1777 /var/lib/jobs")
+    eventually(lambda: refused(machine, begin), 75, "cron refuses the job")
+    assert machine.run("ls", "/var/lib/jobs").stdout == ""
+    machine.run("rm", "/etc/cron.d/job")
+
+
+@pytest.mark.parametrize(
+    "command", ["su - bob -c look", "sudo -iu bob look", "runuser -u bob -- sudo -iu bob look"]
+)
+def test_a_login_program_in_the_sandbox_of_any_service(machine: Machine, begin: str, command: str) -> None:
+    """Its users would share the service's /tmp. A service of alice's would be hers."""
+    run = ["systemd-run", "--quiet", "--wait", "--pipe", "--collect", "--property=PrivateTmp=yes"]
+    assert machine.run(*run, "sh", "-c", f"{command}; echo $?").stdout.strip() == "1"
+    assert refused(machine, begin)
