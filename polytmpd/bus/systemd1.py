@@ -76,6 +76,18 @@ async def services(connection: Connection) -> AsyncIterator[Service]:
         yield Service(str(name), int(main), int(control))
 
 
+async def with_pam(connection: Connection) -> AsyncIterator[str]:
+    """The loaded services that have PAMName=. Each loaded service takes one call. Raises BusError."""
+    (units,) = await connection.ask(
+        SERVICE, PATH, MANAGER, "ListUnitsByPatterns", "asas", ([], ["*.service"])
+    )
+    for name, _, load_state, _, _, _, path, *_ in units:
+        if load_state == "loaded" and await connection.get_property(
+            SERVICE, path, f"{SERVICE}.Service", "PAMName"
+        ):
+            yield str(name)
+
+
 async def version(connection: Connection) -> str:
     """The version of PID 1, as systemctl --version prints it. Raises BusError."""
     return str(await connection.get_property(SERVICE, PATH, MANAGER, "Version"))

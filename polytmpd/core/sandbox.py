@@ -32,6 +32,8 @@ _STRUCTS: Final = {
     "ExecStartPost": 1,
 }
 """How many fields of each entry, from the first one, are paths."""
+PRIVATE: Final = "PrivateTmp=yes"
+"""The only setting in conflicts() with which a unit does not see the host's directories."""
 SETTINGS: Final = ("PrivateTmp", *_PATHS, *_PATH_LISTS, "ExtensionDirectories", *_STRUCTS)
 """The properties of a unit that conflicts() reads."""
 
@@ -92,7 +94,7 @@ def conflicts(properties: Mapping[str, Any], directories: Collection[str]) -> li
 
     properties: SETTINGS, as D-Bus has them. directories: those that are private.
     """
-    found = ["PrivateTmp=yes"] if properties.get("PrivateTmp") else []
+    found = [PRIVATE] if properties.get("PrivateTmp") else []
     for name, path in _paths(properties):
         if is_below(path, directories) and (setting := f"{name}={path}") not in found:
             found.append(setting)

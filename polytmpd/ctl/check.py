@@ -34,6 +34,7 @@ from polytmpd.ctl import (
     settings,
     sshd,
     units,
+    unitsandbox,
     users,
 )
 from polytmpd.ctl.commands import Answer, Context
@@ -137,6 +138,8 @@ async def _all(context: Context) -> AsyncIterator[Result]:
     for result in (*of_sshd.results, *_pam(configured, of_sshd.services)):
         yield result
     async for result in units.judge(context.connection):
+        yield result
+    async for result in unitsandbox.judge(context.connection, directories, wanted.exemptions.reason):
         yield result
     async for result in _logged_in(context, listed, wanted):
         yield result

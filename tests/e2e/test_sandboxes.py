@@ -117,9 +117,10 @@ def test_a_unit_whose_program_is_in_the_hosts_tmp(
 
 
 def test_each_command_of_a_unit(machine: Machine, places: dict[str, int]) -> None:
+    """And check lists the unit."""
     machine.write(
         "/etc/systemd/system/commands.service",
-        "[Service]\nType=oneshot\nUser=alice\nPAMName=login\nWorkingDirectory=/tmp/of-the-host\n"
+        "[Service]\nType=oneshot\nRemainAfterExit=yes\nUser=alice\nPAMName=login\nWorkingDirectory=/tmp/of-the-host\n"
         "ExecStartPre=sh -c 'stat -c %%i /tmp >/tmp/of-the-host/pre'\n"
         "ExecStart=sh -c 'stat -c %%i /tmp >/tmp/of-the-host/start'\n"
         "ExecStartPost=sh -c 'stat -c %%i /tmp >/tmp/of-the-host/post'\n",
@@ -127,6 +128,11 @@ def test_each_command_of_a_unit(machine: Machine, places: dict[str, int]) -> Non
     machine.run("systemctl", "start", "commands.service")
     seen = machine.sh("cat /tmp/of-the-host/{pre,start,post}").stdout.split()
     assert seen == [str(places["host"])] * 3
+    report = json.loads(machine.run("polytmpctl", "--json=short", "check", check=False).stdout)
+    found = [entry for entry in report["results"] if entry["name"] == "commands.service"]
+    assert [(entry["verdict"], entry["text"]) for entry in found] == [
+        ("warn", "runs as alice in the shared /tmp, because of WorkingDirectory=/tmp/of-the-host")
+    ]
 
 
 @pytest.mark.parametrize("stack", STACKS)
