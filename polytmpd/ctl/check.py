@@ -137,7 +137,7 @@ async def _all(context: Context) -> AsyncIterator[Result]:
     of_sshd = sshd.judge(_ROOT, people[0].name if people else "root", is_root=os.geteuid() == 0)
     for result in (*of_sshd.results, *_pam(configured, of_sshd.services)):
         yield result
-    async for result in units.judge(context.connection):
+    async for result in units.judge(context.connection, directories):
         yield result
     async for result in unitsandbox.judge(context.connection, directories, wanted.exemptions.reason):
         yield result

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from polytmpd.bus import systemd1
 from polytmpd.bus.connection import BusError, Connection
+from polytmpd.ctl import unitsandbox
 from polytmpd.ctl.host import Result
 
 _LOGIN_UNITS: Final = (
@@ -45,7 +46,7 @@ _CAPABILITIES: Final = {18: "CAP_SYS_CHROOT", 21: "CAP_SYS_ADMIN"}
 _CALLS: Final = ("setns", "unshare")
 
 
-async def judge(connection: Connection) -> AsyncIterator[Result]:
+async def judge(connection: Connection, directories: Sequence[str]) -> AsyncIterator[Result]:
     """Logins are refused if the service has its own mount namespace, or may not call setns(2)."""
     names = ("Id", "ActiveState", "LoadState", "MainPID", "FragmentPath", *SANDBOX, *_FORBIDDING)
     loaded: dict[str, dict[str, Any]] = {}
@@ -63,9 +64,22 @@ async def judge(connection: Connection) -> AsyncIterator[Result]:
             yield result
     for unit in sorted(_with_libpam(Path("/")) - seen):
         text = "loads libpam in its own mount namespace: if it opens sessions of users, they are refused"
+        if await _keeps_sessions(connection, unit, directories):
+            places = " and ".join(directories)
+            text = (
+                f"loads libpam in its own mount namespace: sessions that it opens stay in its own {places}"
+            )
         yield Result(
             "services", unit, "warn", text, f"if it does, see docs/containers.md and: systemctl cat {unit}"
         )
+
+
+async def _keeps_sessions(connection: Connection, unit: str, directories: Sequence[str]) -> bool:
+    try:
+        found = await systemd1.unit_properties(connection, unit, ("MainPID",))
+    except BusError:
+        return False
+    return unitsandbox.keeps_sessions(unit, int(found.get("MainPID", 0)), directories)
 
 
 def _with_libpam(root: Path) -> set[str]:

@@ -5,6 +5,7 @@ session comes to be in a shared /tmp.
 Not here: units with PAMName= (test_sandboxes), the decision by itself (tests/unit/test_placement).
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -111,6 +112,10 @@ def test_users_read_their_mail(machine: Machine, start: Start, service: str) -> 
     lines = machine.journal("-u", "polytmpd", "--since", begin)
     text = "dovecot.service opens sessions in its own mount namespace, which has its own /tmp and /var/tmp: "
     assert lines.count(text) == (1 if service == "mail" else 0)
+    report = json.loads(machine.run("polytmpctl", "--json=short", "check", check=False).stdout)
+    (found,) = [entry for entry in report["results"] if entry["name"] == "dovecot.service"]
+    assert found["verdict"] == "warn"
+    assert found["text"].endswith(": sessions that it opens stay in its own /tmp and /var/tmp")
 
 
 @pytest.mark.parametrize(
