@@ -8,6 +8,7 @@ units (units.py), and the sessions that are opened (probe.py).
 """
 
 import contextlib
+import functools
 import os
 import platform
 import textwrap
@@ -139,7 +140,8 @@ async def _all(context: Context) -> AsyncIterator[Result]:
         yield result
     async for result in units.judge(context.connection, directories):
         yield result
-    async for result in unitsandbox.judge(context.connection, directories, wanted.exemptions.reason):
+    exempt = functools.partial(users.exempt_reason, wanted.exemptions)
+    async for result in unitsandbox.judge(context.connection, directories, exempt):
         yield result
     async for result in _logged_in(context, listed, wanted):
         yield result
