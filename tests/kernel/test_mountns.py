@@ -15,6 +15,8 @@ from unittest import mock
 
 import pytest
 
+from polytmpd.blocking import recovery
+from polytmpd.core.model import Directory, Lifetime
 from polytmpd.kernel import inotify, inside, mountinfo, mountns, processes, syscalls
 from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.mountinfo import Mount
@@ -50,14 +52,14 @@ class Bed:
             self.make(self.plain),
         ]
 
-    def make(self, path: str, shared: tuple[str, ...] = ()) -> PrivateDirectory:
-        inner = Path(path, "barrier", "tmp")
+    def make(self, path: str, shared: tuple[str, ...] = (), barrier: str = "barrier") -> PrivateDirectory:
+        inner = Path(path, barrier, "tmp")
         inner.mkdir(parents=True)
         for name in shared:
             Path(path, name).mkdir()
             (inner / name).mkdir()
         status = inner.stat()
-        return PrivateDirectory(path, "barrier/tmp", (status.st_dev, status.st_ino), shared)
+        return PrivateDirectory(path, f"{barrier}/tmp", (status.st_dev, status.st_ino), shared)
 
     def watch(self, path: str) -> int:
         return self.watches.add_watch(path, inotify.IN_DELETE_SELF)
@@ -214,6 +216,30 @@ def case_the_end_is_reported_when_the_last_is_gone() -> None:
         assert found == [namespace.watch]
         assert inotify.living_watches(it.watches.fd) == set()
         assert processes.open_namespace(namespace.inode) is None
+
+
+def case_a_chroot_hides_no_living_instance() -> None:
+    """From a daemon that has lost its FD store and its state: the only process sees none of the mounts."""
+    with bed() as it:
+        it.directories = [it.make(it.mounted, barrier="polytmp-1001")]
+        namespace = it.build()
+        ready = os.pipe()
+
+        def chrooted() -> None:
+            inside.enter(namespace.fd)
+            os.close(namespace.fd)
+            os.chroot("/usr")
+            os.write(ready[1], b".")
+            signal.pause()
+
+        pid = children.start(chrooted)
+        assert os.read(ready[0], 1) == b"."
+        os.close(namespace.fd)
+        (found,) = recovery.living([Directory(it.mounted, Lifetime.INSTANCE)])
+        assert (found.uid, found.namespace) == (1001, namespace.inode)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert list(recovery.living([Directory(it.mounted, Lifetime.INSTANCE)])) == []
 
 
 @pytest.mark.parametrize("beneath", [True, False])
