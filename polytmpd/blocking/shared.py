@@ -7,6 +7,8 @@ Hard facts
 - systemd's tmpfiles.d/x11.conf makes them at boot, with mode 1777, and they belong to root. X servers and
   compositors refuse a directory that is not root's, is not sticky, or is a symbolic link. So do we.
 - Only root can have put a directory that belongs to root into a sticky directory.
+- Root may have mounted something on it, for example in a container. If the name was free, a user may have
+  mounted a FUSE, and stat(2) of that may never return. The mount table says what is mounted.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
-from polytmpd.kernel import host
+from polytmpd.kernel import host, mountinfo
 from polytmpd.kernel.descriptor import Descriptor
 
 _MODE: Final = 0o1777
@@ -31,6 +33,10 @@ def ensure(base_fd: int, name: str) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(name, _UNFINISHED, dir_fd=base_fd)
     with Descriptor.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=base_fd) as fd:
+        if _is_fuse(fd, base_fd):
+            raise OSError(
+                errno.EPERM, "a FUSE; unmount it, remove it and run systemd-tmpfiles --create", name
+            )
         found = os.fstat(fd)
     if _may_be_unfinished(found):
         _finish(base_fd, name)
@@ -51,6 +57,16 @@ def watch(path: str, name: str, add: Callable[[str], int]) -> int:
             return -1
         with fd:
             return add(f"/proc/self/fd/{fd}")
+
+
+def _is_fuse(fd: int, base_fd: int) -> bool:
+    """Whether a FUSE is mounted there. True also if it cannot be found out."""
+    mount_id = mountinfo.mount_id_of(fd)
+    if mount_id == mountinfo.mount_id_of(base_fd):
+        return False
+    with contextlib.closing(mountinfo.lines("1")) as lines:
+        found = mountinfo.with_ids(lines, {mount_id}).get(mount_id)
+    return found is None or found.fstype.startswith("fuse")
 
 
 def _finish(base_fd: int, name: str) -> None:

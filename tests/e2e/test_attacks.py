@@ -246,6 +246,26 @@ def test_a_hung_fuse_at_a_display_holds_nobody_up(machine: Machine) -> None:
     wait_until_gone(machine, "bob")
 
 
+def test_a_hung_fuse_in_place_of_a_socket_directory(machine: Machine) -> None:
+    """An exempt user has mounted it when the name was free. No login waits for it."""
+    path = "/tmp/.ICE-unix"
+    machine.sh("grep -q ^user_allow_other /etc/fuse.conf || echo user_allow_other >>/etc/fuse.conf")
+    machine.sh(f"rm -rf {path}; install -d -o svc {path}")
+    try:
+        with attack(machine, "svc", program("fuse.py", "trap", path), "mounted"):
+            listing = machine.run("su", "alice", "-c", "ls -A /tmp", timeout=20).stdout.split()
+            assert ".X11-unix" in listing
+            assert ".ICE-unix" not in listing
+            assert f"Failed to share {path} with new" in machine.journal("-u", "polytmpd", "-n", "30")
+        machine.sh(f"umount -l {path}")
+        wait_until_gone(machine)
+        machine.sh(f"mount -t tmpfs -o mode=1777 roots {path}")
+        assert ".ICE-unix" in machine.run("su", "alice", "-c", "ls -A /tmp").stdout.split()
+    finally:
+        machine.sh(f"umount -l {path}; rm -rf {path}")
+    wait_until_gone(machine)
+
+
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
 def test_root_has_mounted_something_in_an_instance(machine: Machine, kind: str) -> None:
     """It stays until root unmounts it; nothing in it is deleted, and no login waits for it."""
