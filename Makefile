@@ -158,7 +158,7 @@ install: build-pam ## Install below $(DESTDIR)$(PREFIX)
 	$(INSTALL) -D -m 0644 units/org.polytmp1.service "$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.polytmp1.service"
 	$(INSTALL) -D -m 0644 dbus-policy/org.polytmp1.conf "$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.polytmp1.conf"
 	$(INSTALL) -D -m 0644 dbus-policy/org.polytmp1.policy "$(DESTDIR)$(DATADIR)/polkit-1/actions/org.polytmp1.policy"
-	for profile in polytmp polytmp-lenient; do \
+	for profile in polytmp polytmp-lenient polytmp-early; do \
 		$(INSTALL) -D -m 0644 "pam/$$profile.pam-config" "$(DESTDIR)$(DATADIR)/pam-configs/$$profile"; done
 	$(INSTALL) -D -m 0644 completions/polytmpctl.bash "$(DESTDIR)$(DATADIR)/bash-completion/completions/polytmpctl"
 	$(INSTALL) -D -m 0644 completions/_polytmpctl "$(DESTDIR)$(ZSHDIR)/_polytmpctl"
@@ -166,7 +166,7 @@ install: build-pam ## Install below $(DESTDIR)$(PREFIX)
 		$(INSTALL) -D -m 0644 "$$page" "$(DESTDIR)$(DATADIR)/man/man$${page##*.}/$${page##*/}"; done
 	$(MAKE) -C pam install DESTDIR="$(DESTDIR)" $(if $(PAMDIR),PAMDIR="$(PAMDIR)")
 
-uninstall: ## Remove what install installed (disable the PAM profile first: pam-auth-update --remove polytmp polytmp-lenient)
+uninstall: ## Remove what install installed (disable the PAM profile first: pam-auth-update --remove polytmp polytmp-lenient polytmp-early)
 	rm -rf "$(DESTDIR)$(PYTHONDIR)/polytmpd"
 	rm -f "$(DESTDIR)$(LIBEXECDIR)/polytmpd" "$(DESTDIR)$(PREFIX)/bin/polytmpctl" \
 		"$(DESTDIR)$(UNITDIR)/polytmpd.service" "$(DESTDIR)$(TMPFILESDIR)/polytmp.conf" \
@@ -174,7 +174,7 @@ uninstall: ## Remove what install installed (disable the PAM profile first: pam-
 		"$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.polytmp1.service" \
 		"$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.polytmp1.conf" \
 		"$(DESTDIR)$(DATADIR)/polkit-1/actions/org.polytmp1.policy" "$(DESTDIR)$(DATADIR)/pam-configs/polytmp" \
-		"$(DESTDIR)$(DATADIR)/pam-configs/polytmp-lenient" \
+		"$(DESTDIR)$(DATADIR)/pam-configs/polytmp-lenient" "$(DESTDIR)$(DATADIR)/pam-configs/polytmp-early" \
 		"$(DESTDIR)$(DATADIR)/bash-completion/completions/polytmpctl" "$(DESTDIR)$(ZSHDIR)/_polytmpctl"
 	! cmp -s units/polytmpd.conf "$(DESTDIR)$(SYSCONFDIR)/polytmpd.conf" || rm -f "$(DESTDIR)$(SYSCONFDIR)/polytmpd.conf"
 	for page in $(MANPAGES); do rm -f "$(DESTDIR)$(DATADIR)/man/man$${page##*.}/$${page##*/}"; done

@@ -26,7 +26,8 @@ def restored(machine: Machine, package: str) -> Iterator[None]:
     yield
     machine.run("rm", "-f", BY_HAND, f"{BY_HAND}.dpkg-old")
     machine.run("dpkg", "--install", package)
-    machine.run("pam-auth-update", "--force", "--disable", "polytmp-lenient", "--enable", "polytmp")
+    unwanted = ("--disable", "polytmp-lenient", "polytmp-early")
+    machine.run("pam-auth-update", "--force", *unwanted, "--enable", "polytmp")
     assert is_private(machine)
 
 
@@ -58,7 +59,8 @@ def test_a_removal_that_would_lock_out_everybody_is_refused(machine: Machine) ->
     refused = remove(machine)
     assert refused.returncode != 0, refused
     assert named(refused) == list(COMMON)
-    assert "pam-auth-update --force --package --remove polytmp polytmp-lenient" in refused.stderr
+    remedy = "pam-auth-update --force --package --remove polytmp polytmp-lenient polytmp-early"
+    assert remedy in refused.stderr
     assert_all_there(machine)
     assert is_private(machine)
     machine.run("sed", "-i", "/pam_polytmp/d", *COMMON)
@@ -128,6 +130,22 @@ def test_the_lenient_profile_stays(machine: Machine, package: str) -> None:
     machine.run("pam-auth-update", "--enable", "polytmp", "--disable", "polytmp-lenient")
     assert profile_lines(machine) == ["session required pam_polytmp.so"] * 2
     machine.run("pam-auth-update", "--disable", "polytmp", "--enable", "polytmp-lenient")
+    machine.run("rm", BY_HAND)
+    assert remove(machine).returncode == 0
+    assert "pam_polytmp" not in machine.run("cat", *COMMON).stdout
+
+
+def test_the_early_profile_stays(machine: Machine, package: str) -> None:
+    """It comes in addition to one of the others; an upgrade and a refused removal keep it."""
+    early = ["session optional pam_polytmp.so", *["session required pam_polytmp.so"] * 2]
+    machine.run("pam-auth-update", "--enable", "polytmp-early")
+    assert profile_lines(machine) == early
+    assert is_private(machine)
+    machine.run("dpkg", "--install", package)
+    assert profile_lines(machine) == early
+    machine.write(BY_HAND, LINE)
+    assert remove(machine).returncode != 0
+    assert profile_lines(machine) == early
     machine.run("rm", BY_HAND)
     assert remove(machine).returncode == 0
     assert "pam_polytmp" not in machine.run("cat", *COMMON).stdout

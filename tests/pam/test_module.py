@@ -129,7 +129,7 @@ def test_every_failing_allocation(
     assert seen - {PAM_USER_UNKNOWN, PAM_SYSTEM_ERR} == {expected, PAM_BUF_ERR}
 
 
-# The profile of pam-auth-update
+# The profiles of pam-auth-update
 
 PAM_AUTH_UPDATE = """
 cp -a /var/cache/debconf /tmp/debconf
@@ -137,31 +137,50 @@ mount --bind /tmp/debconf /var/cache/debconf
 mkdir -p /tmp/root/etc/pam.d /tmp/root/var/lib/pam /tmp/root/usr/share
 cp -a /usr/share/pam-configs /tmp/root/usr/share/
 cd /tmp/root/usr/share/pam-configs
-cp "$PROFILE" polytmp
+for name in $NAMES; do cp "$PROFILES/$name.pam-config" "$name"; done
 [ -e systemd ] || printf '%s\n' > systemd 'Name: systemd' 'Default: yes' 'Priority: 0' \
     'Session-Interactive-Only: yes' 'Session-Type: Additional' 'Session:' '	optional	pam_systemd.so'
 printf '%s\n' > tmpdir 'Name: tmpdir' 'Default: yes' 'Priority: 0' 'Session-Type: Additional' \
     'Session:' '	optional pam_tmpdir.so'
+printf '%s\n' > libpam-mount 'Name: mount' 'Default: yes' 'Priority: 128' 'Session-Type: Additional' \
+    'Session-Interactive-Only: yes' 'Session:' '	optional	pam_mount.so'
+printf '%s\n' > ssh-pwd 'Name: ssh' 'Default: yes' 'Priority: 64' 'Session-Type: Additional' \
+    'Session-Interactive-Only: yes' 'Session-Final:' '	optional	pam_ssh.so'
 export DEBIAN_FRONTEND=noninteractive
-pam-auth-update --root /tmp/root --package --force --enable mkhomedir polytmp systemd tmpdir unix >&2
+pam-auth-update --root /tmp/root --package --force \
+    --enable libpam-mount mkhomedir ssh-pwd systemd tmpdir unix $NAMES >&2
 mkdir "$OUT"
 cp /tmp/root/etc/pam.d/common-session* "$OUT"
 """
+
+
+def modules(stack: Path) -> list[str]:
+    lines = stack.read_text().splitlines()
+    return [line.split("\t")[-1].split()[-1] for line in lines if line.startswith("session")]
 
 
 @plain_build
 def test_the_profile_comes_right_after_pam_systemd(world: World) -> None:
     """And before modules that start programs, also in the stacks of cron and sudo; without pam_tmpdir."""
     out = world.base / "stacks"
-    world.shell(f"PROFILE={world.build}/polytmp.pam-config\nOUT={out}\n{PAM_AUTH_UPDATE}")
-
-    def modules(stack: str) -> list[str]:
-        lines = (out / stack).read_text().splitlines()
-        return [line.split("\t")[-1].split()[-1] for line in lines if line.startswith("session")]
-
-    interactive = modules("common-session")
+    world.shell(f"NAMES=polytmp\nPROFILES={world.build}\nOUT={out}\n{PAM_AUTH_UPDATE}")
+    interactive = modules(out / "common-session")
     assert "required\tpam_polytmp.so" in (out / "common-session").read_text()
     after = interactive[interactive.index("pam_systemd.so") :]
     assert after[:3] == ["pam_systemd.so", "pam_polytmp.so", "pam_mkhomedir.so"]
-    assert modules("common-session-noninteractive")[-1] == "pam_polytmp.so"
+    assert modules(out / "common-session-noninteractive")[-1] == "pam_polytmp.so"
     assert "pam_tmpdir.so" not in interactive
+
+
+@plain_build
+def test_the_early_profile_comes_before_modules_that_start_programs(world: World) -> None:
+    """And after pam_mount: what is mounted on the host reaches every session."""
+    out = world.base / "stacks"
+    world.shell(f'NAMES="polytmp polytmp-early"\nPROFILES={world.build}\nOUT={out}\n{PAM_AUTH_UPDATE}')
+    assert "optional\tpam_polytmp.so" in (out / "common-session").read_text()
+    interactive = modules(out / "common-session")
+    assert interactive[interactive.index("pam_mount.so") :] == [
+        *("pam_mount.so", "pam_polytmp.so", "pam_ssh.so"),
+        *("pam_systemd.so", "pam_polytmp.so", "pam_mkhomedir.so"),
+    ]
+    assert modules(out / "common-session-noninteractive").count("pam_polytmp.so") == 1

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""PAM modules that start a program before the session is private: Cockpit's pam_ssh_add, in Cockpit's stack
+and in the common one.
+
+Not here: how pam-auth-update orders the profiles (tests/pam/test_module.py).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests import cockpit, observe
+from tests.bed import Machine
+
+COMMON: Final = "/etc/pam.d/common-session"
+KEY: Final = "/home/alice/.ssh/id_ed25519"
+SEEN: Final = "ssh-add -l; sudo readlink /proc/self/ns/mnt /proc/$SSH_AGENT_PID/ns/mnt"
+AGENTS: Final = "pgrep -x -u alice ssh-agent | xargs -I{} readlink /proc/{}/ns/mnt"
+
+PROFILE: Final = """Name: Start ssh-agent
+Default: no
+Priority: 64
+Session-Type: Additional
+Session-Interactive-Only: yes
+Session:
+	optional	pam_ssh_add.so
+"""
+"""As libpam-ssh has it for pam_ssh, which does the same."""
+
+
+def prepare(root: Path) -> None:
+    cockpit.install(root)
+    observe.quick_logouts(root)
+
+
+pytestmark = [pytest.mark.e2e, pytest.mark.prepared(by=prepare)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def key(machine: Machine) -> None:
+    """alice has a key, which their password unlocks, and Cockpit listens."""
+    cockpit.start(machine, "alice")
+    machine.run("runuser", "-u", "alice", "--", "ssh-keygen", "-qt", "ed25519", "-N", "secret", "-f", KEY)
+    machine.write("/usr/share/pam-configs/agent", PROFILE)
+
+
+@pytest.fixture(autouse=True)
+def restored(machine: Machine, quiet: None) -> Iterator[None]:
+    machine.run("cp", "--archive", "/etc/pam.d", "/root/pam.d")
+    yield
+    observe.log_everybody_out(machine)
+    machine.run("pam-auth-update", "--disable", "agent", "polytmp-early")
+    machine.sh("rm -r /etc/pam.d && mv /root/pam.d /etc/pam.d; pkill -x -u alice ssh-agent; true")
+
+
+def host(machine: Machine) -> str:
+    return machine.sh(observe.NAMESPACE).stdout.strip()
+
+
+def move_the_line(machine: Machine) -> None:
+    """What docs/install.md advises."""
+    stack = machine.read(cockpit.STACK).decode()
+    [line] = [line for line in stack.splitlines() if line.split()[::2] == ["session", "pam_ssh_add.so"]]
+    machine.write(cockpit.STACK, stack.replace(f"{line}\n", "") + f"{line}\n")
+
+
+def test_cockpit_as_delivered_starts_its_agent_on_the_host(machine: Machine) -> None:
+    """The session is private. Its SSH_AUTH_SOCK is a name in the host's /tmp."""
+    mine, agent = cockpit.run(machine, "alice", SEEN).splitlines()
+    assert agent == host(machine)
+    assert mine == f"mnt:[{observe.status(machine, 'alice')['namespace']}]" != agent
+
+
+def test_cockpit_with_the_line_moved(machine: Machine) -> None:
+    move_the_line(machine)
+    identity, mine, agent = cockpit.run(machine, "alice", SEEN).splitlines()
+    assert "ED25519" in identity
+    assert mine == agent == f"mnt:[{observe.status(machine, 'alice')['namespace']}]"
+    assert host(machine) not in machine.sh(AGENTS).stdout.split()
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+def test_an_agent_of_the_common_stack(machine: Machine, early: bool) -> None:
+    """With the early profile, the second call of the module finds the session where it belongs."""
+    machine.sh(f"rm {KEY}.pub; ssh-keygen -qpP secret -N '' -f {KEY}; chown alice: {KEY}", check=False)
+    machine.run("pam-auth-update", "--enable", "agent", *(["polytmp-early"] if early else []))
+    begin = machine.now()
+    for _ in range(10 if early else 1):
+        *identity, mine, agent = machine.ssh("alice", SEEN).stdout.splitlines()
+        assert mine != host(machine)
+        assert agent == (mine if early else host(machine))
+        assert bool(identity) is early
+        if early:
+            observe.log_everybody_out(machine)
+            assert observe.held(machine) == []
+    assert "pam_polytmp" not in machine.journal("-u", "ssh", "--since", begin)
