@@ -44,7 +44,7 @@ def nobody_notices(host: Host) -> Iterator[None]:
 
 LOGINS = """number=0; for user in alice alice bob; do number=$((number + 1))
   (while test ! -e /run/enough; do
-    su $user -c "readlink /proc/self/ns/mnt" 2>&1 && printf . >> /run/logins
+    su - $user -c "readlink /proc/self/ns/mnt" 2>&1 && printf . >> /run/logins
   done | sort | uniq -c > /run/seen-$number) &
 done
 wait
