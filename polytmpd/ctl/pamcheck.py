@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from polytmpd.ctl import pamdispatch, pammodules, pamstacks
+from polytmpd.ctl import pamdispatch, pamearly, pammodules, pamstacks
 from polytmpd.ctl.pamdispatch import VALUES, Ending, endings
 from polytmpd.ctl.pammodules import OURS, Module
 from polytmpd.ctl.pamstacks import SUBSTACK, Entry, Stack
@@ -133,6 +133,7 @@ def judge(
     for service, stack in stacks.items():
         judged = _Judge(service, stack, modules)
         fault = judged.account(accounts[service]) or judged.session(rivals & set(directories), bool(rivals))
+        fault = fault or judged.early(pamstacks.stack(root, service, "auth"), _krb5_conf(root))
         if fault is not None:
             faults.setdefault(fault, []).append(service)
             continue
@@ -164,7 +165,8 @@ def _matters(service: str, stack: Stack, also: Collection[str]) -> bool:
 
 
 def _ours(stack: Stack) -> Entry:
-    return next(entry for entry in stack.entries if entry.module == OURS)
+    """The last line for our module: an early one comes in addition."""
+    return next(entry for entry in reversed(stack.entries) if entry.module == OURS)
 
 
 def _stays(service: str, entry: Entry) -> bool:
@@ -189,6 +191,13 @@ def _polyinstantiated(root: Path) -> set[str]:
         return set()
     lines = [line.partition("#")[0].split() for text in texts for line in text.splitlines()]
     return {words[0].rstrip("/") or "/" for words in lines if words}
+
+
+def _krb5_conf(root: Path) -> str:
+    try:
+        return (root / "etc/krb5.conf").read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 class _Judge:
@@ -223,6 +232,13 @@ class _Judge:
         if fault := self._passed_over(endings(stack.entries, self._any(), self._is_ours), "warn"):
             return fault
         return self._rival(shared, has_rival) or self._order() or self._lenient()
+
+    def early(self, auth: Stack, krb5_conf: str) -> _Fault | None:
+        """Whether modules leave something on the host before the session is private."""
+        here = [entry for entry in self._stack.entries if entry.path in self._modules]
+        here = [entry for entry in here if not self._problem(entry, "session")]
+        left = pamearly.program(here, self._stack.file) or pamearly.ticket((*auth.entries, *here), krb5_conf)
+        return None if left is None else _Fault("warn", left.file, left.what, left.effect, left.remedy)
 
     # What modules return
 
@@ -351,7 +367,7 @@ class _Judge:
 
     def _order(self) -> _Fault | None:
         names = [entry.module for entry in self._stack.entries]
-        number = names.index(OURS)
+        number = max(n for n, name in enumerate(names) if name == OURS)  # an early one comes in addition
         # The user manager is not a separate session: on Debian its stack has pam_systemd last.
         if SYSTEMD not in names[number:] or SYSTEMD in names[:number] or self._service == "systemd-user":
             return None
