@@ -57,6 +57,7 @@ HOST_PACKAGES = [
     "passwd",
     "pkexec",
     "polkitd",
+    "postgresql",
     "procps",
     "python3",
     "python3-dbus-next",
@@ -152,7 +153,7 @@ for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub
 done
 # Here for the tests that start it.
 chroot "$root" systemctl disable --quiet smbd.service nmbd.service samba-ad-dc.service \
-    dovecot.service dovecot.socket exim4.service
+    dovecot.service dovecot.socket exim4.service postgresql.service
 # Cockpit is not there for others: polytmpctl check has a word to say about its PAM file and its units.
 mv "$root/etc/pam.d/cockpit" "$root/usr/share/cockpit/pam"
 for unit in cockpit.socket cockpit.service cockpit-session@.service cockpit-wsinstance-http.service \
