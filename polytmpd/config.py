@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from polytmpd.core import places
+from polytmpd.core import places, sharing
 from polytmpd.core.model import Directory, Lifetime
 from polytmpd.core.policy import REGULAR_LAST, UID_LAST, UID_MAX_DEFAULT, UID_MIN_DEFAULT, Exemptions
 
@@ -49,6 +49,12 @@ class Config:
         Directory("/var/tmp", Lifetime.PERSISTENT),
     )
     exemptions: Exemptions = field(default_factory=Exemptions)
+    shared_files: tuple[str, ...] = ()
+
+    @property
+    def sharing(self) -> sharing.Sharing:
+        """The sockets and files of the host that instances share."""
+        return sharing.Sharing(_TMP, self.shared_files, self.exemptions)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -181,11 +187,11 @@ def _absolute(word: str) -> str:
     return "/" + "/".join(parts)
 
 
-def _name_in_tmp(word: str) -> str:
-    if "/" in word or word in {".", ".."} or not re.fullmatch(r"\.[\w.-]+", word):
-        remedy = f"name a directory in {_TMP} that begins with a dot, such as .X11-unix"
-        raise _BadValueError(f"{word!r} is not a valid name", remedy)
-    return word
+def _path_in_tmp(word: str) -> str:
+    try:
+        return sharing.parse(word, _TMP)
+    except sharing.InvalidPathError as error:
+        raise _BadValueError(*error.args) from None
 
 
 def _number(word: str) -> int | None:
@@ -229,7 +235,7 @@ _KEYS: Final[dict[str, Callable[[str], str]]] = {
     "Directories": _absolute,
     "PersistentDirectories": _absolute,
     "UncheckedDirectories": _absolute,
-    "SharedPaths": _name_in_tmp,
+    "SharedPaths": _path_in_tmp,
     "RegularUIDs": _range,
     "ExemptUsers": _user,
     "ExemptGroups": _group,
@@ -310,7 +316,7 @@ def _assemble(root: Path, assigned: _Assigned, uid_min: int, problems: list[Prob
                 what = f"{assigned.place_of[key]}: {key}=: {path} is not in Directories="
                 problems.append(Problem(what, "ignoring", "add it there, too"))
     persistent = assigned.get("PersistentDirectories", ("/var/tmp",))
-    shared = tuple(assigned.get("SharedPaths", SOCKET_DIRECTORIES))
+    shared, files = sharing.split(assigned.get("SharedPaths", SOCKET_DIRECTORIES))
     return Config(
         tuple(
             Directory(
@@ -322,6 +328,7 @@ def _assemble(root: Path, assigned: _Assigned, uid_min: int, problems: list[Prob
             for path in paths
         ),
         _exemptions(assigned, uid_min, problems),
+        files if _TMP in paths else (),
     )
 
 

@@ -105,6 +105,7 @@ class Daemon:
     async def start(self) -> None:
         """Take over what lives, delete leftovers, and follow events. Raises OSError, BusError."""
         restored = await self._executor.restore(self._config.directories)
+        await self._executor.share_files(self._config.sharing)
         for instance in (*restored.held, *restored.draining):
             record = self._record(instance.uid, instance.user)
             record.instance = instance
@@ -183,6 +184,7 @@ class Daemon:
         self._config = config
         self._admission.replace(config.exemptions)
         await self._executor.tell_age_cleaner(config.directories)
+        await self._executor.share_files(config.sharing)
         log.info("Configuration reloaded; existing instances stay as they are")
         self._views.show_directories(config.paths)
 

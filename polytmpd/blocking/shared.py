@@ -18,11 +18,14 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
+from polytmpd.core.sharing import LINKS
 from polytmpd.kernel import host, mountinfo
 from polytmpd.kernel.descriptor import Descriptor
 
 _MODE: Final = 0o1777
+_LINKS_MODE: Final = 0o755
 _UNFINISHED: Final = 0o700
+_REMEDY: Final = "move it away if no service uses it; it is made at the next login"
 
 
 def ensure(base_fd: int, name: str) -> None:
@@ -40,8 +43,8 @@ def ensure(base_fd: int, name: str) -> None:
         found = os.fstat(fd)
     if _may_be_unfinished(found):
         _finish(base_fd, name)
-    elif reason := _objection(found):
-        raise OSError(errno.EPERM, f"{reason}; remove it and run systemd-tmpfiles --create", name)
+    elif reason := _objection(found, name):
+        raise OSError(errno.EPERM, reason, name)
 
 
 def watch(path: str, name: str, add: Callable[[str], int]) -> int:
@@ -75,7 +78,7 @@ def _finish(base_fd: int, name: str) -> None:
             is_empty = next(entries, None) is None  # if root put something in it, the mode is on purpose
         if is_empty and _may_be_unfinished(os.fstat(fd)):
             os.fchown(fd, 0, 0)
-            os.fchmod(fd, _MODE)
+            os.fchmod(fd, _LINKS_MODE if name == LINKS else _MODE)
 
 
 def _may_be_unfinished(found: os.stat_result) -> bool:
@@ -84,11 +87,17 @@ def _may_be_unfinished(found: os.stat_result) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == 0 and mode == _UNFINISHED
 
 
-def _objection(found: os.stat_result) -> str | None:
+def _objection(found: os.stat_result, name: str) -> str | None:
+    """Why it must not be shared, and the remedy; None if it may be."""
+    if stat.S_ISSOCK(found.st_mode) or stat.S_ISREG(found.st_mode):
+        # Not to be removed: a server may be listening.
+        return f"not a directory; to share a socket or file, name /tmp/{name} in SharedPaths="
     if not stat.S_ISDIR(found.st_mode):
-        return "not a directory"
+        return f"not a directory; {_REMEDY}"
     if found.st_uid != 0:
-        return f"owned by UID {found.st_uid}, not by root"
+        return f"owned by UID {found.st_uid}, not by root; {_REMEDY}"
+    if name == LINKS and found.st_mode & 0o022:
+        return f"writable by others; run chmod {_LINKS_MODE:04o}"
     if found.st_mode & 0o002 and not found.st_mode & stat.S_ISVTX:
-        return "world-writable without the sticky bit"
+        return "world-writable without the sticky bit; run chmod +t"
     return None

@@ -23,6 +23,7 @@ from typing import Final
 from polytmpd.config import SOCKET_DIRECTORIES
 from polytmpd.core.model import Directory, Lifetime
 from polytmpd.core.names import CLEANER_PATTERN, INNER
+from polytmpd.core.sharing import LINKS
 from polytmpd.kernel import host
 
 DIRECTORY: Final = Path(host.path("/run/tmpfiles.d"))
@@ -82,7 +83,8 @@ def _lines(path: str, directory: Directory) -> Iterator[str]:
             continue
         yield f"x {_field(f'{place}/{CLEANER_PATTERN}/{INNER}/{_pattern(name)}')}"
         if path != "/tmp" or name not in SOCKET_DIRECTORIES:
-            yield f"X {_field(f'{place}/{_respelled(name)}')}"
+            # What is in LINKS must stay, too.
+            yield f"{'x' if name == LINKS else 'X'} {_field(f'{place}/{_respelled(name)}')}"
 
 
 def _pattern(path: str) -> str:

@@ -17,12 +17,14 @@ from polytmpd import devices
 from polytmpd.blocking import instances, removal, restoration, tmpfiles
 from polytmpd.blocking.state import StateDirectory
 from polytmpd.core.model import Directory, Instance
+from polytmpd.core.sharing import Sharing
 from polytmpd.devices import BlockDevice
 from polytmpd.displays.displaylocks import DisplayLocks
 from polytmpd.executor.fdstore import Namespaces, Stored
 from polytmpd.executor.losses import Losses
 from polytmpd.executor.removals import Removals
 from polytmpd.executor.sentinels import Sentinels
+from polytmpd.executor.sharedfiles import SharedFiles
 from polytmpd.executor.shares import Shares
 from polytmpd.executor.workers import Workers
 from polytmpd.journal import MessageId, fields
@@ -64,6 +66,7 @@ class Executor:
         self._sentinels = Sentinels(stored.inotify, self._instances, self._lock, self._searchers)
         self._losses = Losses(self._mend)
         self._shares = Shares(self._shares_changed)
+        self._files = SharedFiles(self._instances)
         self._changed: list[Callable[[Instance], None]] = []
         displays.follow(self.share_again)
 
@@ -160,6 +163,7 @@ class Executor:
         await self._tasks.close()
         await self._losses.close()
         await self._shares.close()
+        await self._files.close()
         await self._displays.close()
         self._removals.close()
         self._searchers.close()
@@ -179,6 +183,7 @@ class Executor:
             )
             instance = self._hold(*made)
         await self._displays.instance_came(instance)
+        await self._files.instance_came(instance)
         log.info(
             "New instance of user %s: %s",
             user,
@@ -212,6 +217,7 @@ class Executor:
                     *await asyncio.to_thread(instances.rebuild, instance, self._sentinels.watch)
                 )
         await self._displays.instance_came(held)
+        await self._files.instance_came(held)
         return held
 
     def has_ended(self, uid: int) -> bool:
@@ -279,6 +285,10 @@ class Executor:
 
     # In every instance
 
+    async def share_files(self, sharing: Sharing) -> None:
+        """Share these sockets and files of the host with instances from now on. Logs failures."""
+        await self._files.share(sharing)
+
     async def share_again(self, path: str) -> None:
         """Give the living instances the host's socket directories in path, which were made again.
 
@@ -294,6 +304,7 @@ class Executor:
     async def _shares_changed(self, path: str) -> None:
         """Share the host's new directories, and have the displays in them found."""
         await self.share_again(path)
+        self._files.look_again()
         for instance in list(self._instances.values())[:1]:
             await self._displays.instance_came(instance)
 
@@ -356,6 +367,7 @@ class Executor:
         if not found.mended:
             return
         await self._displays.instance_came(instance)
+        await self._files.instance_came(instance)
         log.warning(
             "%s of user %s was removed on the host, with everything in it; made it again, empty",
             ", ".join(found.mended),

@@ -21,6 +21,7 @@ from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.syscalls import inotify_add_watch, inotify_init1, inotify_rm_watch
 
 IN_MODIFY: Final = 0x00000002
+IN_ATTRIB: Final = 0x00000004
 IN_CLOSE_NOWRITE: Final = 0x00000010
 IN_MOVED_FROM: Final = 0x00000040
 IN_MOVED_TO: Final = 0x00000080
@@ -32,6 +33,7 @@ IN_UNMOUNT: Final = 0x00002000
 IN_Q_OVERFLOW: Final = 0x00004000
 IN_IGNORED: Final = 0x00008000
 IN_ONLYDIR: Final = 0x01000000
+IN_ONESHOT: Final = 0x80000000
 
 _HEADER: Final = struct.Struct("=iIII")
 

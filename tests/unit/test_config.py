@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from polytmpd.config import _KEYS, SOCKET_DIRECTORIES, Config, load, unfit
 from polytmpd.core.model import Directory, Lifetime
 from polytmpd.core.policy import Exemptions
+from polytmpd.core.sharing import LINKS
 
 pytestmark = pytest.mark.unit
 
@@ -58,6 +59,18 @@ def test_all_settings(tmp_path: Path) -> None:
     assert config.exemptions.users == {"alice", "1005", "DOM\\user"}
 
 
+def test_what_is_shared_by_name_and_by_pattern(tmp_path: Path) -> None:
+    conf(tmp_path, "SharedPaths=.X11-unix app/ mysql.sock .s.PGSQL.* /tmp/.hidden /tmp/.my.app/")
+    config, problems = load(tmp_path)
+    assert problems == []
+    assert config.directories[0].shared == (".X11-unix", "app", ".my.app", LINKS)
+    assert config.shared_files == ("mysql.sock", ".s.PGSQL.*", ".hidden")
+    assert config.sharing.patterns == config.shared_files
+    conf(tmp_path, "SharedPaths=.s.PGSQL.*\nDirectories=/var/tmp")
+    config, problems = load(tmp_path)
+    assert config.shared_files == (), "/tmp is the host's anyway"
+
+
 def test_lists_accumulate_and_an_empty_assignment_resets_them(tmp_path: Path) -> None:
     conf(tmp_path, "ExemptUsers=a b\nExemptUsers=b c\nSharedPaths=.x\nSharedPaths=")
     config, problems = load(tmp_path)
@@ -100,7 +113,16 @@ def test_lists_accumulate_and_an_empty_assignment_resets_them(tmp_path: Path) ->
         ),
         ("Directories=", "names no directory"),
         ("PersistentDirectories=/srv", "/srv is not in Directories=, ignoring; add it there, too"),
-        ("SharedPaths=X11", "'X11' is not a valid name, ignoring; name a directory in /tmp that"),
+        (
+            "SharedPaths=/var/tmp/x",
+            "'/var/tmp/x' is not a valid name, ignoring; name something in /tmp",
+        ),
+        ("SharedPaths=/tmp", "'/tmp' is not a valid name"),
+        ("SharedPaths=a/b.sock", "'a/b.sock' is not a valid name"),
+        ("SharedPaths=polytmp-*", "'polytmp-*' is not a valid name"),
+        ("SharedPaths=.X0-lock", "'.X0-lock' is not a valid name"),
+        ("SharedPaths=[a-z]*", "'[a-z]*' matches almost everything, ignoring; write at least one letter"),
+        ("SharedPaths=app-*/", "'app-*/' is a pattern for directories, ignoring; name each directory"),
         ("SharedPaths=.a/b", "'.a/b' is not a valid name"),
         ("SharedPaths=..", "'..' is not a valid name"),
         ("ExemptUsers=a:b", "'a:b' is neither a user name nor a UID"),

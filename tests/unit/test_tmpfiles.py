@@ -12,6 +12,7 @@ import pytest
 from polytmpd.blocking import tmpfiles
 from polytmpd.config import SOCKET_DIRECTORIES, Config
 from polytmpd.core.model import Directory, Lifetime
+from polytmpd.core.sharing import LINKS
 
 pytestmark = pytest.mark.unit
 
@@ -64,6 +65,13 @@ def test_tmp_that_persists() -> None:
         "x /tmp/polytmp-?*/tmp/.X11-unix",
         "x /tmp/polytmp-?*/tmp/.ours",
         "X /tmp/.our[s]",
+    ]
+
+
+def test_the_links_to_sockets_are_spared_with_all_that_is_in_them() -> None:
+    assert lines(Directory("/tmp", Lifetime.INSTANCE, (".X11-unix", LINKS))) == [
+        f"x /tmp/polytmp-?*/tmp/{LINKS}",
+        "x /tmp/.polytmp-share[d]",
     ]
 
 

@@ -17,6 +17,7 @@ from polytmpd.bus.logind import Session, User
 from polytmpd.config import Config, Problem
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, State, View
 from polytmpd.core.policy import Exemptions
+from polytmpd.core.sharing import Sharing
 from polytmpd.core.views import Views
 from polytmpd.daemon import Daemon
 from polytmpd.executor.actions import Restored
@@ -63,6 +64,9 @@ class FakeExecutor:
     def follow(self, ended: Callable[[int], None], changed: Callable[[Instance], None]) -> None:
         self.end = ended
         self.change = changed
+
+    async def share_files(self, sharing: Sharing) -> None:
+        pass
 
     async def tell_age_cleaner(self, directories: Sequence[Directory]) -> None:
         self.spared = [directory.path for directory in directories]
