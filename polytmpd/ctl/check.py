@@ -33,6 +33,7 @@ from polytmpd.ctl import (
     probe,
     regular,
     settings,
+    sockets,
     sshd,
     units,
     unitsandbox,
@@ -149,6 +150,8 @@ async def _all(context: Context) -> AsyncIterator[Result]:
         async for result in _probe(context, people, wanted, of_sshd.services):
             yield result
     for result in (*host.cleaners(_ROOT), *host.kerberos(_ROOT), *host.containers(_ROOT)):
+        yield result
+    for result in sockets.judge(_ROOT, wanted):
         yield result
 
 
