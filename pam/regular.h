@@ -2,7 +2,7 @@
 /*
  * Who is a system user for certain, while polytmpd cannot be asked. A user record (https://systemd.io/USER_RECORD/)
  * can make anyone else a regular user, whatever the number: they are refused meanwhile. polytmpd's rule is in
- * core/policy.py, and its reading of login.defs in config.py; the tests compare the two.
+ * core/policy.py, and its reading of login.defs in core/logindefs.py; the tests compare the two.
  *
  * Not here: what polytmpd.conf(5) and user records say.
  *

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reads polytmpd.conf and its drop-ins, in systemd's syntax, and UID_MIN from login.defs.
+"""Reads polytmpd.conf and its drop-ins, in systemd's syntax.
 
 A mistake is a Problem, which names the place and the remedy; all other lines still apply. The caller decides
 whether to log it and go on (at start) or to refuse the whole configuration (on reload).
-Not here: what the settings do.
+Not here: what the settings do, and what login.defs says (core/logindefs).
 """
 
 import os
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from polytmpd.core import places, sharing
+from polytmpd.core import logindefs, places, sharing
 from polytmpd.core.model import Directory, Lifetime
-from polytmpd.core.policy import REGULAR_LAST, UID_LAST, UID_MAX_DEFAULT, UID_MIN_DEFAULT, Exemptions
+from polytmpd.core.policy import REGULAR_LAST, UID_LAST, UID_MIN_DEFAULT, Exemptions
 
 SECTION: Final = "Polytmp"
 SOCKET_DIRECTORIES: Final = (".X11-unix", ".ICE-unix", ".XIM-unix", ".font-unix")
@@ -417,41 +417,14 @@ def _real(root: Path, path: str) -> str:
 
 
 def _uid_min(path: Path, problems: list[Problem]) -> int:
-    """UID_MIN of login.defs(5), or its default if it is missing, invalid or above UID_MAX.
+    def complain(line: int, what: str, instead: str) -> None:
+        place = f"{path}:{line}" if line else path
+        problems.append(Problem(f"{place}: {what}", instead))
 
-    Read as shadow's tools read it: of several lines for a key, the last counts. pam/regular.h has the same
-    rule. UID_MAX decides nothing else: no directory service keeps to it.
-    """
-    default = {"UID_MIN": UID_MIN_DEFAULT, "UID_MAX": UID_MAX_DEFAULT}
-    found, instead = dict(default), f"using UID_MIN {UID_MIN_DEFAULT}"
     try:
-        text = path.read_bytes().decode("latin-1")
+        return logindefs.uid_min(path.read_bytes().decode("latin-1"), complain)
     except FileNotFoundError:
-        return UID_MIN_DEFAULT
+        pass
     except OSError as error:
-        problems.append(Problem(f"{path}: Failed to read: {error.strerror}", instead))
-        return UID_MIN_DEFAULT
-    for number, line in enumerate(text.split("\n"), 1):
-        match = re.match(
-            r'[ \t]*(\w+)[ \t][ \t"]*([^"]*)', line.partition("\0")[0].rstrip(" \t\v\f\r"), re.ASCII
-        )
-        if not match or match[1] not in found:
-            continue
-        found[match[1]] = value = _c_number(match[2]) or default[match[1]]
-        if value != _c_number(match[2]):
-            what = f"{path}:{number}: {match[1]} {match[2]!r} is not a valid UID"
-            problems.append(Problem(what, f"using {value}"))
-    if found["UID_MIN"] > found["UID_MAX"]:
-        problems.append(Problem(f"{path}: UID_MIN is greater than UID_MAX", instead))
-        return UID_MIN_DEFAULT
-    return found["UID_MIN"]
-
-
-def _c_number(word: str) -> int:
-    """A UID as strtoul(3) reads it, which shadow and pam_polytmp use; 0 for anything else."""
-    for pattern, base in (("0[xX]([0-9a-fA-F]+)", 16), ("(0[0-7]*)", 8), ("([1-9][0-9]*)", 10)):
-        match = re.fullmatch(pattern, word, re.ASCII)
-        digits = match[1].lstrip("0") if match else ""
-        if digits:
-            return int(digits, base) if len(digits) <= 11 and int(digits, base) <= UID_LAST else 0
-    return 0
+        complain(0, f"Failed to read: {error.strerror}", logindefs.INSTEAD)
+    return UID_MIN_DEFAULT
