@@ -17,7 +17,7 @@ import pytest
 from polytmpd.blocking import recovery
 from polytmpd.blocking.removal import Place, unused
 from polytmpd.core.names import SENTINEL
-from polytmpd.kernel import holders, host, namespaces, patience, syscalls
+from polytmpd.kernel import holders, namespaces, patience, syscalls
 from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.patience import Patience
 from tests.kernel import children
@@ -377,18 +377,10 @@ def case_whose_a_namespace_is() -> None:
         assert patience.owner(fd) == patience.user_of("self") == 0
 
 
-CASES = sorted(name for name in globals() if name.startswith("case_"))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_case(case: str) -> None:
-    run_alone(__name__, case)
-
-
-def test_a_namespace_in_flight() -> None:
+def case_a_namespace_in_flight() -> None:
     """No process lives in it or has it open. A kernel that lists no namespaces does not show it."""
     ours, theirs = socket.socketpair()
-    with ours, theirs, mock.patch.object(host, "_NAMESPACE", "/proc/self/ns/mnt"):
+    with ours, theirs:
         ready, done = os.pipe(), os.pipe()
 
         def lives_there() -> None:
@@ -411,3 +403,11 @@ def test_a_namespace_in_flight() -> None:
         for number in (*fds, *ready, done[0]):
             os.close(number)
         assert inode not in [found.inode for found in namespaces.every(Patience(lambda: False))]
+
+
+CASES = sorted(name for name in globals() if name.startswith("case_"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case: str) -> None:
+    run_alone(__name__, case)
