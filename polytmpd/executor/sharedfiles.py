@@ -119,8 +119,12 @@ class SharedFiles:
         """Furnish an instance, before its user enters. It may be called again. Logs failures."""
         if any(LINKS in entry.directory.shared for entry in instance.directories):
             self._taken.pop(instance.uid, None)
-            async with self._distributing:
-                await self._furnish((instance,), ())
+            try:
+                async with self._distributing:
+                    await self._furnish((instance,), ())
+            except Exception as error:  # "can't start new thread": no reason to refuse a login
+                self._failed(instance, self._sharing.path, in_words(error))
+                self._look_later()
 
     def look_again(self) -> None:
         """LINKS, or something in an instance, may be missing."""
@@ -272,10 +276,14 @@ class SharedFiles:
             if name not in found.objections and (names is None or name in names):
                 del self._objections[name]
         for name, objection in found.objections.items():
-            if self._objections.get(name) == objection or len(self._objections) >= _TOLD_AT_MOST:
+            if self._objections.get(name) == objection or len(self._objections) > _TOLD_AT_MOST:
                 continue
             self._objections[name] = objection
-            log.warning("Not sharing %s/%s with sessions: %s", self._sharing.path, name, objection)
+            if len(self._objections) > _TOLD_AT_MOST:
+                text = "Not sharing more than %d names in %s with sessions, naming no more"
+                log.warning(text, _TOLD_AT_MOST, self._sharing.path)
+            else:
+                log.warning("Not sharing %s/%s with sessions: %s", self._sharing.path, name, objection)
 
     async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """As asyncio.to_thread(). Counts the time that the processor works for it."""

@@ -174,6 +174,20 @@ async def test_a_squatter_is_named_once_and_again_after_the_server(
         await eventually(lambda: not world.path(ALICE).is_symlink())
 
 
+async def test_any_number_of_squatters(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    def said() -> int:
+        return sum("Not sharing" in record.getMessage() for record in caplog.records)
+
+    for number in range(70):
+        (world.base / f".s.DB.x{number}").symlink_to("/etc/passwd")
+    await eventually(lambda: said() == 65)
+    assert "Not sharing more than 64 names" in caplog.records[-1].getMessage()
+    (world.base / ".s.DB.x70").symlink_to("/etc/passwd")
+    with world.server():
+        await eventually(lambda: world.has(ALICE))
+    assert said() == 65
+
+
 def overflow(base: Path) -> None:
     """More events than the queue holds, before the event loop gets to read them."""
     for _ in range(int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())):
@@ -241,6 +255,22 @@ async def test_a_user_whose_directory_is_full(
         assert caplog.text.count("with user user1001, retrying: No space left") == 1
         is_full = False
         await eventually(lambda: world.has(ALICE))
+
+
+async def test_a_login_goes_on_without_a_thread(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("polytmpd.executor.sharedfiles._RETRY", 0.05)
+    with world.server():
+        await eventually(lambda: world.has(ALICE))
+        with monkeypatch.context() as patch:
+            patch.setattr(world.files, "_in_thread", no_thread)
+            await world.login(1003)
+        assert "with user user1003, retrying: can't start new thread" in caplog.text
+        await eventually(lambda: world.has(1003))
 
 
 async def test_nothing_shared_any_more(world: World) -> None:
