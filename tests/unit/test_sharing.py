@@ -47,3 +47,10 @@ def test_users_their_subordinates_and_nobody_are_not(uid: int) -> None:
 
 def test_the_range_of_login_defs_counts() -> None:
     assert Sharing("/tmp", ("a",), Exemptions(uid_min=500)).objection_to_owner(700)
+
+
+def test_whom_regular_uids_names_is_no_system_user() -> None:
+    sharing = Sharing("/tmp", ("a",), Exemptions(regular=((500, 600), (64000, 64100))))
+    assert sharing.objection_to_owner(550)
+    assert sharing.objection_to_owner(64030)
+    assert sharing.objection_to_owner(499) is None
