@@ -39,7 +39,7 @@ CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (
         inside,
         "",
-        ("mount", "umount2", "unshare", "setns", "open_tree", "move_mount", "set_propagation", "fsmount"),
+        ("umount2", "unshare", "setns", "open_tree", "move_mount", "set_propagation", "fsmount"),
     ),
     (storage, "os", ("mkdir", "rmdir", "symlink", "fchown", "fchmod", "setxattr", "removexattr")),
     (storage, "syscalls", ("renameat2",)),

@@ -54,7 +54,7 @@ def assert_rolled_back(found: list[Case], survived: set[str], failures: int) -> 
 
 def test_each_step_of_create() -> None:
     """A login survives a name that cannot be shared and, thanks to the FD store, a lost state file."""
-    survived = {"shared.os.mkdir", "shared.os.open", "shared.os.fstat"}
+    survived = {"shared.os.mkdir", "shared.os.open", "shared.os.fstat", "mountinfo.mount_id_of"}
     survived |= {"StateDirectory.save", "state.write_text", "state.replace"}
     assert_rolled_back(cases("create"), survived, 100)
 
