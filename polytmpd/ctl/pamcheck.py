@@ -235,7 +235,10 @@ class _Judge:
 
     def early(self, auth: Stack, krb5_conf: str) -> _Fault | None:
         """Whether modules leave something on the host before the session is private."""
-        here = [entry for entry in self._stack.entries if entry.path in self._modules]
+        entries = self._stack.entries
+        if all(entry.module != OURS for entry in entries) or _stays(self._service, _ours(self._stack)):
+            return None
+        here = [entry for entry in entries if entry.path in self._modules]
         here = [entry for entry in here if not self._problem(entry, "session")]
         left = pamearly.program(here, self._stack.file) or pamearly.ticket((*auth.entries, *here), krb5_conf)
         return None if left is None else _Fault("warn", left.file, left.what, left.effect, left.remedy)

@@ -114,3 +114,11 @@ def test_tickets(tmp_path: Path, auth: str, krb5_conf: str, verdict: str) -> Non
     assert found.verdict == verdict, found
     assert ("writes tickets to /tmp" in found.text) == (verdict == "warn")
     assert bool(found.remedy) == (verdict == "warn")
+
+
+@pytest.mark.parametrize(
+    ("line", "verdict"), [("", "pass"), ("session required pam_polytmp.so user\n", "warn")]
+)
+def test_commands_stay_in_their_callers_directories(tmp_path: Path, line: str, verdict: str) -> None:
+    """And so does what modules start for them, unless the argument makes them logins."""
+    assert judged(tmp_path, su=f"{AGENT}{INCLUDE}{line}")["su"].verdict == verdict
