@@ -48,6 +48,7 @@ class Container:
 
     def boot(self) -> None:
         """Boot, and return when systemd is up and sshd listens. Raises BedError."""
+        nspawn.make_room()
         group = self._cgroup = self._running.enter_context(nspawn.cgroup(self.name))
         options = ["--boot", "--hostname=bed", "--capability=all", "--console=read-only"]
         devices = [path for path in ("/dev/fuse", "/dev/loop-control") if Path(path).exists()]
