@@ -151,17 +151,21 @@ class Daemon:
 
     # What is asked for
 
-    async def acquire(self, uid: int) -> Descriptor:
-        """A descriptor of the user's namespace; the caller closes it. Makes the instance if necessary.
-
-        Raises PolytmpError.
-        """
+    async def admit(self, uid: int) -> str:
+        """The user's name. Raises ExemptError if they keep the host's directories; PolytmpError."""
         if not self._admission.must_ask(uid) and (reason := self._admission.reason_at_once(uid)):
             raise ExemptError(reason)
         record = self._records.get(uid)
         user = record.user if record else await self._name_of(uid)
         if reason := await self._admission.reason(uid, user):
             raise ExemptError(reason)
+        return user
+
+    async def acquire(self, uid: int, user: str) -> Descriptor:
+        """A descriptor of the namespace of a user, whom admit() has let in; the caller closes it.
+
+        Makes the instance if necessary. Raises PolytmpError.
+        """
         record = self._record(uid, user)
         look = self._presence.look(uid)
         future: asyncio.Future[Descriptor] = asyncio.get_running_loop().create_future()

@@ -18,6 +18,7 @@ Hard facts
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any, Final
 
 from polytmpd.bus import systemd1
@@ -42,27 +43,31 @@ class Placement:
         self._views = views
         self._named: set[str] = set()
 
-    async def require_movable(self, uid: int, pid: int) -> bool:
-        """Return if the process may move; whether it is in an instance now, and must leave it.
+    def is_in_instance(self, pid: int) -> bool:
+        """Whether the process is in an instance now. Raises PolytmpError."""
+        with _named(pid):
+            return self._is_an_instances(processes.namespaces(pid))
+
+    async def require_movable(self, uid: int, pid: int) -> None:
+        """Return if the process may move into the directories of a user who is not exempt.
 
         Raises ExemptError if it stays where it is, NotPolyinstantiatedError if it may not.
         """
-        try:
+        with _named(pid):
             here = processes.namespaces(pid)
             if host.namespace_inode() in here:
                 await self._require_unit_that_starts(uid, pid)
-                return False
-        except OSError as error:
-            raise PolytmpError(
-                f"failed to determine the mount namespace of process {pid}: {in_words(error)}"
-            ) from error
-        if not here.isdisjoint(view.namespace for view in self._views if view.namespace):
-            return True
+                return
+        if self._is_an_instances(here):
+            return
         await self._require_private(uid, pid, here)
         raise NotPolyinstantiatedError(
             f"process {pid} has its own mount namespace; see PrivateTmp=, ProtectSystem= and similar "
             "settings of its service"
         )
+
+    def _is_an_instances(self, namespaces: set[int]) -> bool:
+        return not namespaces.isdisjoint(view.namespace for view in self._views if view.namespace)
 
     async def _require_unit_that_starts(self, uid: int, pid: int) -> None:
         """Raise ExemptError for the process of a unit that needs the host's directories.
@@ -148,3 +153,13 @@ class Placement:
         view = self._views.get(uid)
         existing = (entry.directory.path for entry in view.directories) if view else ()
         return {*self._views.directories, *existing}
+
+
+@contextlib.contextmanager
+def _named(pid: int) -> Iterator[None]:
+    """Turn an OSError about a process into PolytmpError."""
+    try:
+        yield
+    except OSError as error:
+        text = f"failed to determine the mount namespace of process {pid}: {in_words(error)}"
+        raise PolytmpError(text) from error

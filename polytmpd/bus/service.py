@@ -52,7 +52,11 @@ _USER: Final = (("uid", "u"),)
 class Backend(Protocol):
     """What the daemon does for callers. Each method raises PolytmpError."""
 
-    async def acquire(self, uid: int) -> Descriptor:
+    async def admit(self, uid: int) -> str:
+        """The user's name. Raises ExemptError if they keep the host's directories."""
+        ...
+
+    async def acquire(self, uid: int, user: str) -> Descriptor:
         """A descriptor of the user's namespace; the caller closes it."""
         ...
 
@@ -95,11 +99,10 @@ class Answers(Protocol):
 class Placement(Protocol):
     """Which processes may leave the mount namespace that they are in. Raises PolytmpError."""
 
-    async def require_movable(self, uid: int, pid: int) -> bool:
-        """Return if the process may move; whether it is in an instance now.
+    def is_in_instance(self, pid: int) -> bool: ...
 
-        Raises ExemptError if it stays where it is.
-        """
+    async def require_movable(self, uid: int, pid: int) -> None:
+        """Raise ExemptError if the process stays where it is."""
         ...
 
 
@@ -199,13 +202,15 @@ class Service:
     async def _acquire_namespace(self, call: Call) -> Sequence[Any]:
         await self._callers.require_root(call, "AcquireNamespace")
         uid = call.arguments[0]
-        in_instance = await self._placement.require_movable(uid, await self._callers.pid(call))
+        pid = await self._callers.pid(call)
         try:
-            return [await self._backend.acquire(uid)]
+            user = await self._backend.admit(uid)
         except ExemptError:
-            if not in_instance:
+            if not self._placement.is_in_instance(pid):
                 raise
             return [_hosts_namespace()]  # an exempt user's directories
+        await self._placement.require_movable(uid, pid)
+        return [await self._backend.acquire(uid, user)]
 
     async def _get_instance(self, call: Call) -> Sequence[Any]:
         return [object_path(self._view(call.arguments[0]).uid)]

@@ -348,7 +348,7 @@ async def test_a_reply_that_cannot_be_sent(
 async def test_an_exempt_user_who_comes_from_an_instance_gets_the_hosts_namespace(
     service: Service, backend: Backend, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend.error = errors.ExemptError("user svc is exempt")
+    backend.exempt = "user svc is exempt"
     assert await client.error("AcquireNamespace", "u", [999]) == (
         "org.polytmp1.Error.Exempt",
         "user svc is exempt",

@@ -12,7 +12,7 @@ from polytmpd.bus.contract import MANAGER, PATH, SERVICE
 from polytmpd.bus.library import Message, MessageBus, MessageFlag, MessageType, Variant
 from polytmpd.core.model import Directory, InstanceDirectory, Lifetime, State, View
 from polytmpd.core.views import Views
-from polytmpd.errors import NotPolyinstantiatedError
+from polytmpd.errors import ExemptError, NotPolyinstantiatedError
 from polytmpd.kernel.descriptor import Descriptor
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Backend:
         self.acquired: list[int] = []
         self.callers: list[int] = []
         self.in_instance = False
+        self.exempt: str | None = None
         self.acquire_with: Callable[[], Descriptor] | None = None
         self.error: Exception | None = None
         self.refusal: Exception | None = None
@@ -62,11 +63,18 @@ class Backend:
         if self.error is not None:
             raise self.error
 
-    async def require_movable(self, uid: int, pid: int) -> bool:
-        self.callers.append(pid)
+    def is_in_instance(self, pid: int) -> bool:
         return self.in_instance
 
-    async def acquire(self, uid: int) -> Descriptor:
+    async def require_movable(self, uid: int, pid: int) -> None:
+        self.callers.append(pid)
+
+    async def admit(self, uid: int) -> str:
+        if self.exempt is not None:
+            raise ExemptError(self.exempt)
+        return f"user{uid}"
+
+    async def acquire(self, uid: int, user: str) -> Descriptor:
         self.acquired.append(uid)
         await self._may_fail()
         return self.fd.dup() if self.acquire_with is None else self.acquire_with()

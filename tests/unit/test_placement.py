@@ -75,7 +75,8 @@ class World:
 
     async def outcome(self) -> str:
         try:
-            return "in an instance" if await self.placement.require_movable(UID, PID) else "moves"
+            await self.placement.require_movable(UID, PID)
+            return "in an instance" if self.placement.is_in_instance(PID) else "moves"
         except ExemptError:
             return "stays"
         except NotPolyinstantiatedError:

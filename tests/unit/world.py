@@ -257,7 +257,10 @@ class World:
         return view.state if view else None
 
     def login(self, uid: int = 1000) -> "asyncio.Task[Descriptor]":
-        return asyncio.ensure_future(self.daemon.acquire(uid))
+        return asyncio.ensure_future(self._acquire(uid))
+
+    async def _acquire(self, uid: int) -> Descriptor:
+        return await self.daemon.acquire(uid, await self.daemon.admit(uid))
 
     async def active(self, user: User = ALICE, session: str = "1") -> None:
         """Log the user in and wait until their instance is active."""
