@@ -156,7 +156,7 @@ int unreachable(const struct session *s, const char *error_name, const char *why
         if (!is_certainly_system_user(s->pw))
                 return refuse(s, error_name, "polytmpd cannot be reached: %s", why);
         pam_syslog(s->pamh, LOG_WARNING,
-                   "system user %s keeps the shared /tmp, polytmpd cannot be reached: %s%s%s",
+                   "system user %s stays in the caller's directories, polytmpd cannot be reached: %s%s%s",
                    s->user, error_name ? error_name : "", error_name ? ": " : "", why);
         return PAM_IGNORE;
 }

@@ -374,7 +374,7 @@ def test_units_and_greeters_without_the_daemon(machine: Machine) -> None:
     with user_record(machine, "gdm-greeter", 60578, "dynamic", home="/run/gdm3/home/gdm-greeter"):
         assert start("User=gdm-greeter") == "60578"
     log = machine.journal(f"--since={since}")
-    assert "system user gdm-greeter keeps the shared /tmp, polytmpd cannot be reached" in log
+    assert "system user gdm-greeter stays in the caller's directories, polytmpd cannot be reached" in log
     with user_record(machine, "gerda", 60579, "regular", home="/home/gerda"):
         assert start("User=gerda") == "refused"
     assert start("User=slurm") == "refused"

@@ -73,7 +73,8 @@ def test_without_polytmpd_only_regular_users_are_refused(
     assert_skipped(
         world.open_session("-u", "cronuser", bus=bus.address),
         "WARNING",
-        f"system user cronuser keeps the shared /tmp, polytmpd cannot be reached: {name}: not today",
+        "system user cronuser stays in the caller's directories, "
+        f"polytmpd cannot be reached: {name}: not today",
     )
 
 
