@@ -26,6 +26,8 @@ _RIVALS: Final = {
 }
 COMMANDS: Final = ("sudo", "su", "runuser", "doas", "polkit-1", "pkexec")
 """COMMAND_SERVICES of pam_polytmp.c: what they start stays in the directories of whoever starts it."""
+SERVERS: Final = ("dovecot", "ppp", "ocserv", "cups")
+"""SERVER_SERVICES of pam_polytmp.c: servers that run nothing as their users."""
 TEXT_LOGINS: Final = ("login", "sshd", "su-l", "sudo-i", "cron", "crond", "atd")
 LOGINS: Final = (
     *TEXT_LOGINS,
@@ -131,7 +133,7 @@ def judge(
     faults: dict[_Fault, list[str]] = {}
     found: list[Finding] = []
     for service, stack in stacks.items():
-        judged = _Judge(service, stack, modules)
+        judged = _Judge(service, stack, modules, is_login=service in LOGINS or service in also)
         fault = judged.account(accounts[service]) or judged.session(rivals & set(directories), bool(rivals))
         fault = fault or judged.early(pamstacks.stack(root, service, "auth"), _krb5_conf(root))
         if fault is not None:
@@ -139,7 +141,10 @@ def judge(
             continue
         entry = _ours(stack)
         by = f", by {stack.file}" if stack.is_others else ""
-        stays = ", runs commands in their caller's directories" if _stays(service, entry) else ""
+        stays = ""
+        if _stays(service, entry):
+            whose = "their caller's" if service in COMMANDS else "the server's"
+            stays = f", leaves sessions in {whose} directories"
         found.append(Finding(service, "pass", f"{OURS} ({entry.control}){by}{stays}"))
     return sorted([*found, *(_finding(*pair) for pair in faults.items())], key=lambda each: each.service)
 
@@ -160,7 +165,7 @@ def _services(root: Path, also: Collection[str]) -> list[str]:
 def _matters(service: str, stack: Stack, also: Collection[str]) -> bool:
     if service in LOGINS or service in also:
         return True
-    signs = {OURS} if service in COMMANDS else {SYSTEMD, OURS}
+    signs = {OURS} if service in (*COMMANDS, *SERVERS) else {SYSTEMD, OURS}
     return not stack.is_others and bool(signs & {entry.module for entry in stack.entries})
 
 
@@ -170,11 +175,11 @@ def _ours(stack: Stack) -> Entry:
 
 
 def _stays(service: str, entry: Entry) -> bool:
-    """Whether our module leaves the session in the caller's directories, see pam_polytmp(8)."""
+    """Whether our module leaves the session where it is, see pam_polytmp(8)."""
     for argument in reversed(entry.arguments):
         if argument in {"caller", "user"}:
             return argument == "caller"
-    return service in COMMANDS
+    return service in (*COMMANDS, *SERVERS)
 
 
 def _modules(stack: Stack) -> Iterator[Entry]:
@@ -203,8 +208,9 @@ def _krb5_conf(root: Path) -> str:
 class _Judge:
     """Judges one service."""
 
-    def __init__(self, service: str, stack: Stack, modules: Mapping[str, Module]) -> None:
+    def __init__(self, service: str, stack: Stack, modules: Mapping[str, Module], *, is_login: bool) -> None:
         self._service = service
+        self._is_login = is_login
         self._stack = stack
         self._modules = modules
         self._place = stack.file if not stack.is_others else f"/etc/pam.d/{service}"
@@ -226,7 +232,7 @@ class _Judge:
         if all(entry.module != OURS for entry in stack.entries):
             return self._missing()
         if _stays(self._service, ours := _ours(stack)):
-            return None if self._service in COMMANDS else self._caller(ours)
+            return self._caller(ours) if self._is_login else None
         if fault := self._passed_over(usual, "fail"):
             return fault
         if fault := self._passed_over(endings(stack.entries, self._any(), self._is_ours), "warn"):

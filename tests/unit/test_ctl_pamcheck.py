@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What check finds in PAM configurations, each of which is a directory."""
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -145,10 +146,12 @@ def test_what_is_no_login(tmp_path: Path, service: str) -> None:
 @pytest.mark.parametrize(
     ("service", "arguments", "verdict", "says"),
     [
-        ("su", "", "pass", "runs commands in their caller's directories"),
-        ("sudo", "caller", "pass", "runs commands in their caller's directories"),
+        ("su", "", "pass", "leaves sessions in their caller's directories"),
+        ("sudo", "caller", "pass", "leaves sessions in their caller's directories"),
         ("sudo", "caller user", "pass", ""),
         ("sshd", "user", "pass", ""),
+        ("dovecot", "", "pass", "leaves sessions in the server's directories"),
+        ("mailserver", "caller", "pass", "leaves sessions in the server's directories"),
         ("sshd", "timeout=5 caller", "fail", "stay in the directories of the program that opens them"),
         ("cron", "user caller debug", "fail", "'caller'"),
     ],
@@ -160,8 +163,15 @@ def test_commands_stay_with_their_caller(
         service
     ]
     assert found.verdict == verdict, found
-    assert ("caller" in found.text) == bool(says)
+    assert ("director" in found.text or "caller" in found.text) == bool(says)
     assert says in found.text
+
+
+def test_the_module_has_the_same_services() -> None:
+    text = (Path(__file__).parents[2] / "pam/pam_polytmp.c").read_text()
+    tables = re.findall(r"(\w+)_SERVICES\[\] = \{(.*?)\};", text, re.DOTALL)
+    found = {name: tuple(re.findall(r'^\s*"([^"]+)"', table, re.MULTILINE)) for name, table in tables}
+    assert found == {"COMMAND": pamcheck.COMMANDS, "SERVER": pamcheck.SERVERS}
 
 
 def test_a_command_that_is_refused(tmp_path: Path) -> None:
