@@ -379,7 +379,7 @@ def test_verdict_and_login_agree(machine: Machine, row: Row) -> None:
             shown
         )
         assert all(result["remedy"] for result in failed)
-    if row.probe:
+    if row.probe and machine.release == "trixie":  # once is enough: it is a login, whatever is broken
         _, results = check(machine, "--probe=alice", "--service=sshd")
         (probed,) = [result for result in results if result["topic"] == "probe"]
         assert (probed["verdict"] == "pass") == (found == "private"), probed

@@ -124,8 +124,8 @@ def test_su_and_cron_for_users_of_a_directory(machine: Machine) -> None:
     """They join the namespace of the ssh login, whatever the name and the number."""
     users = {"sssd": 1234567890, "DOM\\dora": 1234567891}
     jobs = [f"* * * * * {user} {observe.NAMESPACE} >/home/{uid}/cron\n" for user, uid in users.items()]
-    machine.write("/etc/cron.d/users", "".join(jobs))
     with machine.session("sssd") as sssd, machine.session("DOM\\dora") as dora:
+        machine.write("/etc/cron.d/users", "".join(jobs))  # not before: a minute may begin at any time
         for session, (user, uid) in zip((sssd, dora), users.items(), strict=True):
             namespace = session.run(observe.NAMESPACE).strip()
             assert namespace != machine.run("readlink", "/proc/1/ns/mnt").stdout.strip()
