@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 LOOKUP_TIMEOUT: Final = 10.0
 """Seconds that a login waits for the user database."""
 _LOOKUPS_AT_ONCE: Final = 4
+_NAMES_AT_ONCE: Final = 16
+"""Lookups of names, for users whom logind has not reported, for example for a cron job."""
 _NAMED_AT_MOST: Final = 5
 
 T = TypeVar("T")
@@ -36,6 +38,7 @@ class Admission:
         self._reported: set[int] = set()
         self._tasks = Tasks()
         self._lookups = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
+        self._names = asyncio.Semaphore(_NAMES_AT_ONCE)
 
     def replace(self, exemptions: Exemptions) -> None:
         """Decide by these settings from now on; report each exempt user again, and names not found."""
@@ -46,6 +49,14 @@ class Admission:
     async def close(self) -> None:
         """Begin nothing new. A lookup that hangs does not keep the process alive."""
         await self._tasks.close()
+
+    async def find_name(self, uid: int) -> str | None:
+        """The user's name; None if the user database does not know the UID.
+
+        Raises PolytmpError if it does not answer in time.
+        """
+        complaint = f"failed to look up the name of UID {uid}"
+        return await self._look_up(lambda: accounts.find_name(uid), complaint, self._names)
 
     def must_ask(self, uid: int, name: str | None = None) -> bool:
         """Whether the decision needs the user database: then only reason() can make it."""
@@ -102,21 +113,23 @@ class Admission:
         for problem in problems:
             log.warning("%s", problem)
 
-    async def _look_up(self, work: Callable[[], T], complaint: str) -> T:
+    async def _look_up(
+        self, work: Callable[[], T], complaint: str, slots: asyncio.Semaphore | None = None
+    ) -> T:
         """What work() returns, in a thread that the process does not wait for when it ends."""
         try:
-            return await asyncio.wait_for(self._in_thread(work), LOOKUP_TIMEOUT)
+            return await asyncio.wait_for(self._in_thread(work, slots or self._lookups), LOOKUP_TIMEOUT)
         except TimeoutError:
             raise PolytmpError(f"{complaint} within {LOOKUP_TIMEOUT:.0f} s") from None
         except (OSError, RuntimeError) as error:
             raise PolytmpError(f"{complaint}: {error}") from error
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def _in_thread(self, work: Callable[[], T], slots: asyncio.Semaphore) -> T:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
 
         def deliver(result: T | None, error: BaseException | None) -> None:
-            self._lookups.release()  # not before the thread is over: a hung one still counts
+            slots.release()  # not before the thread is over: a hung one still counts
             if answer.done():
                 return
             if error is not None:
@@ -133,11 +146,11 @@ class Admission:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(deliver, result, error)
 
-        await self._lookups.acquire()
+        await slots.acquire()
         try:
             threading.Thread(target=run, name="user-database", daemon=True).start()
         except RuntimeError:
-            self._lookups.release()
+            slots.release()
             raise
         return await answer
 

@@ -10,10 +10,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final
 
 from polytmpd.admission import Admission
-from polytmpd.blocking import accounts, instances
+from polytmpd.blocking import instances
 from polytmpd.config import Config, Problem, unfit
 from polytmpd.core.lifecycle import Action, Event, Standing, advance, visible_state
 from polytmpd.core.model import Instance, InstanceDirectory, State, View
@@ -28,9 +27,6 @@ from polytmpd.presence import Presence
 from polytmpd.tasks import Tasks
 
 log = logging.getLogger(__name__)
-
-NAME_LOOKUP_TIMEOUT: Final = 10.0
-"""Seconds that NSS may take to name a user whom logind has not reported, for example for a cron job."""
 
 
 @dataclass(slots=True)
@@ -351,12 +347,7 @@ class Daemon:
         self._views.show(view)
 
     async def _name_of(self, uid: int) -> str:
-        try:
-            found = await asyncio.wait_for(asyncio.to_thread(accounts.find_name, uid), NAME_LOOKUP_TIMEOUT)
-        except TimeoutError:
-            raise PolytmpError(
-                f"failed to look up the name of UID {uid} within {NAME_LOOKUP_TIMEOUT:.0f} s"
-            ) from None
+        found = await self._admission.find_name(uid)
         if found is None:
             raise InvalidArgsError(f"there is no user with UID {uid} on this host")
         return found

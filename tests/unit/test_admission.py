@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who gets an instance, and what is reported of those who do not; questions that get no answer."""
 
+import asyncio
 import logging
 import threading
 from collections.abc import Iterator
@@ -114,6 +115,35 @@ async def test_no_answer(database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
     database.answers.set()
     monkeypatch.setattr(admission, "LOOKUP_TIMEOUT", 10.0)
     assert await admitted.reason(1001, "alice") is None
+    await admitted.close()
+
+
+async def test_names_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold up neither the threads that make instances nor other questions, and are counted."""
+    answer = threading.Event()
+    asked: list[int] = []
+
+    def find_name(uid: int) -> str | None:
+        asked.append(uid)
+        return {1001: "alice"}.get(uid) if uid == 1001 or answer.wait(20) else None
+
+    monkeypatch.setattr(accounts, "find_name", find_name)
+    monkeypatch.setattr(admission, "LOOKUP_TIMEOUT", 0.05)
+    admitted = Admission(Exemptions())
+    try:
+        for uid in range(2000, 2015):
+            with pytest.raises(PolytmpError, match=f"failed to look up the name of UID {uid} within"):
+                await admitted.find_name(uid)
+        assert await admitted.find_name(1001) == "alice"
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), 5) == "free"
+        for uid in (2015, 2016):
+            with pytest.raises(PolytmpError):
+                await admitted.find_name(uid)
+        assert asked == [*range(2000, 2015), 1001, 2015]
+    finally:
+        answer.set()
+    monkeypatch.setattr(admission, "LOOKUP_TIMEOUT", 10.0)
+    assert await admitted.find_name(2017) is None
     await admitted.close()
 
 

@@ -65,7 +65,7 @@ def own_imports(module: str) -> set[str]:
 
 def test_the_import_walk_finds_imports() -> None:
     assert "polytmpd.kernel.syscalls" in own_imports("polytmpd.blocking.barriers")
-    assert "polytmpd.blocking.accounts" in own_imports("polytmpd.daemon"), "from polytmpd.blocking import …"
+    assert "polytmpd.blocking.instances" in own_imports("polytmpd.daemon"), "from polytmpd.blocking import …"
     assert len(NAMES) > 20
 
 
