@@ -45,7 +45,7 @@ class Placement:
 
     def is_in_instance(self, pid: int) -> bool:
         """Whether the process is in an instance now. Raises PolytmpError."""
-        with _named(pid):
+        with _about(pid):
             return self._is_an_instances(processes.namespaces(pid))
 
     async def require_movable(self, uid: int, pid: int) -> None:
@@ -53,7 +53,7 @@ class Placement:
 
         Raises ExemptError if it stays where it is, NotPolyinstantiatedError if it may not.
         """
-        with _named(pid):
+        with _about(pid):
             here = processes.namespaces(pid)
             if host.namespace_inode() in here:
                 await self._require_unit_that_starts(uid, pid)
@@ -156,7 +156,7 @@ class Placement:
 
 
 @contextlib.contextmanager
-def _named(pid: int) -> Iterator[None]:
+def _about(pid: int) -> Iterator[None]:
     """Turn an OSError about a process into PolytmpError."""
     try:
         yield
