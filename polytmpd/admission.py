@@ -162,9 +162,7 @@ def _unmatched(exemptions: Exemptions) -> list[str]:
         names = ", ".join(missing[:_NAMED_AT_MOST])
         more = f" and {len(missing) - _NAMED_AT_MOST} more" if len(missing) > _NAMED_AT_MOST else ""
         found.append(f"{setting}=: No such {what}: {names}{more}; correct or remove it")
-    if exemptions.regular and not any(
-        first <= uid <= last for uid in userdb.local_users() for first, last in exemptions.regular
-    ):
+    if exemptions.regular and not any(map(exemptions.lists, userdb.local_users())):
         found.append(
             "RegularUIDs=: No user in /etc/passwd has one of these UIDs; ignore this if directory users do"
         )

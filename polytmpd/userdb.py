@@ -54,6 +54,8 @@ _GROUPS_AT_MOST: Final = 1 << 17
 """More than NGROUPS_MAX, with which a process may have 65536."""
 _TURN_TIMEOUT: Final = 15.0
 """Seconds that a thread waits for its turn to ask for groups. A login gives up earlier."""
+_LOOKED_UP_AT_MOST: Final = 500
+"""Users. An uncached answer of a directory service takes milliseconds."""
 _turn: Final = threading.Lock()
 _libc: Final = ctypes.CDLL(None)
 _libc.getgrouplist.argtypes = (
@@ -138,13 +140,42 @@ def unmatched(exemptions: Exemptions) -> Iterator[tuple[str, str, list[str]]]:
 
 def _is_known(what: str, word: str) -> bool:
     try:
-        if what == "user":
-            pwd.getpwuid(int(word)) if word.isdecimal() else pwd.getpwnam(word)
-        else:
-            grp.getgrgid(int(word)) if word.isdecimal() else grp.getgrnam(word)
+        _user(word) if what == "user" else _group(word)
     except (KeyError, ValueError, OverflowError):
         return False
     return True
+
+
+def named_users(exemptions: Exemptions) -> tuple[dict[int, str], int]:
+    """(users whom ExemptUsers= and ExemptGroups= name, number of names that were not looked up).
+
+    group(5) does not name those whose primary group it is. A directory service may leave out others.
+    """
+    members = {name for group in exemptions.exempt_groups for name in _members(group)}
+    words = [*sorted(exemptions.users), *sorted(members - exemptions.users)]
+    found: dict[int, str] = {}
+    for word in words[:_LOOKED_UP_AT_MOST]:
+        with contextlib.suppress(KeyError, ValueError, OverflowError):
+            user = _user(word)
+            found[user.pw_uid] = user.pw_name
+    return found, len(words[_LOOKED_UP_AT_MOST:])
+
+
+def _members(group: str) -> list[str]:
+    try:
+        return _group(group).gr_mem
+    except (KeyError, ValueError, OverflowError):
+        return []
+
+
+def _user(word: str) -> pwd.struct_passwd:
+    """Raises KeyError, ValueError, OverflowError if there is no such user."""
+    return pwd.getpwuid(int(word)) if word.isdecimal() else pwd.getpwnam(word)
+
+
+def _group(word: str) -> grp.struct_group:
+    """Raises KeyError, ValueError, OverflowError if there is no such group."""
+    return grp.getgrgid(int(word)) if word.isdecimal() else grp.getgrnam(word)
 
 
 def local_users(root: Path = _ROOT) -> dict[int, str]:

@@ -114,6 +114,14 @@ class Exemptions:
         overruled = not self.regular and uid > REGULAR_LAST and uid not in NOBODY
         return overruled and facts.silent and not facts.dynamic and bool(self._by_number(uid, known=True))
 
+    def lists(self, uid: int) -> bool:
+        """Whether RegularUIDs= lists the UID."""
+        return any(first <= uid <= last for first, last in self.regular)
+
+    def is_system(self, uid: int) -> bool:
+        """Whether the UID is of the range of system users, and the settings do not say otherwise."""
+        return uid < self.uid_min and not self.lists(uid)
+
     def names(self, uid: int, name: str | None) -> bool:
         """Whether ExemptUsers= names the user."""
         return name in self.users or str(uid) in self.users
@@ -131,9 +139,7 @@ class Exemptions:
         if uid in NOBODY:
             return f"UID {uid} stands for nobody"
         if self.regular:
-            if any(first <= uid <= last for first, last in self.regular):
-                return None
-            return f"UID {uid} is not in RegularUIDs="
+            return None if self.lists(uid) else f"UID {uid} is not in RegularUIDs="
         if uid < self.uid_min:
             return f"UID {uid} is below UID_MIN {self.uid_min}: a system user"
         for first, last, whose in NOT_REGULAR:

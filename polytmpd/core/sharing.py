@@ -55,9 +55,8 @@ class Sharing:
         A user who is exempt is in the directory, too, and may have taken the name before a server did. All
         numbers count as users' that are not certainly a system user's: subordinate UIDs (subuid(5)) are.
         """
-        listed = any(first <= uid <= last for first, last in self.exemptions.regular)
         is_systems = uid < self.exemptions.uid_min or _DYNAMIC_AND_SYSTEM[0] <= uid <= _DYNAMIC_AND_SYSTEM[1]
-        if is_systems and not listed:
+        if is_systems and not self.exemptions.lists(uid):
             return None
         return f"owned by UID {uid}, which is neither root nor a system user"
 

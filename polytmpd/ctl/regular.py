@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from polytmpd.config import Config
-from polytmpd.core import policy
+from polytmpd.core.policy import NOBODY, Exemptions
 from polytmpd.ctl import users
 
 _FIRST: Final = 1000
@@ -29,19 +29,21 @@ class Person:
 
 
 def people(root: Path, config: Config) -> list[Person]:
-    """The users who may log in, by UID: those from 1000 or UID_MIN on that have a login shell.
+    """The users who may log in, by UID: those from 1000 or UID_MIN on, or in RegularUIDs=, that have a login
+    shell.
 
     Asks the user database about groups and records if the settings need them.
     """
     exemptions = config.exemptions
-    names = dict(_passwd(root, min(_FIRST, exemptions.uid_min)))
+    names = dict(_passwd(root, exemptions))
     return [
         Person(uid, name, users.exempt_reason(exemptions, uid, name) or "")
         for uid, name in sorted(names.items())
     ]
 
 
-def _passwd(root: Path, first: int) -> Iterator[tuple[int, str]]:
+def _passwd(root: Path, exemptions: Exemptions) -> Iterator[tuple[int, str]]:
+    first = min(_FIRST, exemptions.uid_min)
     try:
         text = (root / "etc/passwd").read_text(errors="replace")
     except OSError:
@@ -51,5 +53,6 @@ def _passwd(root: Path, first: int) -> Iterator[tuple[int, str]]:
         if len(fields) != 7 or not fields[2].isdecimal() or not fields[2].isascii():
             continue
         uid, shell = int(fields[2]), fields[6].rpartition("/")[2]
-        if uid >= first and uid not in policy.NOBODY and shell not in _NO_SHELLS:
+        may_be_regular = uid >= first or (uid > 0 and exemptions.lists(uid))
+        if may_be_regular and uid not in NOBODY and shell not in _NO_SHELLS:
             yield uid, fields[0]

@@ -59,6 +59,7 @@ def exempt_users(root: Path, config: Config, others: dict[int, str], listed: Col
     """Who keeps the host's directories, and why.
 
     others: users logged in now, also from a directory service. listed: the UIDs that have an instance.
+    A directory service cannot list all its users, but it knows those whom the settings name.
     """
     return _in_time(lambda: [_exempt_users(root, config, others, listed)], _EXEMPT)[0]
 
@@ -67,20 +68,23 @@ def _exempt_users(root: Path, config: Config, others: dict[int, str], listed: Co
     exemptions = config.exemptions
     found: dict[int, str] = {}
     unmeant: list[int] = []
-    names = {**userdb.local_users(root), **others}
+    named, unread = userdb.named_users(exemptions)
+    names = {**named, **userdb.local_users(root), **others}
     for uid, name in sorted(names.items()):
-        if uid < exemptions.uid_min or uid in policy.NOBODY or uid in listed:
+        if exemptions.is_system(uid) or uid in policy.NOBODY or uid in listed:
             continue
         if reason := users.exempt_reason(exemptions, uid, name):
             found[uid] = reason
             if uid >= policy.BEYOND and not exemptions.regular and not exemptions.names(uid, name):
                 unmeant.append(uid)
-    system = sum(0 < uid < exemptions.uid_min or uid in policy.NOBODY for uid in names)
+    system = sum((uid > 0 and exemptions.is_system(uid)) or uid in policy.NOBODY for uid in names)
     rest = f"root and {count(system, 'system user')}"
+    unknown = f"; and up to {unread} more whom the settings name" if unread else ""
     if not found:
-        return Result("settings", _EXEMPT, "pass", f"{rest} keep the host's directories")
+        return Result("settings", _EXEMPT, "pass", f"{rest} keep the host's directories{unknown}")
     shown = [f"{clean(names[uid])} ({uid}): {clean(reason)}" for uid, reason in found.items()]
     more = f"; and {len(shown) - _NAMED_AT_MOST} more" if len(shown) > _NAMED_AT_MOST else ""
+    more += unknown
     text = f"{count(len(found), 'user')} beside {rest}: {'; '.join(shown[:_NAMED_AT_MOST])}{more}"
     if unmeant:
         remedy = f"if these are people, add their UIDs to RegularUIDs=, then: {_RELOAD}"

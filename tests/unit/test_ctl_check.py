@@ -4,6 +4,7 @@
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,6 +270,12 @@ REST = "beside root and 2 system users"
             "UID 2018 is not in RegularUIDs=; and 6 more",
         ),
         ("", {4294967000: "far"}, "far (4294967000): UID 4294967000 is in 2147483647..4294967295"),
+        ("RegularUIDs=2 1000 64030", {}, "root and 1 system user keep the host's directories"),
+        (
+            "RegularUIDs=1-\nExemptUsers=bin",
+            {},
+            "1 user beside root and 1 system user: bin (2): user bin is named in ExemptUsers=",
+        ),
     ],
 )
 def test_who_keeps_the_hosts_directories(tmp_path: Path, conf: str, here: dict[int, str], text: str) -> None:
@@ -277,6 +284,37 @@ def test_who_keeps_the_hosts_directories(tmp_path: Path, conf: str, here: dict[i
     assert text in found.text
     assert found.verdict == ("warn" if 4294967000 in here else "pass")
     assert ("RegularUIDs=" in found.remedy) == (found.verdict == "warn")
+
+
+def test_members_of_exempt_groups_whom_only_a_directory_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also local users: one name for each UID, and no more looked up than there is time for."""
+    make(tmp_path, {"etc/passwd": PASSWD, "etc/polytmpd.conf": "[Polytmp]\nExemptGroups=staff\n"})
+    uids = {"ada": 1000, "dora": 1234567891, "bin": 2}
+    monkeypatch.setattr(userdb, "_user", lambda word: SimpleNamespace(pw_uid=uids[word], pw_name=word))
+    monkeypatch.setattr(userdb, "_group", lambda _: SimpleNamespace(gr_mem=[*uids, "gone"]))
+    monkeypatch.setattr(userdb, "memberships", lambda *_: (frozenset({"staff"}), frozenset()))
+
+    def text() -> str:
+        return settings.exempt_users(tmp_path, config.load(tmp_path)[0], {}, ()).text
+
+    because = "group staff is exempt"
+    expected = f"3 users {REST}: ada (1000): {because}; {SLURM}; dora (1234567891): {because}"
+    assert text() == expected
+    monkeypatch.setattr(userdb, "_LOOKED_UP_AT_MOST", 3)
+    assert text() == f"{expected}; and up to 1 more whom the settings name"
+    monkeypatch.setattr(userdb, "_LOOKED_UP_AT_MOST", 0)
+    monkeypatch.setattr(userdb, "memberships", lambda *_: (frozenset(), frozenset({"staff"})))
+    assert text() == f"1 user {REST}: {SLURM}; and up to 4 more whom the settings name"
+
+
+def test_users_below_uid_min_whom_regular_uids_lists(tmp_path: Path) -> None:
+    passwd = "root:x:0:0::/:/bin/sh\nold:x:500:500::/:/bin/sh\ndb:x:400:400::/:/bin/sh\n"
+    conf = "[Polytmp]\nRegularUIDs=450-60000\n"
+    make(tmp_path, {"etc/passwd": passwd, "etc/polytmpd.conf": conf})
+    people = regular.people(tmp_path, config.load(tmp_path)[0])
+    assert people == [regular.Person(500, "old")]
 
 
 def test_a_host_without_exempt_users(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -232,6 +233,23 @@ def test_settings_that_match_nobody() -> None:
         ("ExemptGroups", "group", ["no-such-group"]),
         ("OnlyGroups", "group", ["4294967294"]),
     ]
+
+
+def test_users_whom_the_settings_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member may be unknown, and a group may have more than are looked up."""
+    users = {"DOM\\dora": 1234567891, "7": 7, "erin@example.com": 200002}
+    groups = {"staff": ["DOM\\dora", "gone"], "7000": ["erin@example.com"]}
+
+    def entry(word: str) -> object:
+        return SimpleNamespace(pw_uid=users[word], pw_name=word)
+
+    monkeypatch.setattr(userdb, "_user", entry)
+    monkeypatch.setattr(userdb, "_group", lambda word: SimpleNamespace(gr_mem=groups[word]))
+    exemptions = Exemptions(users=frozenset({"7"}), exempt_groups=frozenset({"staff", "7000", "no-such"}))
+    assert userdb.named_users(exemptions) == ({uid: name for name, uid in users.items()}, 0)
+    assert userdb.named_users(Exemptions(only_groups=frozenset({"staff"}))) == ({}, 0)
+    monkeypatch.setattr(userdb, "_LOOKED_UP_AT_MOST", 1)
+    assert userdb.named_users(exemptions) == ({7: "7"}, 3)
 
 
 def test_local_users(tmp_path: Path) -> None:
