@@ -95,6 +95,11 @@ class Machine:
             options = [bind, "--setenv=DEBIAN_FRONTEND=noninteractive"]
             nspawn.run(name, self.root, options, ["dpkg", "--install", "/run/package.deb"], 120)
 
+    def install_kept(self, directory: str) -> None:
+        """Install the packages that tree.py keeps in /var/lib/bed/directory, while the machine runs."""
+        script = "DEBIAN_FRONTEND=noninteractive dpkg --install"
+        self.sh(f"{script} /var/lib/bed/{directory}/*.deb", timeout=120)
+
     # Boot and power
 
     def _boot(self) -> None:

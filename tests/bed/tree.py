@@ -97,6 +97,18 @@ root=$1
 public_key=$2
 release=$3
 
+# Packages that would take part in every login. A test installs those of one directory while it runs.
+keep() { # directory package...
+    archives=$root/var/lib/bed/$1
+    shift
+    install -d "$archives/partial"
+    APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-get --quiet --yes --download-only \
+        --option Dir::Cache::archives="$archives" --option APT::Keep-Downloaded-Packages=true install "$@"
+    rm -rf "$archives/partial" "$archives/lock"
+}
+keep sssd sssd-proxy libpam-sss libnss-sss
+keep homed systemd-homed
+
 rm -f "$root"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$root"/etc/apt/apt.conf.d/99mmdebstrap
 
 add_key() { # user home

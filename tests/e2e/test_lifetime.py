@@ -140,6 +140,42 @@ def test_linger_alone_makes_an_instance_without_a_login(machine: Machine) -> Non
     wait_until_gone(machine)
 
 
+EARLY = """
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=touch /tmp/early /var/tmp/early
+
+[Install]
+WantedBy=default.target
+"""
+
+
+def test_a_lingering_user_at_boot(machine: Machine) -> None:
+    """Their service manager starts before anyone logs in, and so do their services."""
+    place = "/home/alice/.config/systemd/user"
+    machine.write(f"{place}/early.service", EARLY)
+    machine.sh(f"mkdir {place}/default.target.wants; ln -s ../early.service {place}/default.target.wants/")
+    machine.sh("chown -R alice: /home/alice/.config; loginctl enable-linger alice")
+    try:
+        machine.reboot()
+        wait_for(machine, "alice", "draining")  # alice is not logged in
+        places = " ".join(f"{path}/early" for path in observe.directories(machine, "alice").values())
+        eventually(lambda: not machine.sh(f"ls -d {places}", check=False).returncode, 30, "it has started")
+        inode = observe.status(machine, "alice")["namespace"]
+        manager = machine.run("pgrep", "-u", "alice", "-x", "systemd").stdout.strip()
+        assert machine.run("readlink", f"/proc/{manager}/ns/mnt").stdout == f"mnt:[{inode}]\n"
+        assert machine.sh("ls -d /tmp/early /var/tmp/early", check=False).stdout == "", "not on the host"
+        with machine.session("alice") as alice:
+            assert alice.run(observe.NAMESPACE) == f"mnt:[{inode}]\n"
+            assert alice.run("ls /tmp/early /var/tmp/early").split() == ["/tmp/early", "/var/tmp/early"]
+    finally:
+        machine.sh(
+            "loginctl disable-linger alice; rm -r /home/alice/.config; rm -f /var/tmp/polytmp-1001/tmp/early"
+        )
+    wait_until_gone(machine)
+
+
 def test_a_cron_job(machine: Machine) -> None:
     """cron has neither a logind session nor a process in the user's slice: only the namespace shows it."""
     job = "#!/bin/sh\necho mark > /tmp/mark\nreadlink /proc/self/ns/mnt > /home/alice/ns\nsleep infinity\n"
