@@ -287,3 +287,31 @@ def test_reboot_with_leftovers(host: Host) -> None:
     host.wait_gone()
     assert host.login("bob", "cat /var/tmp/mine; ls /tmp").stdout.split() == ["mine"]
     host.wait_gone()
+
+
+def test_a_soft_reboot(host: Host) -> None:
+    """systemd ends every process and starts the services again: /run, /tmp, FD store and boot ID stay."""
+    machine = host.machine
+    if machine.release == "bookworm":
+        pytest.skip("expected: systemd 252 has no soft-reboot")
+    command = ("systemctl", "show", "--property=SoftRebootsCount", "--value")
+    before = int(machine.run(*command).stdout)
+    with resident(machine):
+        machine.run("loginctl", "enable-linger", "alice")
+        eventually(lambda: host.state(ALICE), 30, "alice's manager has started")
+        [old, *_] = [path for path in host.on_disk() if "-1001-" in path]
+        machine.run("systemctl", "soft-reboot", check=False)
+        eventually(lambda: int(machine.run(*command, timeout=10).stdout) == before + 1, 120, "soft-reboot")
+        up = ("systemctl", "is-system-running", "--wait")
+        eventually(lambda: machine.run(*up, check=False).stdout in {"running\n", "degraded\n"}, 120, "up")
+        eventually(lambda: host.login("bob", "true").returncode == 0, 30, "bob logs in")
+    eventually(lambda: host.state(BOB) is None, 30, "bob's old instance is gone")
+    assert host.login("bob", "cat /var/tmp/mine; ls /tmp").stdout.split() == ["mine"]
+    with machine.session("alice") as alice:
+        namespace = alice.run(observe.NAMESPACE)
+        manager = machine.run("pgrep", "-u", "alice", "-x", "systemd").stdout.strip()
+        assert machine.run("readlink", f"/proc/{manager}/ns/mnt").stdout == namespace
+        assert namespace.strip() != host.host_namespace()
+        assert old not in host.on_disk(), "the old instance has ended"
+    machine.run("loginctl", "disable-linger", "alice")
+    host.wait_gone()
