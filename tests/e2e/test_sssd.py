@@ -91,7 +91,7 @@ def test_a_user_whom_only_sssd_knows(machine: Machine) -> None:
         assert sara.run("id -u").split() == ["1234567890"]
         assert sara.run("touch /tmp/x /var/tmp/x; ls /tmp").split() == ["x"]
         assert observe.state(machine, "sara") == "active"
-        assert observe.directories(machine, "sara")["/tmp"].startswith("/tmp/polytmp-1234567890-")
+        assert observe.directories(machine, "sara")["/var/tmp"] == "/var/tmp/polytmp-1234567890/tmp"
         assert machine.ssh("sara", observe.NAMESPACE).stdout == namespace
         assert machine.run("su", "-", "sara", "-c", observe.NAMESPACE).stdout == namespace
         assert view(machine, "siri") == "private"
@@ -131,8 +131,8 @@ def test_while_sssd_is_down(machine: Machine) -> None:
         assert observe.state(machine, "sara") == "active"
         assert sara.run("cat /tmp/mark") == "mark\n"
         eventually(lambda: observe.state(machine, "sara") == "active", 20, "sara is still there")
-    path = "ls -d /tmp/polytmp-1234567890-* 2>/dev/null || true"
-    eventually(lambda: machine.sh(path).stdout == "", 30, "her directory is gone")
+        [path] = [path for path in observe.on_disk(machine) if "-1234567890-" in path]
+    eventually(lambda: path not in observe.on_disk(machine), 30, "her directory is gone")
 
 
 @pytest.mark.usefixtures("restored")
