@@ -149,3 +149,11 @@ def test_while_sssd_hangs(machine: Machine) -> None:
     finally:
         machine.sh("pkill -CONT -x sssd_nss")
     assert view(machine, "sara") == "private"
+
+
+def test_check_has_nothing_to_say(machine: Machine) -> None:
+    """pam_sss opens its session without a file in /tmp."""
+    done = machine.run("polytmpctl", "check", "--json=short", check=False)
+    found = json.loads(done.stdout)["results"]
+    assert [entry for entry in found if entry["verdict"] == "fail"] == []
+    assert [entry for entry in found if "sss" in entry["text"]] == []
