@@ -20,9 +20,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.prepared(by=observe.quick_logouts)]
 
 @pytest.fixture(scope="module", autouse=True)
 def homed(machine: Machine) -> None:
+    if machine.release == "bookworm":
+        pytest.skip("expected: systemd-homed 252 often loses the home directory, also without polytmp")
     machine.install_kept("homed")
     machine.run("systemctl", "start", "systemd-homed")
-    create = f"homectl create hana --uid={UID} --storage=directory --shell=/bin/bash"
+    create = f"homectl create hana --uid={UID} --storage=directory --shell=/bin/bash --rate-limit-burst=1000"
     machine.sh(f"NEWPASSWORD={PASSWORD} {create} --enforce-password-policy=no </dev/null", timeout=120)
     assert home_state(machine) == "inactive"
 
