@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from polytmpd import __version__, config, journal, sdnotify
+from polytmpd import __version__, config, journal, login, sdnotify
+from polytmpd.acquisition import Acquisition
 from polytmpd.admission import Admission
 from polytmpd.blocking.state import StateDirectory
 from polytmpd.bus.connection import BusError, Connection
@@ -43,6 +44,7 @@ instances, use polytmpctl(1).
      --version  Show package version
      --debug    Log debug messages
 """
+RESTART: Final = "systemctl restart polytmpd.service"
 STATE: Final = Path("/run/polytmpd/instances")
 
 
@@ -65,23 +67,33 @@ async def run() -> int:
     state = StateDirectory(STATE)
     state.lock()
     connection = await Connection.open()
-    executor = Executor(state, _boot_id(), fdstore.take(), DisplayLocks())
+    passed = sdnotify.take_passed()
+    listening = login.take_socket(passed)
+    executor = Executor(state, _boot_id(), fdstore.take(passed), DisplayLocks())
     admission = Admission(settings.exemptions)
     presence = Presence(Logind(connection), Systemd(connection), Slices(), admission)
     views = Views(settings.paths)
     daemon = Daemon(settings, config.load, executor, presence, admission, views)
     questions = Questions(views, daemon.kept, executor.removed_entries)
-    service = Service(connection, views, daemon, questions, Placement(connection, views))
+    acquisition = Acquisition(daemon, Placement(connection, views))
+    service = Service(connection, views, daemon, questions, acquisition.namespace)
+    logins = login.Logins(listening, acquisition.namespace) if listening else None
     devices = Devices(executor.device_gone, executor.devices_missed)
     await daemon.start()
     devices.start()
     await service.publish()
+    if logins is not None:
+        logins.start()
+    else:
+        log.error("Logins of regular users are refused: systemd passed no socket. Try: %s", RESTART)
     loop.add_signal_handler(signal.SIGHUP, lambda: tasks.start(_reload(daemon)))
     sdnotify.ready(f"Private directories: {' '.join(settings.paths)}")
     tasks.start(_feed_watchdog())
     closed = loop.create_task(connection.wait_closed())
     await asyncio.wait((closed, loop.create_task(stop.wait())), return_when=asyncio.FIRST_COMPLETED)
     sdnotify.stopping()
+    if logins is not None:
+        await logins.close()
     await tasks.close()
     await devices.close()
     questions.close()

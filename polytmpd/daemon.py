@@ -160,7 +160,7 @@ class Daemon:
     async def acquire(self, uid: int, user: str) -> Descriptor:
         """A descriptor of the namespace of a user, whom admit() has let in; the caller closes it.
 
-        Makes the instance if necessary. Raises PolytmpError.
+        Makes the instance if necessary. Raises PolytmpError. Cancelling it does not stop that.
         """
         record = self._record(uid, user)
         look = self._presence.look(uid)
@@ -170,7 +170,12 @@ class Daemon:
             await asyncio.wait((look,))
         if not future.done():
             self._feed(record, Event.ACQUIRED)
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:  # by a caller that has left
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().close()
+            raise
 
     async def reload(self) -> None:
         """Read the configuration again, for new instances. Raises PolytmpError, and then changes nothing."""

@@ -36,7 +36,7 @@ _PROPERTIES: Final = ("Id", "User", "PAMName", "MainPID", "ControlPID", *sandbox
 
 
 class Placement:
-    """Decides for the callers of AcquireNamespace. Asks systemd over a connection that the caller owns."""
+    """Decides for processes that log a user in. Asks systemd over a connection that the caller owns."""
 
     def __init__(self, connection: Connection, views: Views) -> None:
         self._connection = connection

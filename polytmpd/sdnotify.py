@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The service manager's protocol: readiness, watchdog, and the FD store, see sd_notify(3), sd_listen_fds(3).
+"""The service manager's protocol: readiness, watchdog, sockets, and the FD store.
+
+See sd_notify(3), sd_listen_fds(3).
 
 Without a service manager, these functions do nothing.
 Not here: what the descriptors mean.
@@ -62,22 +64,22 @@ def remove(name: str) -> None:
     _notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
 
-def take_stored() -> list[tuple[str, Descriptor]]:
-    """(name, descriptor) of each descriptor in the FD store; the caller closes them.
+def take_passed() -> list[tuple[str, Descriptor]]:
+    """(name, descriptor) of each socket and of each descriptor in the FD store; the caller closes them.
 
     Call this once, at start.
     """
     try:
         found = daemon.listen_fds_with_names()
     except OSError as error:
-        log.warning("Failed to read the FD store, ignoring: %s", error)
+        log.warning("Failed to take the sockets and the FD store, ignoring: %s", error)
         return []
     finally:
         for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
             os.environ.pop(variable, None)
-    stored = []
+    passed = []
     for fd, name in found.items():
         with contextlib.suppress(OSError):
             os.set_inheritable(fd, False)
-            stored.append((name, Descriptor(fd)))
-    return stored
+            passed.append((name, Descriptor(fd)))
+    return passed

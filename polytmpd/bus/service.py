@@ -5,7 +5,7 @@ Not here: who may call (callers), decisions about instances (the daemon behind B
 (Answers), and how objects work (server).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
@@ -32,14 +32,11 @@ from polytmpd.core.names import object_owner, object_path
 from polytmpd.core.views import Views
 from polytmpd.errors import (
     BusyError,
-    ExemptError,
     InvalidArgsError,
     NoSuchInstanceError,
     PolytmpError,
 )
-from polytmpd.kernel import host
 from polytmpd.kernel.descriptor import Descriptor
-from polytmpd.kernel.host import in_words
 
 T = TypeVar("T")
 
@@ -51,14 +48,6 @@ _USER: Final = (("uid", "u"),)
 
 class Backend(Protocol):
     """What the daemon does for callers. Each method raises PolytmpError."""
-
-    async def admit(self, uid: int) -> str:
-        """The user's name. Raises ExemptError if they keep the host's directories."""
-        ...
-
-    async def acquire(self, uid: int, user: str) -> Descriptor:
-        """A descriptor of the user's namespace; the caller closes it."""
-        ...
 
     async def reload(self) -> None: ...
 
@@ -96,18 +85,11 @@ class Answers(Protocol):
         ...
 
 
-class Placement(Protocol):
-    """Which processes may leave the mount namespace that they are in. Raises PolytmpError."""
-
-    def is_in_instance(self, pid: int) -> bool: ...
-
-    async def require_movable(self, uid: int, pid: int) -> None:
-        """Raise ExemptError if the process stays where it is."""
-        ...
-
-
 class Service:
-    """Shows the daemon's instances on the bus."""
+    """Shows the daemon's instances on the bus.
+
+    namespace(uid, pid) answers AcquireNamespace: a descriptor, which the server closes.
+    """
 
     def __init__(
         self,
@@ -115,13 +97,13 @@ class Service:
         views: Views,
         backend: Backend,
         answers: Answers,
-        placement: Placement,
+        namespace: Callable[[int, int], Awaitable[Descriptor]],
     ) -> None:
         self._connection = connection
         self._views = views
         self._backend = backend
         self._answers = answers
-        self._placement = placement
+        self._namespace = namespace
         self._callers = Callers(connection, views)
         self._counts = Turns(COUNTS_AT_ONCE)
         self._lists = Turns(LISTS_AT_ONCE)
@@ -201,16 +183,7 @@ class Service:
 
     async def _acquire_namespace(self, call: Call) -> Sequence[Any]:
         await self._callers.require_root(call, "AcquireNamespace")
-        uid = call.arguments[0]
-        pid = await self._callers.pid(call)
-        try:
-            user = await self._backend.admit(uid)
-        except ExemptError:
-            if not self._placement.is_in_instance(pid):
-                raise
-            return [_hosts_namespace()]  # an exempt user's directories
-        await self._placement.require_movable(uid, pid)
-        return [await self._backend.acquire(uid, user)]
+        return [await self._namespace(call.arguments[0], await self._callers.pid(call))]
 
     async def _get_instance(self, call: Call) -> Sequence[Any]:
         return [object_path(self._view(call.arguments[0]).uid)]
@@ -325,13 +298,6 @@ class Service:
         if uid is None:
             raise NoSuchInstanceError(f"{call.path} is not an instance")
         return uid
-
-
-def _hosts_namespace() -> Descriptor:
-    try:
-        return host.open_namespace()
-    except OSError as error:
-        raise PolytmpError(f"failed to open the host's mount namespace: {in_words(error)}") from error
 
 
 def _directories(view: View) -> list[list[str]]:

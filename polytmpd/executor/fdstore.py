@@ -8,7 +8,7 @@ Not here: when a namespace is held (actions), systemd's protocol (sdnotify), and
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -41,12 +41,12 @@ class Stored:
         namespace.close()
 
 
-def take() -> Stored:
-    """Take what PID 1 kept for us; call it once, at start. Closes what polytmpd did not put there."""
+def take(passed: Iterable[tuple[str, Descriptor]]) -> Stored:
+    """Take the FD store out of what PID 1 passed. Closes what polytmpd did not put there."""
     namespaces: dict[int, Descriptor] = {}
     inotify: Descriptor | None = None
     foreign: set[str] = set()
-    for name, fd in sdnotify.take_stored():
+    for name, fd in passed:
         uid = name.removeprefix(_NAMESPACE)
         if name == SENTINELS and inotify is None and is_inotify(fd):
             inotify = fd

@@ -22,6 +22,7 @@ if LIBRARY != "dbus_next":
     assert "polytmpd.bus.library" not in sys.modules, f"{LIBRARY}: run tests/bus by itself"
     sys.modules["dbus_next"] = None  # type: ignore[assignment]  # tells the import system that there is none
 
+from polytmpd.acquisition import Acquisition  # noqa: E402
 from polytmpd.bus import library, polkit  # noqa: E402
 from polytmpd.bus.connection import Connection  # noqa: E402
 from polytmpd.bus.service import Service  # noqa: E402
@@ -141,7 +142,7 @@ async def backend() -> AsyncIterator[Backend]:
 @pytest.fixture
 async def service(connection: Connection, backend: Backend) -> Service:
     """org.polytmp1 on the private bus, with no instance."""
-    made = Service(connection, backend.views, backend, backend, backend)
+    made = Service(connection, backend.views, backend, backend, Acquisition(backend, backend).namespace)
     await made.publish()
     return made
 

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from polytmpd import __version__, errors
+from polytmpd.acquisition import Acquisition
 from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.contract import INSTANCE, MANAGER, PATH, SERVICE
 from polytmpd.bus.library import Variant
@@ -365,7 +366,9 @@ async def test_an_exempt_user_who_comes_from_an_instance_gets_the_hosts_namespac
 async def test_only_one_service_owns_the_name(
     service: Service, connect: Callable[[], Any], backend: Backend
 ) -> None:
-    second = Service(await connect(), backend.views, backend, backend, backend)
+    second = Service(
+        await connect(), backend.views, backend, backend, Acquisition(backend, backend).namespace
+    )
     with pytest.raises(BusError, match="running twice"):
         await second.publish()
 

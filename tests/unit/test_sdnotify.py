@@ -62,7 +62,7 @@ def test_without_a_service_manager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LISTEN_FDS", raising=False)
     sdnotify.ready("x")
     sdnotify.store("x", 0)
-    assert sdnotify.take_stored() == []
+    assert sdnotify.take_passed() == []
 
 
 def test_a_dead_service_manager_is_ignored(
@@ -87,7 +87,7 @@ def test_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sdnotify.watchdog_interval() is None
 
 
-def test_take_stored() -> None:
+def test_take_passed() -> None:
     """In a child: PID 1 passes descriptors from 3 on, and 3 is in use in this process."""
     pid = os.fork()
     if pid == 0:
@@ -100,11 +100,11 @@ def test_take_stored() -> None:
             os.environ.update(
                 LISTEN_PID=str(os.getpid()), LISTEN_FDS="2", LISTEN_FDNAMES="sentinels:ns-1000"
             )
-            stored = sdnotify.take_stored()
+            stored = sdnotify.take_passed()
             good = stored == [("sentinels", 3), ("ns-1000", 4)]
             good &= not any(os.get_inheritable(fd) for _, fd in stored)
             good &= not any(name.startswith("LISTEN_") for name in os.environ)
-            good &= sdnotify.take_stored() == []
+            good &= sdnotify.take_passed() == []
             code = 0 if good else 2
         finally:
             os._exit(code)

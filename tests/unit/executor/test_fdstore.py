@@ -58,11 +58,6 @@ def removed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def keep(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, Descriptor]) -> None:
-    """Let PID 1 pass these to the daemon."""
-    monkeypatch.setattr(sdnotify, "take_stored", lambda: list(entries))
-
-
 def opened(path: str) -> Descriptor:
     return Inotify().fd if path == "inotify" else Descriptor.open(path, os.O_RDONLY)
 
@@ -70,19 +65,18 @@ def opened(path: str) -> Descriptor:
 MOUNT_NAMESPACE = "/proc/self/ns/mnt"
 
 
-def test_take(monkeypatch: pytest.MonkeyPatch, removed: list[str]) -> None:
+def test_take(removed: list[str]) -> None:
     alice, bob = opened(MOUNT_NAMESPACE), opened(MOUNT_NAMESPACE)
     inotify = opened("inotify")
-    keep(monkeypatch, ("ns-1000", alice), (SENTINELS, inotify), ("ns-1001", bob))
+    passed = [("ns-1000", alice), (SENTINELS, inotify), ("ns-1001", bob)]
     with alice, bob, inotify:
-        assert take() == Stored({1000: alice, 1001: bob}, inotify)
+        assert take(passed) == Stored({1000: alice, 1001: bob}, inotify)
         assert [fd.closed for fd in (alice, bob, inotify)] == [False] * 3
     assert removed == []
 
 
-def test_take_nothing(monkeypatch: pytest.MonkeyPatch, removed: list[str]) -> None:
-    keep(monkeypatch)
-    assert take() == Stored({}, None)
+def test_take_nothing(removed: list[str]) -> None:
+    assert take([]) == Stored({}, None)
     assert removed == []
 
 
@@ -103,16 +97,12 @@ def test_take_nothing(monkeypatch: pytest.MonkeyPatch, removed: list[str]) -> No
     ],
 )
 def test_take_closes_what_polytmpd_did_not_store(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    removed: list[str],
-    name: str,
-    path: str,
+    caplog: pytest.LogCaptureFixture, removed: list[str], name: str, path: str
 ) -> None:
     foreign, ours = opened(path), opened(MOUNT_NAMESPACE)
-    keep(monkeypatch, (name, foreign), ("ns-1001", ours))
+    passed = [(name, foreign), ("ns-1001", ours)]
     with ours:
-        assert take() == Stored({1001: ours}, None)
+        assert take(passed) == Stored({1001: ours}, None)
     assert foreign.closed
     assert removed == [name]
     assert f"Found {name} in the FD store" in caplog.text
@@ -125,9 +115,9 @@ def test_take_keeps_the_first_descriptor_of_a_name(
     first, second = opened(path), opened(path)
     kept: list[tuple[str, int]] = []
     monkeypatch.setattr(sdnotify, "store", lambda name, fd: kept.append((name, fd)))
-    keep(monkeypatch, (name, first), (name, second))
+    passed = [(name, first), (name, second)]
     with first:
-        stored = take()
+        stored = take(passed)
         assert first in (stored.inotify, *stored.namespaces.values())
         assert len(stored.namespaces) <= 1
         assert not first.closed
