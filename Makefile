@@ -31,7 +31,7 @@ WORKERS ?= 2
 E2E_WORKERS ?= 4
 PYTEST_ARGS ?=
 
-SETUP_PACKAGES := python3 python3-dev python3-venv build-essential pkgconf libpam0g-dev libsystemd-dev \
+SETUP_PACKAGES := python3 python3-dev python3-venv build-essential pkgconf libpam0g-dev \
 	dbus dpkg-dev debhelper dh-python mmdebstrap systemd systemd-container openssh-client pamtester \
 	libxml2-utils shellcheck polkitd libpam-runtime udev util-linux man-db
 

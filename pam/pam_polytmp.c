@@ -67,7 +67,7 @@ int out_of_memory(const struct session *s) {
         return PAM_BUF_ERR;
 }
 
-/* One line for the log and one for the user, without the name of the D-Bus error. */
+/* One line for the log and one for the user, without the name of the error. */
 int refuse(const struct session *s, const char *error_name, const char *format, ...) {
         CLEANUP(freep) char *reason = NULL;
         va_list ap;
@@ -152,12 +152,11 @@ static int find_user(struct session *s) {
 }
 
 /* System users (cron jobs, the boot of the host) must keep working while polytmpd is not running. */
-int unreachable(const struct session *s, const char *error_name, const char *why) {
+int unreachable(const struct session *s, const char *why) {
         if (!is_certainly_system_user(s->pw))
-                return refuse(s, error_name, "polytmpd cannot be reached: %s", why);
+                return refuse(s, NULL, "polytmpd cannot be reached: %s", why);
         pam_syslog(s->pamh, LOG_WARNING,
-                   "system user %s stays in the caller's directories, polytmpd cannot be reached: %s%s%s",
-                   s->user, error_name ? error_name : "", error_name ? ": " : "", why);
+                   "system user %s stays in the caller's directories, polytmpd cannot be reached: %s", s->user, why);
         return PAM_IGNORE;
 }
 

@@ -19,7 +19,7 @@ struct session {
         const char *user;
         uid_t uid;
         const struct passwd *pw; /* libpam's, until pam_end(3) */
-        unsigned long timeout; /* seconds, for connection, authentication and reply together */
+        unsigned long timeout; /* seconds, for connection and reply together */
         bool debug;
         bool caller; /* stays in the directories of its caller */
         bool server; /* caller, because the service is a server */
@@ -43,7 +43,7 @@ __attribute__((format(printf, 3, 4)))
 int refuse(const struct session *s, const char *error_name, const char *format, ...);
 
 /* polytmpd cannot be reached: refuses the session, unless the user is a system user. */
-int unreachable(const struct session *s, const char *error_name, const char *why);
+int unreachable(const struct session *s, const char *why);
 
 /* polytmpd.c */
 

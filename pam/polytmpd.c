@@ -1,132 +1,214 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Asks polytmpd for the user's namespace (AcquireNamespace), and decides what each reply means for the session.
+ * Asks polytmpd for the user's namespace on its socket, and decides what each reply means for the session.
+ * pam_polytmp(8) has the protocol.
  *
  * Not here: joining the namespace (namespace.c).
  *
  * Hard facts:
- *  - sd-bus reads DBUS_SYSTEM_BUS_ADDRESS with secure_getenv(3): su and sudo are set-user-ID (AT_SECURE), so
- *    their callers cannot redirect the request.
- *  - sd_bus_call() and sd_bus_flush() first wait for the connection to be set up, up to 90 s, whatever the
- *    call's timeout. Hence await_reply(), and a close without flush, which withdraws an unanswered request.
- *  - The bus returns NoReply if the service ends. Asked again, it has systemd start the service, or waits.
+ *  - The socket is systemd's. While polytmpd is down, the request waits in the kernel's queue. If the queue is
+ *    full, connect(2) waits: for SO_SNDTIMEO, then it fails with EAGAIN.
+ *  - The kernel accepts the request before polytmpd does. If polytmpd ends before it replies, what it has
+ *    accepted gets an end of file or ECONNRESET; what is still in the queue waits for the next polytmpd.
+ *  - recvmsg(2) with too little room for descriptors closes what does not fit, and sets MSG_CTRUNC.
  */
 
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
 #include <syslog.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <security/pam_ext.h>
-#include <systemd/sd-bus.h>
 
 #include "pam_polytmp.h"
 
-#define USEC_PER_SEC UINT64_C(1000000)
+#define SOCKET_PATH "/run/polytmpd/login"
+#define USEC_PER_SEC INT64_C(1000000)
+#define ATTEMPTS 2
+#define REPLY_MAX 4096
+#define FDS_MAX 4
 
-static bool is_unreachable(const sd_bus_error *error) {
-        static const char *const NAMES[] = { /* a name that ends in a dot is a prefix */
-                SD_BUS_ERROR_SERVICE_UNKNOWN, SD_BUS_ERROR_NAME_HAS_NO_OWNER, SD_BUS_ERROR_NO_REPLY,
-                SD_BUS_ERROR_DISCONNECTED, SD_BUS_ERROR_NO_SERVER, SD_BUS_ERROR_LIMITS_EXCEEDED,
-                SD_BUS_ERROR_TIMEOUT, "org.freedesktop.DBus.Error.TimedOut", "org.freedesktop.DBus.Error.Spawn.",
-                "org.freedesktop.systemd1.", /* from activation: UnitMasked, NoSuchUnit, ... */
-        };
+struct reply {
+        char text[REPLY_MAX + 1];
+        int fds[FDS_MAX];
+        size_t n_fds;
+        bool foreign; /* not from root: there is no reply */
+};
 
-        for (size_t i = 0; i < sizeof(NAMES) / sizeof(NAMES[0]); i++) {
-                size_t n = strlen(NAMES[i]);
-
-                if (strncmp(error->name, NAMES[i], NAMES[i][n - 1] == '.' ? n : n + 1) == 0)
-                        return true;
-        }
-        return false;
+static void close_fds(struct reply *reply) {
+        while (reply->n_fds > 0)
+                close(reply->fds[--reply->n_fds]);
 }
 
-static int error_reply(const struct session *s, const sd_bus_error *error) {
-        const char *message = error->message && *error->message ? error->message : error->name;
-
-        if (strcmp(error->name, "org.polytmp1.Error.Exempt") == 0) {
-                if (s->debug)
-                        pam_syslog(s->pamh, LOG_DEBUG, "user %s is exempt", s->user);
-                return PAM_IGNORE;
-        }
-        if (is_unreachable(error))
-                return unreachable(s, error->name, message);
-        return refuse(s, error->name, "%s", message);
-}
-
-static uint64_t now_usec(void) {
+static int64_t now_usec(void) {
         struct timespec ts;
 
         clock_gettime(CLOCK_MONOTONIC, &ts);
-        return (uint64_t) ts.tv_sec * USEC_PER_SEC + (uint64_t) ts.tv_nsec / 1000;
+        return ts.tv_sec * USEC_PER_SEC + ts.tv_nsec / 1000;
 }
 
-static int keep_reply(sd_bus_message *m, void *reply, UNUSED sd_bus_error *error) {
-        *(sd_bus_message **) reply = sd_bus_message_ref(m);
-        return 0;
+/* Microseconds, at least one: 0 would be no limit. */
+static int64_t left_until(int64_t deadline) {
+        int64_t left = deadline - now_usec();
+
+        return left > 0 ? left : 1;
 }
 
-static int await_reply(sd_bus *bus, sd_bus_message **reply, uint64_t deadline) {
+/* Returns a connected socket, which the caller closes, or a negative errno. */
+static int connect_until(int64_t deadline) {
+        struct sockaddr_un address = { .sun_family = AF_UNIX, .sun_path = SOCKET_PATH };
+        int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+
+        if (fd < 0)
+                return -errno;
         for (;;) {
-                int r = sd_bus_process(bus, NULL);
-                uint64_t now;
+                int64_t left = left_until(deadline);
+                struct timeval limit = { .tv_sec = left / USEC_PER_SEC, .tv_usec = left % USEC_PER_SEC };
+                int error;
 
-                if (*reply) /* before r: the connection may end right after its last message */
-                        return 0;
-                now = now_usec();
-                if (r >= 0 && now >= deadline)
-                        return -ETIMEDOUT;
-                if (r == 0)
-                        r = sd_bus_wait(bus, deadline - now);
-                if (r < 0 && r != -EINTR)
-                        return r;
+                if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit)) == 0 &&
+                    connect(fd, (const struct sockaddr *) &address, sizeof(address)) == 0)
+                        return fd;
+                error = errno;
+                if (error == EINTR && now_usec() < deadline)
+                        continue;
+                close(fd);
+                return error == EAGAIN || error == EINTR ? -ETIMEDOUT : -error;
         }
 }
 
-/* Returns 0 with a reply or an error reply, or a negative errno. The caller unrefs bus and reply. */
-static int ask(const struct session *s, sd_bus **bus, sd_bus_message **reply) {
-        CLEANUP(sd_bus_message_unrefp) sd_bus_message *call = NULL;
-        uint64_t deadline = now_usec() + s->timeout * USEC_PER_SEC;
-        int r = sd_bus_open_system(bus);
+/* Who called listen(2): PID 1, or polytmpd. */
+static bool is_listener_root(int fd) {
+        struct ucred peer;
+        socklen_t size = sizeof(peer);
 
-        if (r >= 0)
-                r = sd_bus_message_new_method_call(*bus, &call, "org.polytmp1", "/org/polytmp1",
-                                                   "org.polytmp1.Manager", "AcquireNamespace");
-        if (r >= 0)
-                r = sd_bus_message_append(call, "u", (uint32_t) s->uid);
-        for (int died = 0; r >= 0 && died < 2;) {
-                *reply = sd_bus_message_unref(*reply);
-                r = sd_bus_call_async(*bus, NULL, call, keep_reply, reply, UINT64_MAX);
+        return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == 0;
+}
+
+static int wait_for_reply(int fd, int64_t deadline) {
+        struct pollfd pollfd = { .fd = fd, .events = POLLIN };
+
+        for (;;) {
+                int64_t left = deadline - now_usec();
+                int r = poll(&pollfd, 1, left > 0 ? (int) (left / 1000 + 1) : 0);
+
+                if (r > 0)
+                        return 0;
+                if (r == 0 && left <= 0)
+                        return -ETIMEDOUT;
+                if (r < 0 && errno != EINTR)
+                        return -errno;
+        }
+}
+
+static void take_fds(struct msghdr *message, struct reply *reply) {
+        for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR(message, c)) {
+                size_t n = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+
+                if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+                        continue;
+                for (size_t i = 0; i < n && reply->n_fds < FDS_MAX; i++) /* never more: there is no room */
+                        memcpy(&reply->fds[reply->n_fds++], CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+        }
+}
+
+/* Returns 0 with a reply, -ECONNRESET if there is none, -EPROTO if it is none, or another negative errno. */
+static int receive(int fd, struct reply *reply) {
+        union {
+                struct cmsghdr align;
+                char room[CMSG_SPACE(FDS_MAX * sizeof(int))];
+        } control;
+        struct iovec data = { .iov_base = reply->text, .iov_len = REPLY_MAX };
+        struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1,
+                                  .msg_control = &control, .msg_controllen = sizeof(control) };
+        ssize_t n = recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+
+        if (n < 0)
+                return -errno;
+        take_fds(&message, reply);
+        if (n == 0 && reply->n_fds == 0)
+                return -ECONNRESET;
+        reply->text[n] = '\0';
+        if ((message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) || strlen(reply->text) != (size_t) n)
+                return -EPROTO;
+        for (ssize_t i = 0; i < n; i++) /* it is for a log and a terminal */
+                if (iscntrl((unsigned char) reply->text[i]))
+                        reply->text[i] = ' ';
+        return 0;
+}
+
+/* Returns 0 with a reply, or a negative errno. The caller closes the reply's descriptors in both cases. */
+static int ask(const struct session *s, struct reply *reply) {
+        int64_t deadline = now_usec() + (int64_t) s->timeout * USEC_PER_SEC;
+        char request[sizeof("acquire 4294967295")];
+        int n = snprintf(request, sizeof(request), "acquire %u", (unsigned) s->uid);
+        int r = -ECONNRESET;
+
+        for (int i = 0; i < ATTEMPTS && (r == -ECONNRESET || r == -EPIPE); i++) { /* polytmpd ended */
+                CLEANUP(closep) int fd = connect_until(deadline);
+
+                if (fd < 0)
+                        return fd;
+                if (!is_listener_root(fd)) {
+                        reply->foreign = true;
+                        return 0;
+                }
+                r = send(fd, request, (size_t) n, MSG_NOSIGNAL) < 0 ? -errno : wait_for_reply(fd, deadline);
                 if (r >= 0)
-                        r = await_reply(*bus, reply, deadline);
-                if (r >= 0 && sd_bus_message_is_method_error(*reply, SD_BUS_ERROR_NO_REPLY))
-                        died++; /* polytmpd ended before it replied: ask once more */
-                else if (r >= 0 && sd_bus_message_is_method_error(*reply, SD_BUS_ERROR_LIMITS_EXCEEDED) &&
-                         now_usec() + 50000 < deadline)
-                        usleep(50000); /* polytmpd's queue is full, which must not lock users out */
-                else
-                        break;
+                        r = receive(fd, reply);
         }
         return r;
 }
 
-int acquire_namespace(const struct session *s, int *ret_fd) {
-        CLEANUP(sd_bus_close_unrefp) sd_bus *bus = NULL;
-        CLEANUP(sd_bus_message_unrefp) sd_bus_message *reply = NULL;
-        int fd, r = ask(s, &bus, &reply);
+static const char *after(const char *text, const char *word) {
+        size_t n = strlen(word);
 
+        return strncmp(text, word, n) == 0 && (text[n] == ' ' || text[n] == '\0') ? text + n : NULL;
+}
+
+static int refused(const struct session *s, char *name) {
+        char *text = strchr(name, ' ');
+
+        if (text)
+                *text++ = '\0';
+        return refuse(s, name, "%s", text && *text ? text : name);
+}
+
+static int decide(const struct session *s, struct reply *reply, int *ret_fd) {
+        if (strcmp(reply->text, "namespace") == 0 && reply->n_fds == 1) {
+                *ret_fd = fcntl(reply->fds[0], F_DUPFD_CLOEXEC, 3);
+                if (*ret_fd < 0)
+                        return refuse(s, NULL, "cannot duplicate the namespace descriptor: %s", strerror(errno));
+                return PAM_SUCCESS;
+        }
+        if (reply->n_fds == 0 && after(reply->text, "exempt")) {
+                if (s->debug)
+                        pam_syslog(s->pamh, LOG_DEBUG, "user %s is exempt", s->user);
+                return PAM_IGNORE;
+        }
+        if (reply->n_fds == 0 && after(reply->text, "refused") && strlen(reply->text) > strlen("refused "))
+                return refused(s, reply->text + strlen("refused "));
+        return refuse(s, NULL, "polytmpd's reply contains no namespace: %s", strerror(EPROTO));
+}
+
+int acquire_namespace(const struct session *s, int *ret_fd) {
+        CLEANUP(close_fds) struct reply reply = { .n_fds = 0 };
+        int r = ask(s, &reply);
+
+        if (r == -EPROTO)
+                return refuse(s, NULL, "polytmpd's reply contains no namespace: %s", strerror(EPROTO));
+        if (reply.foreign)
+                return refuse(s, NULL, "%s does not belong to root", SOCKET_PATH);
         if (r < 0)
-                return r == -ENOMEM ? out_of_memory(s) : unreachable(s, NULL, strerror(-r));
-        if (sd_bus_message_is_method_error(reply, NULL))
-                return error_reply(s, sd_bus_message_get_error(reply));
-        r = sd_bus_message_has_signature(reply, "h") ? sd_bus_message_read(reply, "h", &fd) : -EPROTO;
-        if (r < 0)
-                return refuse(s, NULL, "polytmpd's reply contains no namespace: %s", strerror(-r));
-        *ret_fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-        if (*ret_fd < 0)
-                return refuse(s, NULL, "cannot duplicate the namespace descriptor: %s", strerror(errno));
-        return PAM_SUCCESS;
+                return unreachable(s, strerror(-r));
+        return decide(s, &reply, ret_fd);
 }

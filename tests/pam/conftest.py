@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pam.pam_world import Bus, Daemon, Namespace, World
+from tests.pam.pam_world import Daemon, Namespace, World
 
 HERE = Path(__file__).parent
 PAM = HERE.parent.parent / "pam"
@@ -22,6 +22,7 @@ def base() -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.fail("the PAM tests make mount namespaces: run them as root")
     path = Path(tempfile.mkdtemp(prefix="polytmp-test-", dir="/run"))
+    Path("/run/polytmpd").mkdir(mode=0o700, exist_ok=True)  # each world mounts its own there
     path.chmod(0o755)  # callers other than root must be able to load the module
     yield path
     shutil.rmtree(path)
@@ -50,13 +51,8 @@ def world(base: Path, build: Path) -> Iterator[World]:
 
 
 @pytest.fixture
-def bus(world: World) -> Bus:
-    return Bus(world)
-
-
-@pytest.fixture
-def daemon(bus: Bus) -> Callable[..., Daemon]:
-    return lambda **script: Daemon(bus, **script)
+def daemon(world: World) -> Callable[..., Daemon]:
+    return lambda **script: Daemon(world, **script)
 
 
 @pytest.fixture

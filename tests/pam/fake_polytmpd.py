@@ -1,27 +1,17 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A polytmpd that replies to AcquireNamespace as its argument (JSON) says, even if that is wrong.
+"""A polytmpd that replies to requests on its socket as its last argument (JSON) says, even if that is wrong.
 
-It writes "ready" and a line for each call to standard output, and exits at the end of standard input.
+The first argument is the descriptor of the socket. It writes "ready" and a line for each request to standard
+output, and exits at the end of standard input.
 """
 
-import asyncio
 import json
 import os
-import signal
+import select
+import socket
 import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # as in polytmpd.bus.library, which the fake does not import
-    from dbus_fast import Message, MessageType
-    from dbus_fast.aio import MessageBus
-else:
-    try:
-        from dbus_next import Message, MessageType
-        from dbus_next.aio import MessageBus
-    except ImportError:
-        from dbus_fast import Message, MessageType
-        from dbus_fast.aio import MessageBus
+from typing import Any
 
 
 def say(text: str) -> None:
@@ -29,49 +19,50 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def answer(message: Message, script: dict[str, Any]) -> Message | bool:
-    for pid in script.get("kill", []):
-        os.kill(pid, signal.SIGKILL)
+def answer(connection: socket.socket, request: str, script: dict[str, Any]) -> None:
     if script.get("die"):
         os._exit(0)
-    if script.get("silent"):
-        return True
-    if "error" in script and script.setdefault(
-        "errors", -1
-    ):  # that many times; without "errors", every time
-        script["errors"] -= 1
-        return Message.new_error(message, script["error"], script["text"])
+    if script.get("hang_up"):
+        return
+    if "error" in script:
+        kind = "exempt" if script["error"] == "exempt" else f"refused {script['error']}"
+        connection.send(f"{kind} {script['text']}".rstrip(" ").encode())
+        return
     users = script.get("users")
-    if users is not None and str(message.body[0]) not in users:
-        return Message.new_error(message, script["others"], "not for them")
-    paths = users[str(message.body[0])] if users else script.get("open", [])
+    uid = request.removeprefix("acquire ")
+    if users is not None and uid not in users:
+        connection.send(f"{script['others']} not for them".encode())
+        return
+    paths = users[uid] if users else script.get("open", [])
     fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
     if script.get("pipe"):
         reader, writer = os.pipe()
         os.close(writer)
         fds.append(reader)
-    body = script.get("body", [0])
-    return Message.new_method_return(message, script.get("signature", "h"), body, unix_fds=fds)
+    text = script.get("reply", "namespace").encode("latin-1") * script.get("times", 1)
+    socket.send_fds(connection, [text], fds)
+    for fd in fds:
+        os.close(fd)
 
 
-async def main() -> None:
-    script = json.loads(sys.argv[1])
-    address = os.environ["DBUS_SYSTEM_BUS_ADDRESS"]
-    bus = await MessageBus(bus_address=address, negotiate_unix_fd=True).connect()
-
-    def handle(message: Message) -> Message | bool | None:
-        if message.message_type != MessageType.METHOD_CALL or message.member != "AcquireNamespace":
-            return None
-        say(f"call {message.interface} {message.path} {message.signature} {message.body[0]}")
-        return answer(message, script)
-
-    bus.add_message_handler(handle)
-    await bus.request_name("org.polytmp1")
+def main() -> None:
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    script = json.loads(sys.argv[2])
+    kept = []
     say("ready")
-    end = asyncio.Event()
-    asyncio.get_running_loop().add_reader(0, end.set)
-    await end.wait()
+    while True:
+        readable, _, _ = select.select([listening, sys.stdin], [], [])
+        if sys.stdin in readable:
+            return
+        connection, _ = listening.accept()
+        request = connection.recv(4096).decode()
+        say(request)
+        if script.get("silent"):
+            kept.append(connection)
+            continue
+        with connection:
+            answer(connection, request, script)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

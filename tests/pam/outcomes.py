@@ -19,8 +19,7 @@ from tests.pam.pam_world import (
 
 MakeDaemon = Callable[..., Daemon]
 
-CALL = "call org.polytmp1.Manager /org/polytmp1 u "
-DBUS = "org.freedesktop.DBus.Error."
+CALL = "acquire "
 
 
 def assert_untouched(session: Session, cwd: str = "/") -> None:
@@ -62,9 +61,9 @@ def assert_joined(session: Session, namespace: Namespace) -> None:
     assert_clean(session)
 
 
-def assert_unreachable_for(world: World, user: str, bus: str | None = None) -> Session:
+def assert_unreachable_for(world: World, user: str) -> Session:
     """A regular user is refused, a system user is let through; returns the session."""
-    session = world.open_session("-u", user, bus=bus)
+    session = world.open_session("-u", user)
     assert_untouched(session)
     assert len(session.log) == 1
     level, line = session.log[0]

@@ -5,6 +5,8 @@ It is invisible outside. /run is shared with the host, so that the sockets and f
 have the same path on both sides.
 """
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,19 +40,6 @@ HERE = Path(__file__).parent
 # For tests that take away what the sanitizers need: /proc, malloc()
 plain_build = pytest.mark.parametrize("build", ["plain"], indirect=True)
 
-BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <type>custom</type>
-  <listen>unix:path={path}/bus</listen>
-  <servicedir>{path}/services</servicedir>
-  <auth>EXTERNAL</auth>
-  <policy context="default">
-    <allow send_destination="*"/><allow eavesdrop="true"/><allow own="*"/>
-  </policy>
-</busconfig>
-"""
-
 USERS = {"root": 0, "toor": 0, "cronuser": 500, "alice": 1500, "bob": 1501, "high": 70000}
 
 SETUP = """
@@ -65,6 +55,7 @@ mount --move "$base/dev" /dev
 mount --bind "$base/passwd" /etc/passwd
 mount --bind "$base/login.defs" /etc/login.defs
 mount --bind "$base/pam.d" /etc/pam.d
+mount --bind "$base/polytmpd" /run/polytmpd
 echo ready
 exec sleep infinity
 """
@@ -191,9 +182,10 @@ class World:
         self.build = build
         self.environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
         self._children: list[subprocess.Popen[str]] = []
+        self._listening: socket.socket | None = None
 
     def __enter__(self) -> Self:
-        for name in ("dev", "pam.d"):
+        for name in ("dev", "pam.d", "polytmpd"):
             (self.base / name).mkdir()
         lines = [f"{user}:x:{uid}:{uid}::/:/bin/sh" for user, uid in USERS.items()]
         (self.base / "passwd").write_text("\n".join(lines) + "\n")
@@ -220,6 +212,8 @@ class World:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._listening:
+            self._listening.close()
         os.kill(self.init, signal.SIGKILL)  # PID 1 of the world: every process in it ends
         for child in self._children:
             child.kill()
@@ -248,6 +242,24 @@ class World:
         ]
         (self.base / "pam.d" / service).write_text("".join(f"session {line}\n" for line in lines))
 
+    @property
+    def socket_path(self) -> str:
+        """What the world sees as /run/polytmpd/login."""
+        return f"{self.base}/polytmpd/login"
+
+    def listen(self, backlog: int = 64) -> socket.socket:
+        """The socket of polytmpd.socket, open as long as the world."""
+        if self._listening is None:
+            self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._listening.bind(self.socket_path)
+            self._listening.listen(backlog)
+        return self._listening
+
+    def stop_listening(self) -> None:
+        """Close the socket; the file stays."""
+        if self._listening:
+            self._listening.close()
+
     def login_defs(self, text: str) -> None:
         (self.base / "login.defs").write_text(text)
 
@@ -267,22 +279,29 @@ class World:
         assert pid, "the namespace could not be made"
         return Namespace(child, f"/proc/{self.init}/root/proc/{pid}/ns/mnt", f"/proc/{pid}/ns/mnt")
 
-    def open_session(self, *arguments: str, bus: str | None = None, bound: float = 30) -> Session:
+    def open_session(self, *arguments: str, bound: float = 30) -> Session:
         self.log.take()
-        seen = json.loads(self.harness(*arguments, bus=bus, bound=bound))
+        seen = json.loads(self.harness(*arguments, bound=bound))
         seen["results"] = [PAM_IGNORE if result == PAM_AUTH_ERR else result for result in seen["results"]]
         seen["messages"] = [(style, text) for style, text in seen["messages"]]
         return Session(**seen, log=self.log.take())
 
-    def steps(self, steps: str, *arguments: str, bus: str | None = None) -> list[Step]:
+    def steps(self, steps: str, *arguments: str) -> list[Step]:
         """Take the steps in one process: "+alice,-alice"; the harness explains them."""
-        lines = self.harness("-S", steps, *arguments, bus=bus, bound=30).splitlines()
+        lines = self.harness("-S", steps, *arguments, bound=30).splitlines()
         return [Step(**json.loads(line)) for line in lines]
 
-    def harness(self, *arguments: str, bus: str | None, bound: float) -> str:
+    @contextlib.contextmanager
+    def opening(self, *arguments: str, bound: float = 30) -> Iterator[Callable[[], Session]]:
+        """Open a session beside what the test does; the function waits for its end."""
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            session = pool.submit(self.open_session, *arguments, bound=bound)
+            yield session.result
+
+    def harness(self, *arguments: str, bound: float) -> str:
         done = subprocess.run(
             [*self.inside, str(self.build / "harness"), *arguments],
-            env=self.environment | {"DBUS_SYSTEM_BUS_ADDRESS": bus or f"unix:path={self.base}/no-such-bus"},
+            env=self.environment,
             capture_output=True,
             text=True,
             timeout=bound,
@@ -292,46 +311,26 @@ class World:
         return done.stdout
 
 
-class Bus:
-    """A private system bus."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.address = f"unix:path={world.base}/bus"
-        (world.base / "services").mkdir()
-        (world.base / "bus.conf").write_text(BUS_CONFIG.format(path=world.base))
-        self.process = world.spawn(
-            ["dbus-daemon", "--nofork", "--nopidfile", "--print-address"],
-            [f"--config-file={world.base}/bus.conf"],
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline()
-
-    def command(self, **script: object) -> list[str]:
-        return [sys.executable, str(HERE / "fake_polytmpd.py"), json.dumps(script)]
-
-    def activatable(self, command: list[str]) -> None:
-        program = self.world.base / "activated"
-        environment = f"DBUS_SYSTEM_BUS_ADDRESS={self.address}"
-        words = " ".join(f"'{word}'" for word in command)
-        program.write_text(f"#!/bin/sh\n{environment} exec {words} < {self.world.base}/activated-stdin\n")
-        program.chmod(0o755)
-        os.mkfifo(self.world.base / "activated-stdin")
-        (self.world.base / "services/org.polytmp1.service").write_text(
-            f"[D-BUS Service]\nName=org.polytmp1\nExec={program}\n"
-        )
-
-
 class Daemon:
-    """The fake polytmpd on the bus, ready."""
+    """The fake polytmpd. It takes the logins that wait at the world's socket."""
 
-    def __init__(self, bus: Bus, **script: object) -> None:
-        environment = os.environ | {"DBUS_SYSTEM_BUS_ADDRESS": bus.address}
-        self._process = bus.world.spawn(bus.command(**script), env=environment)
+    def __init__(self, world: World, **script: object) -> None:
+        listening = world.listen().fileno()
+        command = [sys.executable, str(HERE / "fake_polytmpd.py"), str(listening), json.dumps(script)]
+        self._process = world.spawn(command, pass_fds=[listening])
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
 
+    def ended(self) -> list[str]:
+        """Wait until it ends by itself; returns the requests that it received."""
+        self._process.wait(10)
+        return self.stop()
+
     def stop(self) -> list[str]:
-        """Stop it; returns the calls that it received."""
-        out: str = self._process.communicate(timeout=10)[0]
+        """Stop it; returns the requests that it received."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+        out: str = self._process.stdout.read()  # communicate() would miss what readline() has buffered
         return out.splitlines()

@@ -17,7 +17,6 @@ from tests.pam.pam_world import (
     PAM_IGNORE,
     PAM_PERM_DENIED,
     PAM_SUCCESS,
-    Bus,
     Daemon,
     Namespace,
     Step,
@@ -50,11 +49,11 @@ def bobs(world: World) -> Namespace:
 
 
 @pytest.fixture
-def served(bus: Bus, daemon: MakeDaemon, alices: Namespace, bobs: Namespace) -> Daemon:
+def served(daemon: MakeDaemon, alices: Namespace, bobs: Namespace) -> Daemon:
     """A daemon with a namespace for each of two users; anyone else is exempt."""
     return daemon(
         users={str(ALICE): [alices.path], str(BOB): [bobs.path]},
-        others="org.polytmp1.Error.Exempt",
+        others="exempt",
     )
 
 
@@ -85,10 +84,10 @@ LOGINS = [
 
 @pytest.mark.parametrize("service", COMMANDS)
 def test_a_command_stays_where_its_caller_is(
-    world: World, bus: Bus, served: Daemon, alices: Namespace, service: str
+    world: World, served: Daemon, alices: Namespace, service: str
 ) -> None:
     world.module("debug", service=service)
-    session = world.open_session("-s", service, "-u", "bob", "-n", alices.inner_path, bus=bus.address)
+    session = world.open_session("-s", service, "-u", "bob", "-n", alices.inner_path)
     assert session.result == PAM_IGNORE
     assert session.namespace == session.after_namespace == alices.inode
     assert session.log == [
@@ -108,7 +107,6 @@ def documented_servers() -> dict[str, str]:
 @pytest.mark.parametrize(("service", "place"), documented_servers().items())
 def test_a_server_is_where_the_documentation_says(
     world: World,
-    bus: Bus,
     served: Daemon,
     alices: Namespace,
     bobs: Namespace,
@@ -116,7 +114,7 @@ def test_a_server_is_where_the_documentation_says(
     place: str,
 ) -> None:
     world.module("debug", service=service)
-    session = world.open_session("-s", service, "-u", "bob", "-n", alices.inner_path, bus=bus.address)
+    session = world.open_session("-s", service, "-u", "bob", "-n", alices.inner_path)
     if place == "the user's":
         assert session.namespace == bobs.inode
         assert session.after_namespace == alices.inode
@@ -138,11 +136,11 @@ def test_all_servers_are_documented() -> None:
 
 @pytest.mark.parametrize("service", LOGINS)
 def test_a_login_goes_to_its_user(
-    world: World, bus: Bus, served: Daemon, alices: Namespace, bobs: Namespace, service: str
+    world: World, served: Daemon, alices: Namespace, bobs: Namespace, service: str
 ) -> None:
     """From another user's namespace as well, and the process returns to it."""
     world.module("debug", service=service)
-    session = world.open_session("-s", service, "-u", "bob", "-n", alices.inner_path, bus=bus.address)
+    session = world.open_session("-s", service, "-u", "bob", "-n", alices.inner_path)
     assert session.result == PAM_SUCCESS
     assert session.namespace == bobs.inode
     assert session.after_namespace == alices.inode
@@ -165,10 +163,10 @@ def test_a_login_goes_to_its_user(
     ids=str,
 )
 def test_an_argument_goes_before_the_name(
-    world: World, bus: Bus, served: Daemon, service: str, arguments: list[str], moved: bool
+    world: World, served: Daemon, service: str, arguments: list[str], moved: bool
 ) -> None:
     world.module("debug", *arguments, service=service)
-    session = world.open_session("-s", service, "-u", "bob", bus=bus.address)
+    session = world.open_session("-s", service, "-u", "bob")
     assert session.moved == moved
     if "users" in arguments:
         assert session.log[0] == ("ERR", "unknown module argument 'users', ignoring")
@@ -189,19 +187,17 @@ def test_a_command_asks_for_nothing(world: World) -> None:
 # -- processes that open sessions for several users ---------------------------------------------------
 
 
-def test_users_one_after_the_other(
-    world: World, bus: Bus, served: Daemon, alices: Namespace, bobs: Namespace
-) -> None:
+def test_users_one_after_the_other(world: World, served: Daemon, alices: Namespace, bobs: Namespace) -> None:
     """Each open and close has a PAM handle of its own, and libpam unloads the module in between."""
-    steps = world.steps("+alice,-alice,+bob,-bob,+alice", bus=bus.address)
+    steps = world.steps("+alice,-alice,+bob,-bob,+alice")
     home = host(world)
     assert namespaces(steps) == [alices.inode, home, bobs.inode, home, alices.inode]
     assert len({step.fds for step in steps}) == 1
     assert world.log.take() == []
 
 
-def test_users_at_the_same_time(world: World, bus: Bus, served: Daemon, alices: Namespace) -> None:
-    steps = world.steps("+alice,+bob,+alice,-alice,-bob,-alice,+alice", bus=bus.address)
+def test_users_at_the_same_time(world: World, served: Daemon, alices: Namespace) -> None:
+    steps = world.steps("+alice,+bob,+alice,-alice,-bob,-alice,+alice")
     home = host(world)
     assert namespaces(steps) == [alices.inode, *[home] * 5, alices.inode]
     assert [step.result for step in steps[1:3]] == [7, 7]  # the stack's way to show PAM_IGNORE
@@ -213,32 +209,32 @@ def test_users_at_the_same_time(world: World, bus: Bus, served: Daemon, alices: 
 
 @pytest.mark.parametrize("other", ["root", "toor", "cronuser"])
 def test_others_count_although_they_are_never_moved(
-    world: World, bus: Bus, served: Daemon, alices: Namespace, other: str
+    world: World, served: Daemon, alices: Namespace, other: str
 ) -> None:
     """Otherwise a system user's or root's requests would look into a user's directories."""
     home = host(world)
-    steps = world.steps(f"+{other},+alice,-alice,-{other},+alice,+{other}", bus=bus.address)
+    steps = world.steps(f"+{other},+alice,-alice,-{other},+alice,+{other}")
     assert namespaces(steps) == [home, home, home, home, alices.inode, home]
 
 
 def test_a_user_with_two_sessions_stays_until_the_last_is_closed(
-    world: World, bus: Bus, served: Daemon, alices: Namespace
+    world: World, served: Daemon, alices: Namespace
 ) -> None:
-    steps = world.steps("+alice,+alice,-alice,-alice,-alice", bus=bus.address)
+    steps = world.steps("+alice,+alice,-alice,-alice,-alice")
     assert namespaces(steps) == [alices.inode] * 3 + [host(world)] * 2
 
 
 @pytest.fixture
-def refusing(bus: Bus, daemon: MakeDaemon, bobs: Namespace) -> Daemon:
+def refusing(daemon: MakeDaemon, bobs: Namespace) -> Daemon:
     """A daemon that refuses everyone but bob."""
-    return daemon(users={str(BOB): [bobs.path]}, others="org.polytmp1.Error.Failed")
+    return daemon(users={str(BOB): [bobs.path]}, others="refused org.polytmp1.Error.Failed")
 
 
-def test_a_refused_session_counts(world: World, bus: Bus, refusing: Daemon) -> None:
+def test_a_refused_session_counts(world: World, refusing: Daemon) -> None:
     """An optional module lets it in, and bob's directories are not for it. A required one does not, and the
     host's are not for bob. So bob is refused, too; root is not.
     """
-    steps = world.steps("+alice,+bob,+root", bus=bus.address)
+    steps = world.steps("+alice,+bob,+root")
     assert namespaces(steps) == [host(world)] * 3
     assert [step.result for step in steps] == [PAM_PERM_DENIED, PAM_PERM_DENIED, PAM_AUTH_ERR]
     open_still = "a session of UID 1500 in this process was refused and may be open"
@@ -249,76 +245,70 @@ def test_a_refused_session_counts(world: World, bus: Bus, refusing: Daemon) -> N
 
 
 @pytest.mark.parametrize("steps", ["?alice,+bob", "?alice,?alice,+bob", "+alice,-alice,+bob"])
-def test_a_refused_session_that_is_over(
-    world: World, bus: Bus, refusing: Daemon, bobs: Namespace, steps: str
-) -> None:
+def test_a_refused_session_that_is_over(world: World, refusing: Daemon, bobs: Namespace, steps: str) -> None:
     """A server such as dovecot ends the handle with the error, and goes on to the next user."""
-    *before, last = world.steps(steps, bus=bus.address)
+    *before, last = world.steps(steps)
     assert namespaces(before) == [host(world)] * len(before)
     assert (last.result, last.namespace) == (PAM_SUCCESS, bobs.inode)
 
 
 def test_only_refused_sessions_end_with_their_handle(
-    world: World, bus: Bus, served: Daemon, alices: Namespace
+    world: World, served: Daemon, alices: Namespace
 ) -> None:
     """smbd ends the handle of each session that it has opened."""
-    steps = world.steps("?alice,+bob", bus=bus.address)
+    steps = world.steps("?alice,+bob")
     assert namespaces(steps) == [alices.inode, host(world)]
 
 
 def test_without_a_close_the_way_to_another_user_leads_back(
-    world: World, bus: Bus, served: Daemon, alices: Namespace
+    world: World, served: Daemon, alices: Namespace
 ) -> None:
-    assert namespaces(world.steps("+alice,+bob", bus=bus.address)) == [alices.inode, host(world)]
+    assert namespaces(world.steps("+alice,+bob")) == [alices.inode, host(world)]
 
 
 def test_a_child_knows_where_its_parent_came_from(
-    world: World, bus: Bus, served: Daemon, alices: Namespace, bobs: Namespace
+    world: World, served: Daemon, alices: Namespace, bobs: Namespace
 ) -> None:
     home = host(world)
-    steps = world.steps("+alice,fork,+bob,-bob,-alice,+bob", bus=bus.address)
+    steps = world.steps("+alice,fork,+bob,-bob,-alice,+bob")
     assert namespaces(steps) == [alices.inode, alices.inode, home, home, home, bobs.inode]
 
 
 def test_a_child_that_closes_its_parents_session_goes_back(
-    world: World, bus: Bus, served: Daemon, alices: Namespace
+    world: World, served: Daemon, alices: Namespace
 ) -> None:
-    steps = world.steps("+alice,fork,-alice", bus=bus.address)
+    steps = world.steps("+alice,fork,-alice")
     assert namespaces(steps) == [alices.inode, alices.inode, host(world)]
 
 
-def test_a_thread_is_where_its_process_was_moved(
-    world: World, bus: Bus, served: Daemon, alices: Namespace
-) -> None:
+def test_a_thread_is_where_its_process_was_moved(world: World, served: Daemon, alices: Namespace) -> None:
     """It has not opened the session, but it must not go on to the next user."""
-    steps = world.steps("+alice,thread,+bob", bus=bus.address)
+    steps = world.steps("+alice,thread,+bob")
     assert steps[0].namespace == alices.inode
     assert steps[-1].namespace == host(world)
     assert world.log.take() == [("WARNING", WARNING.format(ALICE, "bob"))]
 
 
 def test_from_another_users_session(
-    world: World, bus: Bus, served: Daemon, alices: Namespace, bobs: Namespace
+    world: World, served: Daemon, alices: Namespace, bobs: Namespace
 ) -> None:
     """As `su - bob` in alice's session: it came from there, and goes back there."""
-    steps = world.steps("+bob,+root,-root,-bob", "-n", alices.inner_path, bus=bus.address)
+    steps = world.steps("+bob,+root,-root,-bob", "-n", alices.inner_path)
     assert namespaces(steps) == [bobs.inode, alices.inode, alices.inode, alices.inode]
     assert steps[0].fds == steps[-1].fds + 1  # the way back
     assert world.log.take() == [("WARNING", WARNING.format(BOB, "root"))]
 
 
 def test_the_descriptor_is_lost_but_the_host_is_found(
-    world: World, bus: Bus, served: Daemon, alices: Namespace
+    world: World, served: Daemon, alices: Namespace
 ) -> None:
-    steps = world.steps("+alice,close,+bob", bus=bus.address)
+    steps = world.steps("+alice,close,+bob")
     assert namespaces(steps) == [alices.inode, alices.inode, host(world)]
 
 
-def test_a_way_back_that_is_lost(
-    world: World, bus: Bus, served: Daemon, alices: Namespace, bobs: Namespace
-) -> None:
+def test_a_way_back_that_is_lost(world: World, served: Daemon, alices: Namespace, bobs: Namespace) -> None:
     """The program has closed the descriptor: no other user's session, and the close does not fail."""
-    steps = world.steps("+bob,close,+alice,-alice,-bob", "-n", alices.inner_path, bus=bus.address)
+    steps = world.steps("+bob,close,+alice,-alice,-bob", "-n", alices.inner_path)
     assert namespaces(steps) == [bobs.inode] * 5
     assert [step.result for step in steps] == [0, 0, PAM_PERM_DENIED, 0, 0]
     lost = "the namespace that it came from cannot be found any more"
@@ -334,35 +324,33 @@ def test_a_way_back_that_is_lost(
 
 
 def test_a_process_that_could_not_go_back_serves_nobody_else(
-    world: World, bus: Bus, served: Daemon, alices: Namespace, bobs: Namespace
+    world: World, served: Daemon, alices: Namespace, bobs: Namespace
 ) -> None:
     """All its sessions are closed, but it is still among bob's files."""
-    steps = world.steps("+bob,close,-bob,+alice", "-n", alices.inner_path, bus=bus.address)
+    steps = world.steps("+bob,close,-bob,+alice", "-n", alices.inner_path)
     assert namespaces(steps) == [bobs.inode] * 4
     assert steps[-1].result == PAM_PERM_DENIED
 
 
 def test_a_descriptor_whose_number_is_used_again(
-    world: World, bus: Bus, served: Daemon, alices: Namespace, bobs: Namespace
+    world: World, served: Daemon, alices: Namespace, bobs: Namespace
 ) -> None:
     """It leads to a namespace, but not to the one that the process came from."""
-    steps = world.steps("+bob,close,reuse,+alice,-alice,-bob", "-n", alices.inner_path, bus=bus.address)
+    steps = world.steps("+bob,close,reuse,+alice,-alice,-bob", "-n", alices.inner_path)
     assert namespaces(steps) == [bobs.inode] * 6
     assert steps[3].result == PAM_PERM_DENIED
 
 
-def test_a_descriptor_of_the_programs_is_not_closed(
-    world: World, bus: Bus, served: Daemon, alices: Namespace
-) -> None:
+def test_a_descriptor_of_the_programs_is_not_closed(world: World, served: Daemon, alices: Namespace) -> None:
     """It has the number of the way back, which is not needed any more."""
-    steps = world.steps("+bob,+root,close,reuse,-root,-bob", "-n", alices.inner_path, bus=bus.address)
+    steps = world.steps("+bob,+root,close,reuse,-root,-bob", "-n", alices.inner_path)
     assert namespaces(steps[1:]) == [alices.inode] * 5
     assert steps[-1].fds == steps[3].fds
 
 
-def test_a_namespace_that_the_program_made(world: World, bus: Bus, served: Daemon) -> None:
+def test_a_namespace_that_the_program_made(world: World, served: Daemon) -> None:
     """A copy of alice's: nobody else's session is opened there."""
-    steps = world.steps("+alice,own,+bob,+root", bus=bus.address)
+    steps = world.steps("+alice,own,+bob,+root")
     own = steps[1].namespace
     assert namespaces(steps[1:]) == [own] * 3
     assert [step.result for step in steps[2:]] == [PAM_PERM_DENIED, 7]
@@ -370,11 +358,11 @@ def test_a_namespace_that_the_program_made(world: World, bus: Bus, served: Daemo
     assert levels == ["ERR", "ERR"]
 
 
-def test_a_process_that_has_gone_into_a_chroot(world: World, bus: Bus, daemon: MakeDaemon) -> None:
+def test_a_process_that_has_gone_into_a_chroot(world: World, daemon: MakeDaemon) -> None:
     """setns() would take it out. As it cannot leave alice's namespace, bob has no session in it."""
     alices = world.make_namespace(f"{CHROOT}\nmount --rbind /proc proc")
-    daemon(users={str(ALICE): [alices.path]}, others="org.polytmp1.Error.Exempt")
-    steps = world.steps("+alice,chroot,+bob,-bob,-alice", bus=bus.address)
+    daemon(users={str(ALICE): [alices.path]}, others="exempt")
+    steps = world.steps("+alice,chroot,+bob,-bob,-alice")
     assert namespaces(steps) == [alices.inode] * 5
     assert steps[2].result == PAM_PERM_DENIED
     assert steps[4].directory == steps[1].directory
@@ -382,20 +370,18 @@ def test_a_process_that_has_gone_into_a_chroot(world: World, bus: Bus, daemon: M
 
 
 def test_a_process_that_has_become_the_user_closes_silently(
-    world: World, bus: Bus, served: Daemon, alices: Namespace
+    world: World, served: Daemon, alices: Namespace
 ) -> None:
     """As (sd-pam) of systemd."""
-    steps = world.steps("+alice,drop,-alice", bus=bus.address)
+    steps = world.steps("+alice,drop,-alice")
     assert namespaces(steps) == [alices.inode] * 3
     assert steps[-1].result == PAM_SUCCESS
     assert world.log.take() == []
 
 
-def test_a_command_in_between_changes_nothing(
-    world: World, bus: Bus, served: Daemon, alices: Namespace
-) -> None:
+def test_a_command_in_between_changes_nothing(world: World, served: Daemon, alices: Namespace) -> None:
     world.module("caller")
-    assert namespaces(world.steps("+alice,+bob,-alice,-bob", bus=bus.address)) == [host(world)] * 4
+    assert namespaces(world.steps("+alice,+bob,-alice,-bob")) == [host(world)] * 4
     assert served.stop() == []
 
 
@@ -403,20 +389,20 @@ def test_a_command_in_between_changes_nothing(
     ("directory", "kept"), [("/tmp/work", "/tmp/work"), ("/tmp/missing", "/"), ("/usr", "/usr")]
 )
 def test_the_working_directory_after_the_way_back(
-    world: World, bus: Bus, served: Daemon, directory: str, kept: str
+    world: World, served: Daemon, directory: str, kept: str
 ) -> None:
     world.shell("mkdir -p /tmp/work /tmp/missing")
-    steps = world.steps("+alice,-alice", "-w", directory, bus=bus.address)
+    steps = world.steps("+alice,-alice", "-w", directory)
     assert steps[0].cwd == kept
     assert steps[1].cwd == kept
     assert [level for level, _ in world.log.take()] == (["NOTICE"] if kept == "/" else [])
 
 
 def test_the_working_directory_is_the_one_of_each_namespace(
-    world: World, bus: Bus, served: Daemon, alices: Namespace
+    world: World, served: Daemon, alices: Namespace
 ) -> None:
     arguments = ["-n", alices.inner_path, "-w", "/tmp/work", "-l", "of-alice"]
-    steps = world.steps("+bob,-bob", *arguments, bus=bus.address)
+    steps = world.steps("+bob,-bob", *arguments)
     assert [step.cwd for step in steps] == ["/tmp/work", "/tmp/work"]
     assert [step.seen for step in steps] == [0, 1]
 

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""No reply: no bus, no daemon, or one that dies, hangs or speaks nonsense."""
+"""No reply: no socket, nothing behind it, or a daemon that ends, hangs or is somebody else's."""
 
 import os
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from tests.pam.outcomes import CALL, DBUS, MakeDaemon, assert_joined, assert_unreachable_for
+from tests.pam.outcomes import (
+    CALL,
+    MakeDaemon,
+    assert_joined,
+    assert_refused,
+    assert_unreachable_for,
+)
 from tests.pam.pam_world import (
-    Bus,
+    Daemon,
     Namespace,
     World,
 )
@@ -23,160 +26,114 @@ both_kinds = pytest.mark.parametrize("user", ["alice", "cronuser"])
 
 
 @both_kinds
-def test_no_bus(world: World, user: str) -> None:
-    assert assert_unreachable_for(world, user).seconds < 8
+def test_no_socket(world: World, user: str) -> None:
+    session = assert_unreachable_for(world, user)
+    assert "No such file or directory" in session.log[0][1]
+    assert session.seconds < 8
 
 
 @both_kinds
-def test_a_bus_socket_without_a_bus(world: World, user: str) -> None:
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(f"{world.base}/dead")
-    assert_unreachable_for(world, user, f"unix:path={world.base}/dead")
+def test_a_socket_that_nobody_listens_on(world: World, user: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(world.socket_path)
+    session = assert_unreachable_for(world, user)
+    assert "Connection refused" in session.log[0][1]
+    assert session.seconds < 8
 
 
 @both_kinds
-def test_a_bus_without_the_daemon(world: World, bus: Bus, user: str) -> None:
-    session = assert_unreachable_for(world, user, bus.address)
-    assert f"{DBUS}ServiceUnknown" in session.log[0][1]
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_socket_of_another_type(world: World, user: str, kind: socket.SocketKind) -> None:
+    with socket.socket(socket.AF_UNIX, kind) as other:
+        other.bind(world.socket_path)
+        assert_unreachable_for(world, user)
 
 
 @both_kinds
-def test_a_daemon_that_cannot_be_started(world: World, bus: Bus, user: str) -> None:
-    bus.activatable(["/bin/false"])
-    stdin = os.open(world.base / "activated-stdin", os.O_RDWR)
-    try:
-        session = assert_unreachable_for(world, user, bus.address)
-    finally:
-        os.close(stdin)
-    assert f"{DBUS}Spawn." in session.log[0][1]
+def test_a_file_in_place_of_the_socket(world: World, user: str) -> None:
+    Path(world.socket_path).touch()
+    assert_unreachable_for(world, user)
 
 
 @both_kinds
-def test_a_daemon_that_never_replies(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
+def test_a_socket_without_a_daemon(world: World, user: str) -> None:
     world.module("timeout=1")
-    daemon(silent=True)
-    session = assert_unreachable_for(world, user, bus.address)
+    world.listen()
+    session = assert_unreachable_for(world, user)
+    assert "Connection timed out" in session.log[0][1]
     assert 0.9 < session.seconds < 8
 
 
 @both_kinds
-def test_a_daemon_that_dies_during_the_call(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
+def test_a_queue_that_is_full(world: World, user: str) -> None:
+    """The kernel has no room for one more: connect(2) itself waits."""
+    world.module("timeout=1")
+    world.listen(backlog=0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as first:
+        first.connect(world.socket_path)
+        session = assert_unreachable_for(world, user)
+    assert "Connection timed out" in session.log[0][1]
+    assert 0.9 < session.seconds < 8
+
+
+@both_kinds
+def test_a_daemon_that_never_replies(world: World, daemon: MakeDaemon, user: str) -> None:
+    world.module("timeout=1")
+    daemon(silent=True)
+    session = assert_unreachable_for(world, user)
+    assert 0.9 < session.seconds < 8
+
+
+@both_kinds
+def test_a_daemon_that_dies_during_the_call(world: World, daemon: MakeDaemon, user: str) -> None:
+    """The module asks once more, and waits for the next daemon."""
+    world.module("timeout=1")
     daemon(die=True)
-    session = assert_unreachable_for(world, user, bus.address)
-    assert session.seconds < 8
+    session = assert_unreachable_for(world, user)
+    assert "Connection timed out" in session.log[0][1]
+    assert 0.9 < session.seconds < 8
 
 
-def test_a_daemon_that_dies_during_the_call_and_is_restarted(
-    world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
-) -> None:
+def test_a_login_waits_for_the_next_daemon(world: World, daemon: MakeDaemon, private: Namespace) -> None:
+    """The first one dies while it has the request; the second one finds it in the queue."""
     first = daemon(die=True)
-    bus.activatable(bus.command(open=[private.path]))
-    stdin = os.open(world.base / "activated-stdin", os.O_RDWR)
-    try:
-        session = world.open_session(bus=bus.address)
-    finally:
-        os.close(stdin)
+    with world.opening() as opening:
+        assert first.ended() == [CALL + "1500"]
+        second = daemon(open=[private.path])
+        session = opening()
     assert_joined(session, private)
     assert session.log == []
-    assert first.stop() == [CALL + "1500"]
+    assert second.stop() == [CALL + "1500"]
 
 
 @both_kinds
-def test_a_daemon_that_dies_during_every_call(world: World, bus: Bus, user: str) -> None:
-    """After a few attempts, the module gives up."""
-    bus.activatable(bus.command(die=True))
-    stdin = os.open(world.base / "activated-stdin", os.O_RDWR)
-    try:
-        session = assert_unreachable_for(world, user, bus.address)
-    finally:
-        os.close(stdin)
-    assert f"{DBUS}NoReply" in session.log[0][1]
-    assert session.seconds < 15
-
-
-def test_a_daemon_with_a_full_queue_is_asked_again(
-    world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
-) -> None:
-    """The bus replies that the daemon's queue is full; others may have filled it."""
-    busy = daemon(error=f"{DBUS}LimitsExceeded", text="full", errors=3, open=[private.path])
-    session = world.open_session(bus=bus.address)
-    assert_joined(session, private)
-    assert session.log == []
-    assert busy.stop() == [CALL + "1500"] * 4
-
-
-@both_kinds
-def test_a_daemon_whose_queue_stays_full(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
-    world.module("timeout=1")
-    daemon(error=f"{DBUS}LimitsExceeded", text="full")
-    session = assert_unreachable_for(world, user, bus.address)
-    assert f"{DBUS}LimitsExceeded" in session.log[0][1]
-    assert 0.8 < session.seconds < 8
-
-
-@both_kinds
-def test_a_bus_that_dies_during_the_call(world: World, bus: Bus, daemon: MakeDaemon, user: str) -> None:
-    daemon(silent=True, kill=[bus.process.pid])
-    session = assert_unreachable_for(world, user, bus.address)
+def test_a_daemon_that_hangs_up_every_time(world: World, daemon: MakeDaemon, user: str) -> None:
+    """After two attempts, the module gives up."""
+    fake = daemon(hang_up=True)
+    session = assert_unreachable_for(world, user)
+    assert "Connection reset by peer" in session.log[0][1]
     assert session.seconds < 8
+    assert len(fake.stop()) == 2
 
 
-@contextmanager
-def server(world: World, serve: Callable[[socket.socket], None]) -> Iterator[str]:
-    """The address of a socket that serve() handles instead of a bus."""
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(f"{world.base}/odd")
-        listening.listen()
-        listening.settimeout(10)
-        thread = threading.Thread(target=serve, args=(listening,))
-        thread.start()
-        yield f"unix:path={world.base}/odd"
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-def never_speak(listening: socket.socket) -> None:
-    client, _ = listening.accept()
-    with client:
-        while client.recv(4096):
-            pass
-
-
-def hang_up(listening: socket.socket) -> None:
-    listening.accept()[0].close()
-
-
-def talk_nonsense(listening: socket.socket) -> None:
-    client, _ = listening.accept()
-    with client:
-        client.settimeout(10)
+def test_a_socket_of_a_user(world: World) -> None:
+    """Whoever listens on it, the module takes nothing from a process that is not root's."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as theirs:
+        theirs.bind(world.socket_path)
+        os.seteuid(1501)
         try:
-            client.sendall(b"\0 220 polytmp.example.org ESMTP\r\n" * 100)
-            while client.recv(4096):
-                pass
-        except ConnectionError:
-            pass
+            theirs.listen()  # SO_PEERCRED has the credentials of this moment
+        finally:
+            os.seteuid(0)
+        for user in ("alice", "cronuser"):
+            session = world.open_session("-u", user)
+            assert_refused(session, "/run/polytmpd/login does not belong to root", user=user)
 
 
-def trickle(listening: socket.socket) -> None:
-    """Keep sending, but never a whole line."""
-    client, _ = listening.accept()
-    with client:
-        try:
-            for _ in range(200):
-                client.sendall(b"R")
-                time.sleep(0.05)  # the pace of the attack: slow, but never silent
-        except ConnectionError:
-            pass
-
-
-@both_kinds
-@pytest.mark.parametrize("serve", [never_speak, hang_up, talk_nonsense, trickle])
-def test_a_bus_that_does_not_speak_dbus(
-    world: World, user: str, serve: Callable[[socket.socket], None]
+def test_the_environment_does_not_lead_elsewhere(
+    world: World, daemon: MakeDaemon, private: Namespace
 ) -> None:
-    """The deadline includes setting up the connection."""
-    world.module("timeout=1")
-    with server(world, serve) as address:
-        session = assert_unreachable_for(world, user, address)
-    assert session.seconds < 8
+    world.environment["DBUS_SYSTEM_BUS_ADDRESS"] = "unix:path=/nowhere"
+    made: Daemon = daemon(open=[private.path])
+    assert_joined(world.open_session(), private)
+    assert made.stop() == [CALL + "1500"]

@@ -16,7 +16,6 @@ from tests.pam.pam_world import (
     PAM_IGNORE,
     PAM_PERM_DENIED,
     PAM_USER_UNKNOWN,
-    Bus,
     Namespace,
     World,
     plain_build,
@@ -27,10 +26,10 @@ pytestmark = [pytest.mark.pam, pytest.mark.timeout(120)]
 
 @pytest.mark.parametrize("user", ["root", "toor"])
 def test_root_is_never_moved_and_polytmpd_is_not_asked(
-    world: World, bus: Bus, daemon: MakeDaemon, private: Namespace, user: str
+    world: World, daemon: MakeDaemon, private: Namespace, user: str
 ) -> None:
     fake = daemon(open=[private.path])
-    session = world.open_session("-u", user, bus=bus.address)
+    session = world.open_session("-u", user)
     assert session.result == PAM_IGNORE
     assert_untouched(session)
     assert (session.log, session.messages) == ([], [])
@@ -38,15 +37,15 @@ def test_root_is_never_moved_and_polytmpd_is_not_asked(
 
 
 @pytest.mark.parametrize("arguments", [[], ["-T"], ["-e", "1500"], ["-w", "/tmp"]], ids=str)
-def test_root_without_a_bus(world: World, arguments: list[str]) -> None:
+def test_root_without_a_socket(world: World, arguments: list[str]) -> None:
     session = world.open_session("-u", "root", *arguments)
     assert session.result == PAM_IGNORE
     assert (session.log, session.messages) == ([], [])
 
 
-def test_an_unknown_user(world: World, bus: Bus, daemon: MakeDaemon, private: Namespace) -> None:
+def test_an_unknown_user(world: World, daemon: MakeDaemon, private: Namespace) -> None:
     fake = daemon(open=[private.path])
-    session = world.open_session("-u", "nobody-knows", bus=bus.address)
+    session = world.open_session("-u", "nobody-knows")
     assert session.result == PAM_USER_UNKNOWN
     assert_untouched(session)
     assert session.log == [("ERR", "user unknown: nobody-knows")]
@@ -63,13 +62,11 @@ def test_a_caller_that_is_not_root(world: World) -> None:
     assert_refused(world.open_session("-e", "1500"), "the calling process is not root")
 
 
-def test_a_process_in_a_chroot_is_left_alone(
-    world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
-) -> None:
+def test_a_process_in_a_chroot_is_left_alone(world: World, daemon: MakeDaemon, private: Namespace) -> None:
     """As in an image build. The session must work, and the chroot has its own /tmp."""
     fake = daemon(open=[private.path])
     world.shell(f"{CHROOT}\nmount --rbind /proc proc")
-    session = world.open_session("-r", "/tmp/chroot", bus=bus.address)
+    session = world.open_session("-r", "/tmp/chroot")
     assert_skipped(session, "NOTICE", "user alice is in a chroot, keeping the chroot's /tmp")
     assert fake.stop() == []
 
@@ -90,11 +87,11 @@ def test_a_process_without_proc_that_may_not_be_in_a_chroot(world: World) -> Non
 
 
 def test_a_thread_outside_its_processs_namespace(
-    world: World, bus: Bus, daemon: MakeDaemon, private: Namespace
+    world: World, daemon: MakeDaemon, private: Namespace
 ) -> None:
     fake = daemon(open=[private.path])
     other = world.make_namespace()
-    session = world.open_session("-T", "-n", other.inner_path, bus=bus.address)
+    session = world.open_session("-T", "-n", other.inner_path)
     assert_refused(session, "the calling thread is not in its process's mount namespace")
     assert session.namespace == other.inode
     assert fake.stop() == []
