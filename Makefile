@@ -150,6 +150,7 @@ install: build-pam ## Install below $(DESTDIR)$(PREFIX)
 	$(INSTALL) -d "$(DESTDIR)$(UNITDIR)"
 	sed 's|/usr/libexec/|$(LIBEXECDIR)/|' units/polytmpd.service > "$(DESTDIR)$(UNITDIR)/polytmpd.service"
 	chmod 0644 "$(DESTDIR)$(UNITDIR)/polytmpd.service"
+	$(INSTALL) -D -m 0644 units/polytmpd.socket "$(DESTDIR)$(UNITDIR)/polytmpd.socket"
 	$(INSTALL) -D -m 0644 units/polytmp.conf "$(DESTDIR)$(TMPFILESDIR)/polytmp.conf"
 	$(INSTALL) -D -m 0644 units/polytmp.catalog "$(DESTDIR)$(CATALOGDIR)/polytmp.catalog"
 # the administrator's once it is there
@@ -169,7 +170,8 @@ install: build-pam ## Install below $(DESTDIR)$(PREFIX)
 uninstall: ## Remove what install installed (disable the PAM profile first: pam-auth-update --remove polytmp polytmp-lenient polytmp-early)
 	rm -rf "$(DESTDIR)$(PYTHONDIR)/polytmpd"
 	rm -f "$(DESTDIR)$(LIBEXECDIR)/polytmpd" "$(DESTDIR)$(PREFIX)/bin/polytmpctl" \
-		"$(DESTDIR)$(UNITDIR)/polytmpd.service" "$(DESTDIR)$(TMPFILESDIR)/polytmp.conf" \
+		"$(DESTDIR)$(UNITDIR)/polytmpd.service" "$(DESTDIR)$(UNITDIR)/polytmpd.socket" \
+		"$(DESTDIR)$(TMPFILESDIR)/polytmp.conf" \
 		"$(DESTDIR)$(CATALOGDIR)/polytmp.catalog" \
 		"$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.polytmp1.service" \
 		"$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.polytmp1.conf" \

@@ -14,6 +14,7 @@ Hard facts
 import asyncio
 import logging
 import re
+import select
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -50,6 +51,12 @@ def take_socket(passed: list[tuple[str, Descriptor]]) -> socket.socket | None:
             found = socket.socket(fileno=entry[1].detach())
             passed.remove(entry)
     return found
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN | select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _is_ours(fd: Descriptor) -> bool:
@@ -167,6 +174,8 @@ class Logins:
             raise AccessDeniedError("only root may ask for a namespace")
         if asked is None or int(asked[1]) >= 2**32 - 1:
             raise InvalidArgsError("this version of polytmpd does not understand the request of pam_polytmp")
+        if _is_gone(connection):  # it waited in the queue for as long as it wanted to
+            raise ConnectionResetError("the caller no longer waits")
         uid = int(asked[1])
         if self._users[uid] >= self._of_one_user:
             raise PolytmpError("too many logins of this user are waiting, try again later")

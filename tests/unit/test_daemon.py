@@ -2,6 +2,7 @@
 """The daemon feeds the lifecycle and has its actions done: logins, draining, removal, configuration."""
 
 import asyncio
+import os
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from polytmpd.errors import (
     NoSuchInstanceError,
     PolytmpError,
 )
+from polytmpd.kernel.descriptor import Descriptor
 from tests.unit.settled import eventually
 from tests.unit.world import ALICE, BOB, NOBODY_HAS, World
 
@@ -116,6 +118,20 @@ async def test_a_failed_prepare_fails_all_waiting_logins(world: World) -> None:
     await eventually(lambda: world.executor.waits("prepare"))
     world.executor.answer("prepare")
     await world.handed_over(again)
+
+
+async def test_a_login_that_is_given_up_while_it_is_answered_leaves_no_descriptor(world: World) -> None:
+    login = world.login()
+    await eventually(lambda: world.executor.waits("prepare"))
+    (waiting,) = world.daemon._records[1000].waiting
+    handed_over = Descriptor.open("/dev/null", os.O_PATH)
+    waiting.set_result(handed_over)
+    login.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await login
+    assert handed_over.closed
+    world.executor.answer("prepare")
+    await world.handed_over(world.login())
 
 
 async def test_the_failed_instance_of_a_logged_in_user_is_shown_and_retried(world: World) -> None:

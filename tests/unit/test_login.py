@@ -195,16 +195,26 @@ async def test_a_daemon_that_ends_hangs_up_and_the_next_one_answers(world: World
 async def test_a_caller_that_hangs_up_is_forgotten(world: World) -> None:
     world.serve()
     world.gate.clear()
-    world.ask().close()
+    with world.ask():
+        await eventually(lambda: world.asked)
     await eventually(lambda: world.cancelled)
     world.gate.set()
     assert await reply(world.ask()) == ("namespace", 1)
+
+
+async def test_a_caller_that_no_longer_waits_in_the_queue_asks_for_nothing(world: World) -> None:
+    world.ask(1).close()
+    kept = world.ask(2)
+    world.serve()
+    assert await reply(kept) == ("namespace", 1)
+    assert [uid for uid, _ in world.asked] == [2]
 
 
 async def test_a_caller_that_goes_on_sending_is_forgotten(world: World) -> None:
     world.serve()
     world.gate.clear()
     with world.ask() as client:
+        await eventually(lambda: world.asked)
         client.send(b"acquire 1002")
         await eventually(lambda: world.cancelled)
     assert [uid for uid, _ in world.asked] == [UID]

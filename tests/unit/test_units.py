@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import polytmpd
+from polytmpd import login
 
 pytestmark = pytest.mark.unit
 
@@ -71,10 +72,23 @@ def test_unit_is_valid(tmp_path: Path) -> None:
     for key, since in NEWER_THAN_252.items():
         if version < since:
             text = re.sub(rf"(?m)^{key}=.*\n", "", text)
-    copy = tmp_path / "polytmpd.service"
+    copy, socket = tmp_path / "polytmpd.service", tmp_path / "polytmpd.socket"
     copy.write_text(text)
-    done = run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", copy)
+    shutil.copy(ROOT / "units/polytmpd.socket", socket)
+    done = run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", copy, socket)
     assert done.stderr == ""
+
+
+def test_the_module_and_the_socket_unit_name_the_same_socket() -> None:
+    text = (ROOT / "units/polytmpd.socket").read_text()
+    source = (ROOT / "pam/polytmpd.c").read_text()
+    path = re.search(r'(?m)^#define SOCKET_PATH "(.*)"$', source)
+    assert path
+    settings = set(text.splitlines())
+    assert {f"ListenSequentialPacket={path[1]}", f"FileDescriptorName={login.NAME}"} <= settings
+    assert {"SocketMode=0600", "DirectoryMode=0700"} <= settings
+    assert path[1] in (login.__doc__ or "")
+    assert "Sockets=polytmpd.socket\n" in unit()
 
 
 def test_sandbox_stays_tight() -> None:
