@@ -99,6 +99,7 @@ def _system() -> str:
 async def _all(context: Context) -> AsyncIterator[Result]:
     async for result in _daemon(context):
         yield result
+    yield await _socket(context)
     wanted, problems = config.load(_ROOT)
     configured = [directory.path for directory in wanted.directories]
     kept = [directory.path for directory in wanted.directories if directory.lifetime is Lifetime.PERSISTENT]
@@ -153,6 +154,18 @@ async def _all(context: Context) -> AsyncIterator[Result]:
         yield result
     for result in sockets.judge(_ROOT, wanted):
         yield result
+
+
+async def _socket(context: Context) -> Result:
+    unit = "polytmpd.socket"
+    try:
+        found = await systemd1.unit_properties(context.connection, unit, ("ActiveState",))
+    except BusError as error:
+        return Result("daemon", unit, "skip", f"systemd does not answer: {error}")
+    if found.get("ActiveState") == "active":
+        return Result("daemon", unit, "pass", "waits for logins")
+    text = f"does not wait for logins ({found.get('ActiveState', 'unknown')}): regular users are refused"
+    return Result("daemon", unit, "fail", text, "systemctl restart polytmpd.service")
 
 
 async def _daemon(context: Context) -> AsyncIterator[Result]:

@@ -4,6 +4,7 @@
 Not here: attacks on files and mounts (test_attacks), the bus by itself (tests/bus).
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -20,6 +21,9 @@ pytestmark = [
     pytest.mark.usefixtures("unharmed"),
 ]
 
+log = logging.getLogger(__name__)
+
+PROPERTY = "org.freedesktop.DBus.Properties Get ss org.freedesktop.login1.Manager IdleHint"
 CALL = "busctl call org.polytmp1 /org/polytmp1 org.polytmp1.Manager"
 
 
@@ -106,6 +110,34 @@ def test_a_flood_while_a_user_logs_in(machine: Machine) -> None:
     assert machine.run("su", "-", "alice", "-c", "echo in").stdout == "in\n"
     observe.log_everybody_out(machine)
     assert (observe.daemon_fds(machine), observe.restarts(machine)) == before
+
+
+def test_a_flood_does_not_reach_our_part_of_a_login(machine: Machine) -> None:
+    """Sessions of a service that asks polytmpd alone, and not logind.
+
+    What the bus lets through reaches the daemon, which has less time for logins: late, but not refused.
+    """
+
+    def sessions(count: int) -> list[float]:
+        out = machine.sh(program("sessions.py", "only-polytmp", "alice", str(count)), timeout=120).stdout
+        *each, last = out.split()
+        assert last == "done"
+        return sorted(float(word) for word in each)
+
+    machine.write("/etc/pam.d/only-polytmp", "session required pam_polytmp.so\n")
+    with machine.session("alice"):
+        quiet = sessions(100)
+        with attack(machine, "svc", program("rawbus.py", "flood", "60", "4")):
+            call = "busctl --timeout=60 call org.freedesktop.login1 /org/freedesktop/login1 "
+            asked = [
+                seconds(lambda: machine.run(*f"{call} {PROPERTY}".split(), timeout=90)) for _ in range(3)
+            ]
+            flooded = sessions(100)
+    figures = (
+        f"median {quiet[50]:.2f} and {flooded[50]:.2f} ms, worst {quiet[-1]:.2f} and {flooded[-1]:.2f} ms"
+    )
+    log.info("Without and with the flood: %s; a call of logind: %.2f s", figures, min(asked))
+    assert flooded[-1] < 5000, figures  # a quarter of the module's timeout
 
 
 def test_huge_messages(machine: Machine) -> None:

@@ -21,6 +21,7 @@ def test_check_passes_on_this_host(machine: Machine, alice: Session) -> None:
     names = {entry["name"]: entry["verdict"] for entry in found["results"]}
     expected = (
         "polytmpd.service",
+        "polytmpd.socket",
         "move_mount(MOVE_MOUNT_SET_GROUP)",
         "cgroups",
         "sshd",

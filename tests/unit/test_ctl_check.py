@@ -189,7 +189,7 @@ class FakeHost:
         return "0.1.0"
 
     async def ask(self, *question: Any) -> list[str]:
-        assert question[3:] == ("LoadUnit", "s", ("polytmpd.service",))
+        assert question[3:] in {("LoadUnit", "s", (f"polytmpd.{kind}",)) for kind in ("service", "socket")}
         return ["/unit"]
 
     async def get_properties(self, service: str, path: str, interface: str) -> dict[str, Any]:
@@ -225,6 +225,16 @@ async def test_a_daemon_that_does_not_answer(state: str, text: str, remedy: str)
     found = one([result async for result in check._daemon(context)], "polytmpd.service")
     assert (found.verdict, found.remedy) == ("fail", remedy)
     assert found.text.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("state", "verdict"), [("active", "pass"), ("failed", "fail"), ("inactive", "fail")]
+)
+async def test_the_socket_for_logins(state: str, verdict: str) -> None:
+    context: Any = FakeHost(0, state=state)
+    found = await check._socket(context)
+    assert (found.name, found.verdict) == ("polytmpd.socket", verdict)
+    assert bool(found.remedy) == (verdict == "fail")
 
 
 # Users
