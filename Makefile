@@ -49,7 +49,7 @@ help: ## Show this
 		'  polytmpd/kernel, blocking make test-kernel test-e2e FILES="mounts private attacks"' \
 		'  polytmpd/displays         make test-kernel test-e2e FILES=x11' \
 		'  daemon, executor, core    make test-kernel test-e2e FILES="lifetime faults faults_restart faults_state"' \
-		'  pam                       make test-pam test-e2e FILES="private failures"' \
+		'  pam, login                make test-pam test-e2e FILES="private failures attacks_bus"' \
 		'  units, debian, Makefile   make test-e2e FILES="package bed"' \
 		'  docs, README              nothing; the tour of the README: make test-e2e FILES=tour'
 
