@@ -56,6 +56,8 @@ LIBRARY: Final = Message.__module__.partition(".")[0]
 SIGNATURES_AT_MOST: Final = 1000
 BODY_AT_MOST: Final = 64 * 1024
 """Bytes in the body of a call or signal. No message that we understand holds more than a path."""
+MESSAGES_AT_ONCE: Final = 8
+"""Messages that are read before everything else has its turn, above all logins."""
 UNREAD: Final = "too large to be read"
 """The signature given to a call or signal with a larger body: it matches no method."""
 
@@ -138,3 +140,20 @@ if LIBRARY == "dbus_next":
             self.sock: Any = _PatientSocket(bus._sock)
 
     _aio._MessageWriter = _PatientWriter
+
+    def _read_some(bus: Any) -> None:
+        """Read a few messages. The library reads until none is left, which in a flood is never.
+
+        The event loop calls this again while there is more: a connection that takes descriptors reads from
+        the socket itself, without a buffer.
+        """
+        try:
+            for _ in range(MESSAGES_AT_ONCE):
+                if not bus._unmarshaller.unmarshall():
+                    return
+                bus._on_message(bus._unmarshaller.message)
+                bus._unmarshaller = bus._create_unmarshaller()
+        except Exception as error:
+            bus._finalize(error)
+
+    _aio.MessageBus._message_reader = _read_some

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from itertools import product
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -226,6 +227,17 @@ async def test_the_service_survives_a_deeply_nested_message(service: Service, cl
 
 
 # Floods
+
+
+@pytest.mark.skipif(LIBRARY != "dbus_next", reason="dbus-fast, which is compiled, has its own reader")
+def test_a_flood_leaves_time_for_everything_else() -> None:
+    """However many messages wait in the socket, the event loop has its turn after a few."""
+    bus = MagicMock()
+    bus._unmarshaller.unmarshall.return_value = True
+    bus._create_unmarshaller.return_value = bus._unmarshaller
+    vars(library)["_read_some"](bus)
+    assert bus._on_message.call_count == library.MESSAGES_AT_ONCE
+    bus._finalize.assert_not_called()
 
 
 @pytest.mark.skipif(LIBRARY != "dbus_next", reason="dbus-fast has its own writer")
