@@ -45,13 +45,13 @@ class Service:
 
 
 async def unit_properties(connection: Connection, name: str, wanted: Collection[str]) -> dict[str, Any]:
-    """Read the wanted properties of a service; those it lacks are left out.
+    """Read the wanted properties of a unit; those it lacks are left out.
 
     Loads the unit if necessary. Raises BusError.
     """
     (path,) = await connection.ask(SERVICE, PATH, MANAGER, "LoadUnit", "s", (name,))
     found: dict[str, Any] = {}
-    for interface in ("Unit", "Service"):
+    for interface in ("Unit", *(["Service"] if name.endswith(".service") else [])):
         values = await connection.get_properties(SERVICE, path, f"{SERVICE}.{interface}")
         found |= {key: value for key, value in values.items() if key in wanted}
     return found
