@@ -85,15 +85,16 @@ class Callers:
         if uid is not None:
             await self.require_owner(call, uid, "the instance")
 
-    async def may_list(self, sender: str, path: str) -> bool:
-        """Whether a list shows an instance: only to its user and to root. It is not worth asking polkit."""
-        uid = object_owner(path)
-        if uid is None:
-            return True
+    async def may_list(self, sender: str) -> Callable[[str], bool]:
+        """A function that says whether a list shows an instance, by its path: only to its user and to root.
+
+        It is not worth asking polkit.
+        """
         try:
-            return await self._connection.uid_of(sender) in {0, uid}
+            caller = await self._connection.uid_of(sender)
         except BusError:
-            return False
+            return lambda path: object_owner(path) is None
+        return (lambda _: True) if caller == 0 else (lambda path: object_owner(path) in {None, caller})
 
     def name(self, uid: int) -> str:
         view = self._views.get(uid)

@@ -5,10 +5,8 @@ Not here: how anything is shown; what polytmpctl asks others (logind.py, systemd
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from polytmpd.bus.connection import DBUS, OBJECT_MANAGER, PROPERTIES, TIMEOUT, BusError, Connection, plain
 from polytmpd.bus.contract import (
     INSTANCE,
     MANAGER,
@@ -21,11 +19,14 @@ from polytmpd.bus.contract import (
     ManagerProperty,
     ManagerSignal,
 )
+from polytmpd.bus.protocol import DBUS, OBJECT_MANAGER, PROPERTIES, TIMEOUT, Asker, BusError, plain
 from polytmpd.core.names import object_owner, object_path
 
+if TYPE_CHECKING:
+    from polytmpd.bus.connection import Connection
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+
+class Listed(NamedTuple):
     """One row of ListInstances."""
 
     uid: int
@@ -33,8 +34,17 @@ class Listed:
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Shown(NamedTuple):
+    """One row of ListInstancesEx. state is empty if the caller may not read it."""
+
+    uid: int
+    user: str
+    path: str
+    state: str
+    created_usec: int
+
+
+class Holder(NamedTuple):
     """One row of ListHolders."""
 
     pid: int
@@ -46,7 +56,7 @@ class Holder:
 class Polytmp:
     """Talks to polytmpd over a connection that the caller owns. Every method raises BusError."""
 
-    def __init__(self, connection: Connection, *, interactive: bool = False, service: str = SERVICE) -> None:
+    def __init__(self, connection: Asker, *, interactive: bool = False, service: str = SERVICE) -> None:
         """interactive: polkit may ask the person at the terminal for a password. service: a unique name
         instead of the well-known one never starts the daemon.
         """
@@ -77,6 +87,11 @@ class Polytmp:
         (rows,) = await self._manager(ManagerMethod.LIST_INSTANCES)
         return [Listed(*row) for row in rows]
 
+    async def instances_in_full(self) -> list[Shown]:
+        """What is shown of all instances, in a single call."""
+        (rows,) = await self._manager(ManagerMethod.LIST_INSTANCES_EX)
+        return [Shown(*row) for row in rows]
+
     async def all_properties(self) -> dict[int, dict[str, Any]]:
         """The properties of all instances that the caller may see, in a single call."""
         (objects,) = await self._connection.ask(self._service, PATH, OBJECT_MANAGER, "GetManagedObjects")
@@ -86,26 +101,34 @@ class Polytmp:
             if INSTANCE in interfaces and (uid := object_owner(path)) is not None
         }
 
-    async def properties(self, uid: int) -> dict[str, Any]:
-        """The properties of an instance, as plain values."""
+    async def properties(self, uid: int, *, quiet: bool = False) -> dict[str, Any]:
+        """The properties of an instance, as plain values. quiet: never ask for a password."""
+        interactive = self._interactive and not quiet
         return await self._connection.get_properties(
             self._service,
             object_path(uid),
             INSTANCE,
-            interactive=self._interactive,
-            timeout=None if self._interactive else TIMEOUT,
+            interactive=interactive,
+            timeout=None if interactive else TIMEOUT,
         )
 
     async def holders(self, uid: int) -> list[Holder]:
         (rows,) = await self._instance(uid, InstanceMethod.LIST_HOLDERS)
         return [Holder(*row) for row in rows]
 
-    async def usage(self, uid: int, *, quiet: bool = False) -> list[tuple[str, int, int]]:
+    async def usage(
+        self,
+        uid: int,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+        quiet: bool = False,
+    ) -> list[tuple[str, int, int]]:
         """(directory, bytes, inodes), also of the files kept for a user without an instance.
 
-        quiet: never ask for a password, for callers that do not wait for one to be typed.
+        timeout: in seconds. quiet: never ask for a password, for callers that do not wait for one to be
+        typed.
         """
-        (rows,) = await self._manager(ManagerMethod.GET_USER_USAGE, "u", uid, timeout=None, quiet=quiet)
+        (rows,) = await self._manager(ManagerMethod.GET_USER_USAGE, "u", uid, timeout=timeout, quiet=quiet)
         return [(directory, size, inodes) for directory, size, inodes in rows]
 
     async def resolve(self, uid: int, path: str) -> str:
@@ -146,13 +169,14 @@ class Polytmp:
 
     async def follow(
         self,
+        connection: "Connection",
         new: Callable[[int, str], None],
         removed: Callable[[int], None],
         changed: Callable[[int, dict[str, Any], list[str]], None],
         owner: Callable[[bool], None],
     ) -> None:
         """Report changes from now on: new(uid, state), removed(uid), changed(uid, values, invalidated), and
-        owner(whether polytmpd is on the bus).
+        owner(whether polytmpd is on the bus). connection: the same one, which hears signals.
         """
 
         def on_added(_: str, body: list[Any]) -> None:
@@ -168,7 +192,7 @@ class Polytmp:
             if uid is not None and body[0] == INSTANCE:
                 changed(uid, plain(body[1]), list(body[2]))
 
-        await self._connection.subscribe(SERVICE, OBJECT_MANAGER, "InterfacesAdded", on_added)
-        await self._connection.subscribe(SERVICE, MANAGER, ManagerSignal.INSTANCE_REMOVED.value, on_removed)
-        await self._connection.subscribe(SERVICE, PROPERTIES, "PropertiesChanged", on_changed)
-        await self._connection.follow_owner(SERVICE, lambda name: owner(name is not None))
+        await connection.subscribe(SERVICE, OBJECT_MANAGER, "InterfacesAdded", on_added)
+        await connection.subscribe(SERVICE, MANAGER, ManagerSignal.INSTANCE_REMOVED.value, on_removed)
+        await connection.subscribe(SERVICE, PROPERTIES, "PropertiesChanged", on_changed)
+        await connection.follow_owner(SERVICE, lambda name: owner(name is not None))

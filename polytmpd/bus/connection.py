@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,24 +27,12 @@ from polytmpd.bus.library import (
     MessageFlag,
     MessageType,
 )
+from polytmpd.bus.protocol import DBUS, TIMEOUT, Asker
+from polytmpd.bus.protocol import BusError as BusError
 
 log = logging.getLogger(__name__)
 
-DBUS: Final = "org.freedesktop.DBus"
-DBUS_PATH: Final = "/org/freedesktop/DBus"
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
-OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
-TIMEOUT: Final = 25.0
-"""Seconds to wait for an answer; sd-bus has the same default."""
 PRIMARY_OWNER: Final = 1
-
-
-class BusError(Exception):
-    """A call failed or was not answered. name: the D-Bus error name."""
-
-    def __init__(self, name: str, text: str) -> None:
-        super().__init__(text)
-        self.name = name
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +43,7 @@ class _Subscription:
     handler: Callable[[str, list[Any]], None]
 
 
-class Connection:
+class Connection(Asker):
     """Owns one connection. Created by open() in a running loop; cannot be reopened."""
 
     def __init__(self, bus: MessageBus) -> None:
@@ -120,12 +108,7 @@ class Connection:
         interactive: bool = False,
         keep_fds: bool = False,
     ) -> list[Any]:
-        """Call a method and return the body of the answer. Raises BusError.
-
-        timeout: in seconds; None waits forever. interactive: polkit may ask the user for a password
-        (ALLOW_INTERACTIVE_AUTHORIZATION). keep_fds: return the answer's descriptors instead of its body; the
-        caller closes them. Without it they are closed here.
-        """
+        """See Asker."""
         if not self.connected:
             raise BusError(f"{DBUS}.Error.Disconnected", "not connected to the bus")
         message = Message(
@@ -166,37 +149,6 @@ class Connection:
             raise BusError(str(reply.error_name), text)
         return fds if keep_fds else list(reply.body)
 
-    async def get_property(self, destination: str, path: str, interface: str, name: str) -> Any:
-        """The value of one property. Raises BusError."""
-        (value,) = await self.ask(destination, path, PROPERTIES, "Get", "ss", (interface, name))
-        return value.value
-
-    async def get_properties(
-        self,
-        destination: str,
-        path: str,
-        interface: str,
-        *,
-        timeout: float | None = TIMEOUT,  # noqa: ASYNC109
-        interactive: bool = False,
-    ) -> dict[str, Any]:
-        """The values of all properties of an interface. Parameters are those of ask(). Raises BusError."""
-        (values,) = await self.ask(
-            destination,
-            path,
-            PROPERTIES,
-            "GetAll",
-            "s",
-            (interface,),
-            timeout=timeout,
-            interactive=interactive,
-        )
-        return plain(values)
-
-    async def ask_bus(self, member: str, signature: str = "", *body: Any) -> list[Any]:
-        """Call a method of the bus itself."""
-        return await self.ask(DBUS, DBUS_PATH, DBUS, member, signature, body)
-
     # Who is behind a connection, as the bus read it from the socket when the connection was made.
     #
     # Not GetConnectionCredentials: since D-Bus 1.15.8 each answer carries a descriptor (ProcessFD). While 64
@@ -210,10 +162,6 @@ class Connection:
     async def pid_of(self, sender: str) -> int:
         """The PID of a sender. Raises BusError if the sender is gone."""
         return int((await self.ask_bus("GetConnectionUnixProcessID", "s", sender))[0])
-
-    async def has_owner(self, name: str) -> bool:
-        """Whether a process owns the name now. Starts nothing. Raises BusError."""
-        return bool((await self.ask_bus("NameHasOwner", "s", name))[0])
 
     async def own_name(self, name: str) -> None:
         """Acquire a well-known name. Raises BusError if another connection owns it."""
@@ -364,11 +312,6 @@ def _sent(future: "asyncio.Future[Any]", on_sent: Callable[[], None] | None) -> 
         log.debug("Failed to send message, ignoring: %s", error)
     if on_sent is not None:
         on_sent()
-
-
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Property values, unwrapped from their variants."""
-    return {name: value.value for name, value in values.items()}
 
 
 def expects_reply(message: Message) -> bool:

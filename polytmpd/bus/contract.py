@@ -19,6 +19,7 @@ class ManagerMethod(StrEnum):
     GET_INSTANCE = "GetInstance"
     GET_INSTANCE_BY_PID = "GetInstanceByPID"
     LIST_INSTANCES = "ListInstances"
+    LIST_INSTANCES_EX = "ListInstancesEx"
     RESOLVE_PATH = "ResolvePath"
     REMOVE_INSTANCE = "RemoveInstance"
     REMOVE_INSTANCE_WITH_FLAGS = "RemoveInstanceWithFlags"

@@ -6,78 +6,20 @@ Not here: what the daemon does about it.
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
 from polytmpd.bus.connection import BusError, Connection
+from polytmpd.bus.sessions import MANAGER, NO_LOGINS, PATH, SERVICE
+from polytmpd.bus.sessions import Session as Session
+from polytmpd.bus.sessions import User as User
 from polytmpd.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
-SERVICE: Final = "org.freedesktop.login1"
-PATH: Final = "/org/freedesktop/login1"
-MANAGER: Final = "org.freedesktop.login1.Manager"
-_NO_LOGINS: Final = ("manager", "background")
-"""Prefixes of the classes of sessions that are not logins, see sd_session_get_class(3)."""
 _ASKED_AT_ONCE: Final = 16
 """The bus limits how many answers we may wait for, see systemd1.py."""
 _GONE: Final = ("org.freedesktop.login1.NoSuchSession", "org.freedesktop.DBus.Error.UnknownObject")
-
-
-@dataclass(frozen=True, slots=True)
-class User:
-    uid: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """is_login: a user is logged in through it. False for service managers (systemd >= 256) and jobs."""
-
-    id: str
-    user: User
-    is_login: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class SessionDetails:
-    """A session as an administrator wants to see it. What logind does not know is empty."""
-
-    session: Session
-    service: str = ""
-    tty: str = ""
-    remote_host: str = ""
-    state: str = ""
-
-
-async def list_sessions(connection: Connection, uid: int | None = None) -> list[SessionDetails]:
-    """The sessions of one user or of all users, including closing ones, but not those of service managers.
-
-    Starts logind if it is not running. Raises BusError.
-    """
-    (rows,) = await connection.ask(SERVICE, PATH, MANAGER, "ListSessions")
-    found = []
-    for name, owner, user, _, path in rows:
-        if uid is not None and owner != uid:
-            continue
-        try:
-            values = await connection.get_properties(SERVICE, path, f"{SERVICE}.Session")
-        except BusError:  # the session has just ended
-            continue
-        kind = str(values.get("Class", "user"))
-        if kind.startswith("manager"):  # user@.service has one since systemd 256
-            continue
-        found.append(
-            SessionDetails(
-                Session(name, User(owner, user), is_login=not kind.startswith(_NO_LOGINS)),
-                str(values.get("Service", "")),
-                str(values.get("TTY", "")),
-                str(values.get("RemoteHost", "")),
-                str(values.get("State", "")),
-            )
-        )
-    return found
 
 
 class Listener(Protocol):
@@ -155,7 +97,7 @@ class Logind:
             raise
         if values["State"] == "closing":
             return None
-        is_login = not str(values["Class"]).startswith(_NO_LOGINS)
+        is_login = not str(values["Class"]).startswith(NO_LOGINS)
         return Session(session, User(values["User"][0], values["Name"]), is_login)
 
     def _on_owner(self, listener: Listener, owner: str | None) -> None:

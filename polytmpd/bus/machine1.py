@@ -6,13 +6,13 @@ Not here: reaching it (polytmpctl runs systemd-run(1)).
 
 from typing import Final
 
-from polytmpd.bus.connection import Connection
+from polytmpd.bus.protocol import Asker
 
 SERVICE: Final = "org.freedesktop.machine1"
 PATH: Final = "/org/freedesktop/machine1"
 MANAGER: Final = "org.freedesktop.machine1.Manager"
 
 
-async def require_machine(connection: Connection, name: str) -> None:
+async def require_machine(connection: Asker, name: str) -> None:
     """Return if the container is running. Raises BusError if it is not, or if machined is not installed."""
     await connection.ask(SERVICE, PATH, MANAGER, "GetMachine", "s", (name,))

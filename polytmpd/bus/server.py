@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 from xml.etree import ElementTree
 
-from polytmpd.bus.connection import OBJECT_MANAGER, PROPERTIES, Connection, expects_reply
+from polytmpd.bus.connection import Connection, expects_reply
 from polytmpd.bus.library import Message, Variant
+from polytmpd.bus.protocol import OBJECT_MANAGER, PROPERTIES
 from polytmpd.errors import ErrorName, PolytmpError
 
 log = logging.getLogger(__name__)
@@ -145,10 +146,10 @@ class Server:
         self,
         connection: Connection,
         root: str,
-        may_list: Callable[[str, str], Awaitable[bool]],
+        may_list: Callable[[str], Awaitable[Callable[[str], bool]]],
         require_read: Callable[[Call], Awaitable[None]],
     ) -> None:
-        """may_list(sender, path) says whether GetManagedObjects shows an object to a caller.
+        """may_list(sender) returns a function that says of a path whether GetManagedObjects shows it.
 
         require_read(call) raises PolytmpError if the caller may not read an object's properties. It may take
         as long as a person needs to type a password.
@@ -281,13 +282,12 @@ class Server:
             case "GetMachineId":
                 return [_machine_id()]
             case "GetManagedObjects":
-                paths = [child for child in self._objects if child != self._root]
-                readable = [child for child in paths if await self._may_list(call.sender, child)]
+                may_list = await self._may_list(call.sender)
                 return [
                     {
-                        child: {entry.name: entry.values() for entry in self._objects[child]}
-                        for child in readable
-                        if child in self._objects
+                        child: {entry.name: entry.values() for entry in interfaces}
+                        for child, interfaces in self._objects.items()
+                        if child != self._root and may_list(child)
                     }
                 ]
         await self._require_read(call)

@@ -153,6 +153,12 @@ class Service:
                 ),
                 Method(ManagerMethod.LIST_INSTANCES, self._list_instances, (), (("instances", "a(uso)"),)),
                 Method(
+                    ManagerMethod.LIST_INSTANCES_EX,
+                    self._list_instances_ex,
+                    (),
+                    (("instances", "a(usost)"),),
+                ),
+                Method(
                     ManagerMethod.RESOLVE_PATH,
                     self._resolve_path,
                     (*_USER, ("path", "s")),
@@ -199,6 +205,15 @@ class Service:
 
     async def _list_instances(self, _: Call) -> Sequence[Any]:
         return [[[view.uid, view.user, object_path(view.uid)] for view in self._views]]
+
+    async def _list_instances_ex(self, call: Call) -> Sequence[Any]:
+        may_list = await self._callers.may_list(call.sender)
+        rows: list[list[Any]] = []
+        for view in self._views:
+            path = object_path(view.uid)
+            shown = [view.state.value, view.created_usec] if may_list(path) else ["", 0]
+            rows.append([view.uid, view.user, path, *shown])
+        return [rows]
 
     async def _resolve_path(self, call: Call) -> Sequence[Any]:
         uid, path = call.arguments

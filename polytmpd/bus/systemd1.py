@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
-from polytmpd.bus.connection import PROPERTIES, BusError, Connection
+from polytmpd.bus.connection import BusError, Connection
+from polytmpd.bus.protocol import PROPERTIES, Asker
 from polytmpd.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Service:
     control: int
 
 
-async def unit_properties(connection: Connection, name: str, wanted: Collection[str]) -> dict[str, Any]:
+async def unit_properties(connection: Asker, name: str, wanted: Collection[str]) -> dict[str, Any]:
     """Read the wanted properties of a unit; those it lacks are left out.
 
     Loads the unit if necessary. Raises BusError.
@@ -57,7 +58,7 @@ async def unit_properties(connection: Connection, name: str, wanted: Collection[
     return found
 
 
-async def services(connection: Connection) -> AsyncIterator[Service]:
+async def services(connection: Asker) -> AsyncIterator[Service]:
     """The services that have processes. Each one takes two calls. Raises BusError."""
     (units,) = await connection.ask(
         SERVICE, PATH, MANAGER, "ListUnitsByPatterns", "asas", (_STATES, ["*.service"])
@@ -76,7 +77,7 @@ async def services(connection: Connection) -> AsyncIterator[Service]:
         yield Service(str(name), int(main), int(control))
 
 
-async def with_pam(connection: Connection) -> AsyncIterator[str]:
+async def with_pam(connection: Asker) -> AsyncIterator[str]:
     """The loaded services that have PAMName=. Each loaded service takes one call. Raises BusError."""
     (units,) = await connection.ask(
         SERVICE, PATH, MANAGER, "ListUnitsByPatterns", "asas", ([], ["*.service"])
@@ -88,7 +89,7 @@ async def with_pam(connection: Connection) -> AsyncIterator[str]:
             yield str(name)
 
 
-async def version(connection: Connection) -> str:
+async def version(connection: Asker) -> str:
     """The version of PID 1, as systemctl --version prints it. Raises BusError."""
     return str(await connection.get_property(SERVICE, PATH, MANAGER, "Version"))
 

@@ -1,31 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The words of polytmp: states, directories, instances.
+"""The words of polytmp: directories, instances, and the states of states.py.
 
 Not here: the names of directories (names), and anything that changes (lifecycle).
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from polytmpd.core.names import INNER
-
-
-class State(StrEnum):
-    """Where an instance stands. Part of the D-Bus contract, except ABSENT, which has no object."""
-
-    ABSENT = "absent"
-    PREPARING = "preparing"
-    ACTIVE = "active"
-    DRAINING = "draining"
-    REMOVING = "removing"
-    FAILED = "failed"
-
-
-class Lifetime(StrEnum):
-    """How long files live: as long as the instance, or until systemd-tmpfiles ages them."""
-
-    INSTANCE = "instance"
-    PERSISTENT = "persistent"
+from polytmpd.core.states import Lifetime as Lifetime
+from polytmpd.core.states import State as State
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,21 @@ Not here: the commands (commands.py, status.py, remove.py, enter.py, monitor.py,
 
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from polytmpd.ctl import arguments, output
 from polytmpd.ctl.arguments import Options
 from polytmpd.ctl.output import Failure, Style
 
 if TYPE_CHECKING:
-    from polytmpd.bus.connection import Connection
+    from polytmpd.bus.protocol import Asker
     from polytmpd.ctl.commands import Answer, Context
 
+T = TypeVar("T")
+
+_ONE_BY_ONE: Final = frozenset({"list", "status", "ps", "usage", "path"})
+"""Commands that make one call after the other, and need no descriptors or signals."""
 _HINTS: Final = {
     ".ServiceUnknown": "Is polytmpd installed and running? See: systemctl status polytmpd.service",
     ".NameHasNoOwner": "Is polytmpd running? See: systemctl status polytmpd.service",
@@ -76,45 +80,88 @@ def _run(options: Options) -> int:
         return 0
     if options.host:
         _become_remote(options)
-    import asyncio  # takes as long to import as all the rest, and --help does not need it
-
     if options.machine:
-        asyncio.run(_require_machine(options.machine.rpartition("@")[2]))
+        _require_machine(options.machine.rpartition("@")[2])
         _become_remote(options)
-    return asyncio.run(_command(options, style))
+    found = _on_bus(lambda bus: _command(options, style, bus), one_by_one=options.verb in _ONE_BY_ONE)
+    if isinstance(found, list):
+        from polytmpd.ctl import enter
+
+        enter.run(found)
+    return _print(options, found)
 
 
-async def _command(options: Options, style: Style) -> int:
-    # Not at the top: importing these takes most of the time of a short command.
+def _on_bus(work: "Callable[[Asker], Coroutine[Any, Any, T]]", *, one_by_one: bool) -> T:
+    """What work returns, which gets a connection to the bus.
+
+    one_by_one: it makes one call after the other, and nothing else. Then neither asyncio nor the D-Bus
+    library is imported, which takes longer than all the rest.
+    """
+    from polytmpd.bus import synchronous
+    from polytmpd.bus.protocol import BusError
+
+    if one_by_one and (name := synchronous.socket_name()) is not None:
+        try:
+            connection = synchronous.SynchronousConnection.open(name)
+        except (OSError, BusError) as error:
+            raise _unreachable(error) from None
+        try:
+            return synchronous.run(work(connection))
+        finally:
+            connection.close()
+    import asyncio
+
+    return asyncio.run(_in_loop(work))
+
+
+async def _in_loop(work: "Callable[[Asker], Coroutine[Any, Any, T]]") -> T:
+    from polytmpd.bus.connection import BusError, Connection
+
+    try:
+        connection = await Connection.open()
+    except (OSError, BusError) as error:
+        raise _unreachable(error) from None
+    try:
+        return await work(connection)
+    finally:
+        connection.close()
+
+
+def _unreachable(error: Exception) -> Failure:
+    text = f"Failed to connect to bus: {getattr(error, 'strerror', None) or error}"
+    return Failure(text, "Is D-Bus running? See: systemctl status dbus.service")
+
+
+async def _command(options: Options, style: Style, connection: "Asker") -> "Answer | list[str]":
+    """Run a command. Returns what to print, or what to execute."""
     from polytmpd.bus.client import Polytmp
-    from polytmpd.bus.connection import BusError
+    from polytmpd.bus.protocol import BusError
     from polytmpd.ctl import commands
 
-    connection = await _connect()
     interactive = options.ask_password and os.geteuid() != 0 and sys.stdin.isatty()
     context = commands.Context(Polytmp(connection, interactive=interactive), connection, options, style)
     agent = _start_agent() if interactive and options.verb != "list" else None
-    argv: list[str] | None = None
     try:
         if options.verb == "monitor":
+            from polytmpd.bus.connection import Connection
             from polytmpd.ctl.monitor import Monitor
 
+            assert isinstance(connection, Connection)
             await Monitor(context).run(connection)
             raise Failure("The connection to the bus was lost", "See: systemctl status dbus.service")
         if options.verb == "enter":
             from polytmpd.ctl import enter
 
-            argv = await enter.prepare(context)
-        else:
-            answer = await _verb(options.verb)(context)
+            return await enter.prepare(context)
+        return await _verb(options.verb)(context)
     except BusError as error:
         raise Failure(_text(error.name, str(error)), _hint(error.name)) from None
     finally:
-        connection.close()
         if agent is not None:
             _stop_agent(agent)
-    if argv is not None:
-        enter.run(argv)
+
+
+def _print(options: Options, answer: "Answer") -> int:
     is_path = options.verb == "path"  # output for a script, or to be copied
     if options.json != "off":
         if answer.json is not None:
@@ -123,17 +170,7 @@ async def _command(options: Options, style: Style) -> int:
         output.write(f"{answer.text}\n", exact=True)
     else:
         output.show(answer.text, pager=options.pager)
-    return int(answer.status)
-
-
-async def _connect() -> "Connection":
-    from polytmpd.bus.connection import BusError, Connection
-
-    try:
-        return await Connection.open()
-    except (OSError, BusError) as error:
-        text = f"Failed to connect to bus: {getattr(error, 'strerror', None) or error}"
-        raise Failure(text, "Is D-Bus running? See: systemctl status dbus.service") from None
+    return answer.status
 
 
 def _verb(verb: str) -> "Callable[[Context], Awaitable[Answer]]":
@@ -177,16 +214,15 @@ def _hint(name: str) -> str:
     return ""
 
 
-async def _require_machine(name: str) -> None:
+def _require_machine(name: str) -> None:
     """Raise Failure if the container is not running: systemd-run would report that the host is down."""
     from polytmpd.bus import machine1
-    from polytmpd.bus.connection import BusError
+    from polytmpd.bus.protocol import BusError
 
     if name == ".host":
         return
-    connection = await _connect()
     try:
-        await machine1.require_machine(connection, name)
+        _on_bus(lambda bus: machine1.require_machine(bus, name), one_by_one=True)
     except BusError as error:
         if error.name.endswith(".ServiceUnknown"):
             text = f"No container '{name}': systemd-machined is not installed"
@@ -194,8 +230,6 @@ async def _require_machine(name: str) -> None:
         if error.name.endswith(".NoSuchMachine"):
             raise Failure(f"No container '{name}'", "See: machinectl list") from None
         raise Failure(_text(error.name, str(error)), _hint(error.name)) from None
-    finally:
-        connection.close()
 
 
 def _become_remote(options: Options) -> None:

@@ -3,14 +3,14 @@
 arguments.
 
 Not argparse: importing it takes longer than the daemon takes to answer, and its messages are not those that
-people know from systemd's tools.
+people know from systemd's tools. Not dataclasses either, in the modules that short commands need: importing
+them and making one takes as long as a third of such a command.
 Not here: what a verb does.
 """
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from polytmpd.ctl.output import Failure
 
@@ -64,8 +64,7 @@ See the {bold}polytmpctl(1){reset} man page for details.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     verb: str = "list"
     words: tuple[str, ...] = ()
     help: bool = False
@@ -85,12 +84,11 @@ class Options:
     services: tuple[str, ...] = ()
     host: str | None = None
     machine: str | None = None
-    passed_on: tuple[str, ...] = field(default=(), repr=False)
+    passed_on: tuple[str, ...] = ()
     """The command line without --host= and --machine=, for polytmpctl on the other host."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Verb:
+class _Verb(NamedTuple):
     least: int = 0
     most: int | None = 0
     takes: str = ""
@@ -171,13 +169,13 @@ def parse(arguments: Sequence[str]) -> Options:
             passed_on += (
                 [word[:2]] if len(left) > len(before) else [word, *before[: len(before) - len(left)]]
             )
-    options = replace(options, passed_on=tuple(passed_on))
+    options = options._replace(passed_on=tuple(passed_on))
     if options.help or options.version:
         return options
     if words:
-        options = replace(options, verb=words[0], words=tuple(words[1:]))
+        options = options._replace(verb=words[0], words=tuple(words[1:]))
     if options.verb == "help":
-        return replace(options, help=True)
+        return options._replace(help=True)
     _check(options)
     return options
 
@@ -190,12 +188,12 @@ def _option(word: str, left: list[str], options: Options) -> tuple[str, Options]
         if name in _FLAGS:
             if equals:
                 raise Failure(f"option '--{name}' doesn't allow an argument")
-            return name, replace(options, **_FLAGS[name])
+            return name, options._replace(**_FLAGS[name])
         if name in _OPTIONAL:
             if equals and not value:
                 raise Failure(f"option '--{name}=' requires a non-empty argument")
             changed: dict[str, Any] = {name: value}
-            return name, replace(options, **changed)
+            return name, options._replace(**changed)
         if not equals:
             if not left:
                 raise Failure(f"option '--{name}' requires an argument")
@@ -203,7 +201,7 @@ def _option(word: str, left: list[str], options: Options) -> tuple[str, Options]
         return name, _valued(options, name, value)
     letter, rest = word[1], word[2:]
     if letter == "j":
-        name, options = "json", replace(options, json="pretty" if sys.stdout.isatty() else "short")
+        name, options = "json", options._replace(json="pretty" if sys.stdout.isatty() else "short")
     elif letter not in _SHORT:
         raise Failure(f"invalid option -- '{letter}'", "See: polytmpctl --help")
     elif (name := _SHORT[letter]) in _VALUES:
@@ -211,7 +209,7 @@ def _option(word: str, left: list[str], options: Options) -> tuple[str, Options]
             raise Failure(f"option requires an argument -- '{letter}'")
         return name, _valued(options, name, rest or left.pop(0))
     else:
-        options = replace(options, **_FLAGS[name])
+        options = options._replace(**_FLAGS[name])
     if rest:
         left.insert(0, f"-{rest}")
     return name, options
@@ -241,21 +239,21 @@ def _valued(options: Options, name: str, value: str) -> Options:
             raise Failure(
                 f"Unknown argument to --json= switch: {value}", "Valid arguments are pretty, short and off"
             )
-        return replace(options, json=value)
+        return options._replace(json=value)
     if name == "lines":
         if not value.isdecimal() or not value.isascii() or len(value) > 9:
             raise Failure(f"Failed to parse lines '{value}'", "Expected a number, for example --lines=20")
-        return replace(options, lines=int(value))
+        return options._replace(lines=int(value))
     if not value:
         raise Failure(f"option '--{name}' requires a non-empty argument")
     if name == "service":
         if "/" in value:
             raise Failure(f"Invalid PAM service '{value}'", "See: ls /etc/pam.d")
-        return replace(options, services=(*options.services, value))
+        return options._replace(services=(*options.services, value))
     if name == "machine" and value.endswith("@"):
         raise Failure(f"Invalid container '{value}'", "Expected CONTAINER or USER@CONTAINER")
     changes: dict[str, Any] = {name: value}
-    return replace(options, **changes)
+    return options._replace(**changes)
 
 
 def _check(options: Options) -> None:

@@ -14,15 +14,14 @@ import platform
 import textwrap
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from polytmpd import __version__, config
-from polytmpd.bus import logind, systemd1
+from polytmpd.bus import sessions, systemd1
 from polytmpd.bus.client import Polytmp
-from polytmpd.bus.connection import BusError
 from polytmpd.bus.contract import SERVICE, InstanceProperty
+from polytmpd.bus.protocol import BusError
 from polytmpd.core.model import Lifetime, State
 from polytmpd.ctl import (
     host,
@@ -57,7 +56,7 @@ async def check(context: Context) -> Answer:
     owner = ""
     with contextlib.suppress(BusError):
         (owner,) = await context.connection.ask_bus("GetNameOwner", "s", SERVICE)
-    context = replace(context, client=Polytmp(context.connection, service=owner or _NOBODY))
+    context = context._replace(client=Polytmp(context.connection, service=owner or _NOBODY))
     results = [result async for result in _all(context)]
     failed = any(result.verdict == "fail" for result in results)
     counts = {
@@ -115,12 +114,11 @@ async def _all(context: Context) -> AsyncIterator[Result]:
     # Also directories that are configured but not yet in force: a problem with one may be the reason.
     directories = list(dict.fromkeys((*(in_force or ()), *configured)))
     with contextlib.suppress(BusError):
-        await context.connection.follow_owner(logind.SERVICE, None)
-        context.connection.owner(logind.SERVICE)  # raises BusError if it would have to be started
-        here = {
-            entry.session.user.uid: entry.session.user.name
-            for entry in await logind.list_sessions(context.connection)
-        }
+        if await context.connection.has_owner(sessions.SERVICE):  # else it would be started
+            here = {
+                entry.session.user.uid: entry.session.user.name
+                for entry in await sessions.list_sessions(context.connection)
+            }
     people: list[Person] = []
     with contextlib.suppress(TimeoutError):  # settings.exempt_users() reports it
         people = users.in_time(lambda: regular.people(_ROOT, wanted))
@@ -219,7 +217,7 @@ async def _daemon(context: Context) -> AsyncIterator[Result]:
         text = "after a stop, polytmpd finds namespaces through their processes"
         yield Result("daemon", "systemd", "pass", f"version {version}: {text}")
     try:
-        there = await context.connection.has_owner(logind.SERVICE)
+        there = await context.connection.has_owner(sessions.SERVICE)
     except BusError:
         there = False
     if there:

@@ -8,33 +8,32 @@ Not here: how these reach the terminal (output.py).
 import contextlib
 import os
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from polytmpd.bus.client import Polytmp
-from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.contract import InstanceProperty
+from polytmpd.bus.protocol import Asker, BusError
 from polytmpd.core import names
 from polytmpd.ctl import output, users
 from polytmpd.ctl.arguments import Options
 from polytmpd.ctl.output import Failure, Style
 
+_DENIED: Final = (".AccessDenied", ".InteractiveAuthorizationRequired")
 
-@dataclass(frozen=True, slots=True)
-class Context:
+
+class Context(NamedTuple):
     """What every command gets.
 
     connection: for questions to other services, such as logind.
     """
 
     client: Polytmp
-    connection: Connection
+    connection: Asker
     options: Options
     style: Style
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """json: plain values. text: empty if there is nothing to print."""
 
     json: Any
@@ -43,18 +42,15 @@ class Answer:
 
 
 async def list_instances(context: Context) -> Answer:
-    known = await context.client.all_properties()
-    rows: list[dict[str, Any]] = []
-    for entry in await context.client.instances():
-        found = known.get(entry.uid, {})
-        rows.append(
-            {
-                "uid": entry.uid,
-                "user": entry.user,
-                "state": found.get(InstanceProperty.STATE),
-                "since": found.get(InstanceProperty.CREATED_USEC),
-            }
-        )
+    rows: list[dict[str, Any]] = [
+        {
+            "uid": entry.uid,
+            "user": entry.user,
+            "state": entry.state or None,
+            "since": entry.created_usec if entry.state else None,
+        }
+        for entry in await context.client.instances_in_full()
+    ]
     if not rows:
         return Answer(rows, "No instances." if context.options.legend else "")
     style, now = context.style, time.time_ns() // 1000
@@ -170,18 +166,15 @@ async def _kept(context: Context) -> list[int]:
 
 async def path(context: Context) -> Answer:
     """FILE in a user's instance → its path on the host; a path on the host in an instance → user:path."""
-    instances = await context.client.instances()
     if context.options.user is not None:
-        uid = users.uid_of(context.options.user, instances)
+        uid = users.uid_of(context.options.user, await context.client.instances())
     else:
         uid = users.caller(os.environ)
-    places = await context.client.all_properties()
     rows, lines = [], []
     for word in context.options.words:
         file = _absolute(word, own=uid == os.geteuid())
-        if (owner := _owner(file, places)) is not None:
-            whose, inside = owner
-            user = places[whose][InstanceProperty.USER]
+        if (owner := await _owner(context, file)) is not None:
+            whose, user, inside = owner
             rows.append({"uid": whose, "user": user, "path": inside, "host_path": file})
             lines.append(f"{user}:{inside}")
             continue
@@ -205,11 +198,22 @@ def _absolute(word: str, *, own: bool) -> str:
     return "/" + found.lstrip("/")
 
 
-def _owner(file: str, places: dict[int, dict[str, Any]]) -> tuple[int, str] | None:
-    for uid, found in places.items():
+async def _owner(context: Context, file: str) -> tuple[int, str, str] | None:
+    """UID, user and the user's name for a path on the host that is in an instance.
+
+    Only the instances are asked that the names of the barriers in the path belong to.
+    """
+    named = (names.owner(part) for part in file.split("/"))
+    for uid in dict.fromkeys(uid for uid in named if uid is not None):
+        try:
+            found = await context.client.properties(uid, quiet=True)
+        except BusError as error:
+            if error.name.endswith((".UnknownObject", *_DENIED)):
+                continue
+            raise
         for directory, host, _ in found[InstanceProperty.DIRECTORIES]:
             if file == host or file.startswith(f"{host}/"):
-                return uid, directory + file[len(host) :]
+                return uid, found[InstanceProperty.USER], directory + file[len(host) :]
     return None
 
 

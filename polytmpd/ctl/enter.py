@@ -11,7 +11,7 @@ import pwd
 from typing import Final, NoReturn
 
 from polytmpd.bus.contract import InstanceProperty
-from polytmpd.core.model import State
+from polytmpd.core.states import State
 from polytmpd.ctl import users
 from polytmpd.ctl.commands import Context
 from polytmpd.ctl.output import Failure

@@ -27,7 +27,7 @@ class Monitor:
 
     async def run(self, connection: Connection) -> None:
         """Print until the connection to the bus is lost."""
-        await self._context.client.follow(self._new, self._removed, self._changed, self._owner)
+        await self._context.client.follow(connection, self._new, self._removed, self._changed, self._owner)
         for entry in await self._context.client.instances():
             self._names[entry.uid] = entry.user
         for uid, values in (await self._context.client.all_properties()).items():

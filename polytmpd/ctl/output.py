@@ -4,17 +4,14 @@
 Not here: what is printed.
 """
 
-import locale
 import os
 import re
 import sys
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TextIO
+from typing import Any, Final, NamedTuple, TextIO
 
-from polytmpd.core.model import State
+from polytmpd.core.states import State
 
 USEC: Final = 1_000_000
 _UNITS: Final = "BKMGTPE"
@@ -34,8 +31,7 @@ PAGER_OPTIONS: Final = "FRSXMK"
 """The value of LESS= for the pager, the same as systemctl's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Style:
+class Style(NamedTuple):
     """Wraps text in escape sequences if coloured, else returns it unchanged."""
 
     coloured: bool = False
@@ -91,6 +87,8 @@ def width(text: str) -> int:
     plain = _ESCAPE.sub("", text)
     if plain.isascii():
         return len(plain)
+    import unicodedata
+
     return sum(
         0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
         for char in plain
@@ -176,6 +174,8 @@ def to_json(value: Any, mode: str) -> str:
 
     form: dict[str, Any] = {"indent": "\t"} if mode == "pretty" else {"separators": (",", ":")}
     text = json.dumps(value, ensure_ascii=False, **form)
+    if text.isascii():
+        return text
     try:
         text.encode(encoding())
     except UnicodeEncodeError:  # a '?' would change the name
@@ -222,6 +222,8 @@ def pager_environment(environment: Mapping[str, str], *, foreign: bool) -> dict[
 
 def encoding() -> str:
     """The character set of the locale, also in Python's UTF-8 mode, which LC_ALL=C turns on."""
+    import locale
+
     return locale.getencoding()
 
 
@@ -267,7 +269,9 @@ def write(text: str, *, exact: bool = False) -> None:
             sys.stdout.flush()
             sys.stdout.buffer.write(os.fsencode(text))
         else:
-            sys.stdout.write(displayable(displayable(text, encoding()), sys.stdout.encoding or "utf-8"))
+            if not text.isascii():
+                text = displayable(displayable(text, encoding()), sys.stdout.encoding or "utf-8")
+            sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise

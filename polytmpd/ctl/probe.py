@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from polytmpd.bus.client import Polytmp
-from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.contract import InstanceProperty
+from polytmpd.bus.protocol import Asker, BusError
 from polytmpd.ctl.host import Result
 from polytmpd.ctl.libpam import SESSION_SECONDS
 from polytmpd.ctl.output import clean
@@ -25,7 +25,7 @@ from polytmpd.ctl.regular import Person
 _SEE: Final = "journalctl -b -g pam_polytmp"
 
 
-async def probe(connection: Connection, user: Person, service: str, directories: Collection[str]) -> Result:
+async def probe(connection: Asker, user: Person, service: str, directories: Collection[str]) -> Result:
     """Open a session of the user through a service, compare, and close it."""
     argv = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect"]
     argv += [f"--property=RuntimeMaxSec={SESSION_SECONDS + 10}", "--"]
@@ -71,7 +71,7 @@ def _answer(line: bytes) -> dict[str, Any]:
 
 
 async def _judge(
-    connection: Connection, user: Person, service: str, directories: Collection[str], answer: dict[str, Any]
+    connection: Asker, user: Person, service: str, directories: Collection[str], answer: dict[str, Any]
 ) -> Result:
     whose = f"a session of {user.name}"
     if not answer.get("opened"):
@@ -105,7 +105,7 @@ def _shared(answer: dict[str, Any], directories: Collection[str]) -> list[str]:
     return [each for each in directories if (inside / each[1:]).samefile(host / each[1:])]
 
 
-async def _instance(connection: Connection, uid: int) -> int | None:
+async def _instance(connection: Asker, uid: int) -> int | None:
     """The inode of the namespace that the daemon has for the user; None if it has none."""
     try:
         found = await Polytmp(connection).properties(uid)

@@ -10,9 +10,9 @@ import sys
 import time
 from typing import Any, Final
 
-from polytmpd.bus.connection import BusError
 from polytmpd.bus.contract import InstanceProperty
-from polytmpd.core.model import Lifetime, State
+from polytmpd.bus.protocol import BusError
+from polytmpd.core.states import Lifetime, State
 from polytmpd.ctl import output, users
 from polytmpd.ctl.commands import Answer, Context
 from polytmpd.ctl.output import Failure

@@ -4,20 +4,16 @@
 Not here: drawing the process tree (tree.py).
 """
 
-import asyncio
 import contextlib
-import json
-import subprocess
 import time
-from pathlib import Path
 from typing import Any, Final
 
-from polytmpd.bus import logind
+from polytmpd.bus import sessions
 from polytmpd.bus.client import Holder
-from polytmpd.bus.connection import BusError
 from polytmpd.bus.contract import InstanceProperty
+from polytmpd.bus.protocol import BusError
 from polytmpd.core import names
-from polytmpd.core.model import Lifetime, State
+from polytmpd.core.states import Lifetime, State
 from polytmpd.ctl import output, tree, users
 from polytmpd.ctl.commands import Answer, Context
 
@@ -47,24 +43,25 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
     values = await context.client.properties(uid)
     holders = await context.client.holders(uid)
     usage: dict[str, tuple[str, int, int]] = {}
-    with contextlib.suppress(BusError, TimeoutError):  # a page without sizes is better than none
-        counting = context.client.usage(uid, quiet=True)  # the timeout would cut off a prompt
-        usage = {row[0]: row for row in await asyncio.wait_for(counting, _PATIENCE)}
-    try:
-        sessions = await logind.list_sessions(context.connection, uid)
-    except BusError:
-        sessions = []
+    with contextlib.suppress(BusError):  # a page without sizes is better than none
+        counted_in = await context.client.usage(
+            uid, timeout=_PATIENCE, quiet=True
+        )  # nor may a prompt be cut off
+        usage = {row[0]: row for row in counted_in}
+    opened: list[sessions.SessionDetails] = []
+    with contextlib.suppress(BusError):
+        opened = await sessions.list_sessions(context.connection, uid)
     private = [directory for directory, *_ in values[InstanceProperty.DIRECTORIES]]
     directories = []
     for directory, host, lifetime in values[InstanceProperty.DIRECTORIES]:
-        counted = usage.get(directory)
+        size = usage.get(directory)
         directories.append(
             {
                 "directory": directory,
                 "path": host if not _is_set_aside(values[InstanceProperty.STATE], lifetime) else None,
                 "lifetime": lifetime,
-                "bytes": counted[1] if counted else None,
-                "inodes": counted[2] if counted else None,
+                "bytes": size[1] if size else None,
+                "inodes": size[2] if size else None,
             }
         )
     return {
@@ -77,7 +74,7 @@ async def _gather(context: Context, uid: int) -> dict[str, Any]:
         "namespace": values[InstanceProperty.NAMESPACE_ID],
         "directories": directories,
         "shared": values[InstanceProperty.SHARED_PATHS],
-        "sessions": [_session(session) for session in sessions],
+        "sessions": [_session(session) for session in opened],
         "mounts": _mounts(holders, private, values[InstanceProperty.SHARED_PATHS]),
         "processes": [
             {
@@ -106,7 +103,7 @@ async def _removed(context: Context, uid: int, state: str) -> int | None:
         return None
 
 
-def _session(details: logind.SessionDetails) -> dict[str, str]:
+def _session(details: sessions.SessionDetails) -> dict[str, str]:
     return {
         "session": details.session.id,
         "service": details.service,
@@ -122,7 +119,8 @@ def _mounts(holders: list[Holder], directories: list[str], shared: list[str]) ->
         if holder.how != "namespace":
             continue
         try:
-            table = Path(f"/proc/{holder.pid}/mountinfo").read_text(errors="surrogateescape")
+            with open(f"/proc/{holder.pid}/mountinfo", errors="surrogateescape") as file:  # noqa: PTH123  (pathlib takes 3 ms)
+                table = file.read()
         except OSError:
             continue
         return mounts_below(table, directories, shared)
@@ -155,6 +153,9 @@ def _journal(uid: int, lines: int) -> list[str]:
     """The daemon's last journal lines on the user; of this unit, since any process may set POLYTMP_UID=."""
     if not lines:
         return []
+    import json
+    import subprocess
+
     try:
         done = subprocess.run(
             (
@@ -201,9 +202,9 @@ def _page(context: Context, found: dict[str, Any]) -> str:
     line("State", style.state(state) + since)
     if found["removed"]:
         line("Removed", f"{found['removed']} files and directories so far")
-    sessions = [_session_text(session) for session in found["sessions"]]
-    if sessions:
-        line("Sessions", ", ".join(sessions))
+    texts = [_session_text(session) for session in found["sessions"]]
+    if texts:
+        line("Sessions", ", ".join(texts))
     if found["namespace"]:
         line("Namespace", f"mnt:[{found['namespace']}]")
     for entry in found["directories"]:

@@ -6,7 +6,6 @@ Not here: finding the processes.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 from polytmpd.bus.client import Holder
@@ -21,10 +20,10 @@ _SESSION: Final = re.compile(r"^session-(.+)\.scope$")
 _USER_SLICE: Final = re.compile(r"^user-(\d+)\.slice$")
 
 
-@dataclass(slots=True)
 class _Node:
-    children: dict[str, "_Node"] = field(default_factory=dict)
-    processes: list[Holder] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.children: dict[str, _Node] = {}
+        self.processes: list[Holder] = []
 
 
 def draw(holders: Sequence[Holder], style: Style, columns: int = 1_000_000) -> list[str]:

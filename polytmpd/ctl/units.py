@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from polytmpd.bus import systemd1
-from polytmpd.bus.connection import BusError, Connection
+from polytmpd.bus.protocol import Asker, BusError
 from polytmpd.ctl import unitsandbox
 from polytmpd.ctl.host import Result
 
@@ -46,7 +46,7 @@ _CAPABILITIES: Final = {18: "CAP_SYS_CHROOT", 21: "CAP_SYS_ADMIN"}
 _CALLS: Final = ("setns", "unshare")
 
 
-async def judge(connection: Connection, directories: Sequence[str]) -> AsyncIterator[Result]:
+async def judge(connection: Asker, directories: Sequence[str]) -> AsyncIterator[Result]:
     """Logins are refused if the service has its own mount namespace, or may not call setns(2)."""
     names = ("Id", "ActiveState", "LoadState", "MainPID", "FragmentPath", *SANDBOX, *_FORBIDDING)
     loaded: dict[str, dict[str, Any]] = {}
@@ -74,7 +74,7 @@ async def judge(connection: Connection, directories: Sequence[str]) -> AsyncIter
         )
 
 
-async def _keeps_sessions(connection: Connection, unit: str, directories: Sequence[str]) -> bool:
+async def _keeps_sessions(connection: Asker, unit: str, directories: Sequence[str]) -> bool:
     try:
         found = await systemd1.unit_properties(connection, unit, ("MainPID",))
     except BusError:

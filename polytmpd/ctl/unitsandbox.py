@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from polytmpd.bus import systemd1
-from polytmpd.bus.connection import BusError, Connection
+from polytmpd.bus.protocol import Asker, BusError
 from polytmpd.core import sandbox
 from polytmpd.ctl.host import Result
 
@@ -20,7 +20,7 @@ _PROPERTIES: Final = ("User", "PAMName", *sandbox.SETTINGS)
 
 
 async def judge(
-    connection: Connection, directories: Collection[str], exempt: Callable[[int, str], str | None]
+    connection: Asker, directories: Collection[str], exempt: Callable[[int, str], str | None]
 ) -> AsyncIterator[Result]:
     """The loaded units with User= and PAMName= that stay.
 

@@ -6,15 +6,14 @@ Not here: which users have an instance.
 
 import os
 import pwd
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from polytmpd import userdb
 from polytmpd.bus.client import Listed
-from polytmpd.core.policy import Exemptions, Need
 from polytmpd.ctl.output import Failure
+
+if TYPE_CHECKING:
+    from polytmpd.core.policy import Exemptions
 
 _UID_LAST: Final = 2**32 - 2
 SEE_LIST: Final = "See: polytmpctl list"
@@ -50,8 +49,11 @@ def name_of(uid: int) -> str:
         return str(uid)
 
 
-def exempt_reason(exemptions: Exemptions, uid: int, name: str | None = None) -> str | None:
+def exempt_reason(exemptions: "Exemptions", uid: int, name: str | None = None) -> str | None:
     """Why a user is exempt, as polytmpd decides it; None if they are not."""
+    from polytmpd import userdb
+    from polytmpd.core.policy import Need
+
     if exemptions.need(uid) is Need.NOTHING and (reason := exemptions.reason(uid)):
         return reason
     name = name or name_of(uid)
@@ -73,6 +75,9 @@ def in_time(work: Callable[[], T]) -> T:
 
     The thread ends with the process.
     """
+    import threading
+    from concurrent.futures import Future
+
     found: Future[T] = Future()
 
     def run() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.library import Message, MessageType, Variant
-from polytmpd.bus.logind import Logind, Session, SessionDetails, User, list_sessions
+from polytmpd.bus.logind import Logind, Session, User
+from polytmpd.bus.sessions import SessionDetails, list_sessions
 from polytmpd.bus.systemd1 import Systemd
 from tests.bus.world import PROPERTIES, Client, FakeLogind
 from tests.unit.settled import eventually

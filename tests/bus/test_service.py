@@ -214,6 +214,7 @@ async def test_methods(shown: Callable[..., str], backend: Backend, client: Clie
     assert await client.result("GetInstanceByPID", "u", [os.getpid()]) == path
     assert await client.result("GetInstanceByPID", "u", [0]) == path, "0 is the caller"
     assert await client.result("ListInstances") == [[1000, "alice", path]]
+    assert await client.result("ListInstancesEx") == [[1000, "alice", path, "active", 11]]
     assert await client.result("ResolvePath", "us", [1000, "/tmp/x"]) == "/host/tmp/x"
     assert await client.result("RemoveInstance", "u", [1000]) is None
     assert await client.result("RemoveInstanceWithFlags", "ut", [1000, 1]) is None
@@ -414,6 +415,9 @@ async def test_other_users_see_who_has_an_instance_and_nothing_else(
     path = shown(1000)
     denied = "Error org.freedesktop.DBus.Error.AccessDenied"
     assert f'object path "{path}"' in await as_stranger(bus, PATH, f"{MANAGER}.ListInstances")
+    in_full = (await as_stranger(bus, PATH, f"{MANAGER}.ListInstancesEx")).split()
+    wanted = f'uint32 1000 string "alice" object path "{path}" string "" uint64 0 }} ]'.split()
+    assert in_full[-len(wanted) :] == wanted
     assert __version__ in await as_stranger(bus, PATH, f"{PROPERTIES}.GetAll", f"string:{MANAGER}")
     for method, *arguments in (
         (f"{PROPERTIES}.GetAll", f"string:{INSTANCE}"),

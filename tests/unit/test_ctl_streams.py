@@ -78,14 +78,19 @@ def test_the_locale_decides_what_can_be_printed(environment: dict[str, str], lin
     assert done.stdout.decode().splitlines() == lines
 
 
+BARRIER = f"polytmp-{'0' * 32}-1001-{'0' * 16}"
+
+
 class NoBus:
     """Answers like a daemon with an instance of alice. Like a bus, it accepts only Unicode."""
 
     async def instances(self) -> list[Listed]:
         return [Listed(1001, "alice", "/org/polytmp1/instance/_1001")]
 
-    async def all_properties(self) -> dict[int, Any]:
-        return {1001: {"User": "alice", "Directories": [("/tmp", "/tmp/polytmp-x/tmp", "instance")]}}
+    async def properties(self, uid: int, *, quiet: bool) -> dict[str, Any]:
+        if uid != 1001:
+            raise BusError("org.freedesktop.DBus.Error.UnknownObject", "no object")
+        return {"User": "alice", "Directories": [("/tmp", f"/tmp/{BARRIER}/tmp", "instance")]}
 
     async def directories(self) -> list[str]:
         return ["/tmp", "/var/tmp"]
@@ -96,15 +101,15 @@ class NoBus:
             return path.replace("/var/tmp", "/var/tmp/polytmp-1003/tmp", 1)
         if not path.startswith("/tmp"):
             raise BusError("org.polytmp1.Error.NotPolyinstantiated", "the same on the host")
-        return path.replace("/tmp", "/tmp/polytmp-x/tmp", 1)
+        return path.replace("/tmp", f"/tmp/{BARRIER}/tmp", 1)
 
 
 @pytest.mark.parametrize(
     ("there", "here"),
     [
-        (b"/tmp/\xff", b"/tmp/polytmp-x/tmp/\xff"),
-        (b"/tmp/d/\xe9/x", b"/tmp/polytmp-x/tmp/d/\xe9/x"),
-        ("/tmp/é".encode(), "/tmp/polytmp-x/tmp/é".encode()),
+        (b"/tmp/\xff", f"/tmp/{BARRIER}/tmp/".encode() + b"\xff"),
+        (b"/tmp/d/\xe9/x", f"/tmp/{BARRIER}/tmp/".encode() + b"d/\xe9/x"),
+        ("/tmp/é".encode(), f"/tmp/{BARRIER}/tmp/é".encode()),
         (b"/\xff/x", b"/\xff/x"),
         (b"1003:/var/tmp/\xff", b"/var/tmp/polytmp-1003/tmp/\xff"),
     ],

@@ -32,6 +32,7 @@ ANYBODY = {
     "org.polytmp1.Manager.GetInstance",
     "org.polytmp1.Manager.GetInstanceByPID",
     "org.polytmp1.Manager.ListInstances",
+    "org.polytmp1.Manager.ListInstancesEx",
     "org.polytmp1.Manager.ResolvePath",
     "org.polytmp1.Manager.RemoveInstance",
     "org.polytmp1.Manager.RemoveInstanceWithFlags",
