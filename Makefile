@@ -144,7 +144,7 @@ install: build-pam ## Install below $(DESTDIR)$(PREFIX)
 	$(INSTALL) -d "$(DESTDIR)$(LIBEXECDIR)" "$(DESTDIR)$(PREFIX)/bin"
 	printf '%s\n' '#!/usr/bin/python3 -I' 'from polytmpd.__main__ import main' '' 'raise SystemExit(main())' \
 		> "$(DESTDIR)$(LIBEXECDIR)/polytmpd"
-	printf '%s\n' '#!/usr/bin/python3 -I' 'from polytmpd.ctl.__main__ import main' '' 'raise SystemExit(main())' \
+	printf '%s\n' '#!/usr/bin/python3 -I' 'from polytmpd.ctl.__main__ import program' '' 'program()' \
 		> "$(DESTDIR)$(PREFIX)/bin/polytmpctl"
 	chmod 0755 "$(DESTDIR)$(LIBEXECDIR)/polytmpd" "$(DESTDIR)$(PREFIX)/bin/polytmpctl"
 	$(INSTALL) -d "$(DESTDIR)$(UNITDIR)"

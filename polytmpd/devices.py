@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import pyudev
-
 from polytmpd.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -48,6 +46,17 @@ def exists(number: str) -> bool:
     return number.startswith("0:") or Path("/sys/dev/block", number).exists()
 
 
+def _context() -> Any:
+    """libudev, ready for use. Raises ImportError.
+
+    Importing pyudev takes long, and then it runs ldconfig(8) to find the library: not while systemd waits
+    for the daemon, nor in the event loop.
+    """
+    import pyudev
+
+    return pyudev.Context()
+
+
 class Devices:
     """Listens for block devices that go away; owns a netlink socket."""
 
@@ -63,23 +72,30 @@ class Devices:
         self._gone = gone
         self._missed = missed
         self._tasks = Tasks()
+        self._context: Any = None
         self._monitor: Any = None
 
     def start(self) -> None:
         """Start listening. Logs a failure and ignores it: everything else works without udev."""
-        self._listen()
-        self._tasks.start(self._missed())
+        self._tasks.start(self._start())
+
+    async def _start(self) -> None:
+        await self._listen()
+        await self._missed()
 
     async def close(self) -> None:
         """Report nothing more."""
-        self._stop_listening()
         await self._tasks.close()
+        self._stop_listening()
 
-    def _listen(self) -> None:
+    async def _listen(self) -> None:
         try:
-            context = pyudev.Context()
+            if self._context is None:
+                self._context = await asyncio.to_thread(_context)
+            import pyudev
+
             source = "udev" if UDEVD.exists() else "kernel"
-            self._monitor = pyudev.Monitor.from_netlink(context, source=source)
+            self._monitor = pyudev.Monitor.from_netlink(self._context, source=source)
             self._monitor.filter_by("block")
             self._monitor.start()
         except (OSError, ImportError) as error:  # ImportError: no libudev

@@ -36,6 +36,7 @@ async def heard() -> AsyncIterator[Heard]:
     fcntl.flock(turn, fcntl.LOCK_EX)  # other tests of the same device may run in parallel
     made = Heard()
     made.devices.start()
+    await eventually(lambda: made.missed == 1)
     yield made
     await made.devices.close()
     send("add")
@@ -76,7 +77,7 @@ async def test_close_leaves_no_descriptor() -> None:
         heard.devices.start()
         await asyncio.sleep(0)
         await heard.devices.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    await eventually(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
 def test_exists() -> None:
