@@ -32,7 +32,6 @@ Hard facts
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -307,7 +306,7 @@ class _Removal:
         bottom = self._frames[0]
         unprotected = False
         for _attempt in range(_ATTEMPTS):
-            new = secrets.token_hex(6)
+            new = os.urandom(6).hex()
             try:
                 syscalls.renameat2(frame.fd, name, bottom.fd, new, syscalls.RENAME_NOREPLACE)
             except FileNotFoundError:

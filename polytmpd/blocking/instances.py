@@ -9,7 +9,6 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -329,7 +328,7 @@ def _new_barrier(lifetime: Lifetime, boot_id: str, uid: int) -> str:
 
 
 def _random() -> str:
-    return secrets.token_hex(names.RANDOM_BYTES)
+    return os.urandom(names.RANDOM_BYTES).hex()
 
 
 def _shareable(base: int, directory: Directory) -> tuple[str, ...]:

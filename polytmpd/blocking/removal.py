@@ -7,7 +7,6 @@ Not here: when an instance is removed (executor), and emptying one directory (de
 import contextlib
 import logging
 import os
-import secrets
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -177,6 +176,6 @@ def who_mounts(instance: Instance, cancelled: Callable[[], bool]) -> int | None:
 
 
 def _set_aside(base: int, barrier: str) -> str:
-    new = names.removing(secrets.token_hex(names.RANDOM_BYTES))
+    new = names.removing(os.urandom(names.RANDOM_BYTES).hex())
     storage.set_aside(base, barrier, new)
     return new

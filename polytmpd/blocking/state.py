@@ -13,7 +13,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import stat
 from pathlib import Path
 from typing import Any, Final
@@ -105,7 +104,7 @@ def _put_away(path: Path) -> str:
     try:
         path.unlink()
     except IsADirectoryError:
-        place = path.parent.parent / f"found-{path.name.lstrip('.')}-{secrets.token_hex(4)}"
+        place = path.parent.parent / f"found-{path.name.lstrip('.')}-{os.urandom(4).hex()}"
         path.rename(place)
         return f"moved to {place}"
     return "removed"

@@ -19,7 +19,6 @@ Hard facts
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -267,7 +266,7 @@ def _place_mountpoint(inner: int, name: str, fds: ExitStack, undo: ExitStack) ->
                     _copy_xattr(None, directory, acl)
                 return directory
         with suppress(FileNotFoundError, FileExistsError):
-            moved = f"{name}.moved-{secrets.token_hex(4)}"
+            moved = f"{name}.moved-{os.urandom(4).hex()}"
             syscalls.renameat2(inner, name, inner, moved, syscalls.RENAME_NOREPLACE)
     raise OSError(errno.EBUSY, "a process keeps putting something else where a mount point must be", name)
 
