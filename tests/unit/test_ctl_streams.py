@@ -129,6 +129,22 @@ async def test_a_file_name_is_bytes(there: bytes, here: bytes, monkeypatch: pyte
         assert await path(here) == (there if there.startswith(b"1003:") else b"alice:" + there)
 
 
+@pytest.mark.parametrize(
+    ("line", "status", "out"),
+    [
+        ("polytmpctl --version", 0, b"polytmp "),
+        ("polytmpctl --help | cat", 0, b"polytmpctl [OPTIONS...]"),
+        ("polytmpctl bogus", 1, b""),
+        ("polytmpctl --version >/dev/full", 1, b""),
+        ("polytmpctl --version >&-", 0, b""),
+    ],
+)
+def test_the_program_ends_with_all_that_it_wrote(line: str, status: int, out: bytes) -> None:
+    done = shell(line, "from polytmpd.ctl.__main__ import program; program()")
+    assert (done.returncode, done.stdout.startswith(out)) == (status, True)
+    assert bool(done.stderr) == bool(status)
+
+
 @pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}])
 def test_a_path_is_printed_byte_by_byte(environment: dict[str, str]) -> None:
     code = "from polytmpd.ctl import output; output.write('a\\udcff/é\\n', exact=True)"
