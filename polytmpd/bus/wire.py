@@ -109,7 +109,7 @@ def reply(message: bytes) -> Reply:
     """A whole message. The body of what is no answer is not read. Raises WireError."""
     try:
         return _reply(message)
-    except (ValueError, IndexError, RecursionError, StructError) as error:
+    except (ValueError, TypeError, IndexError, RecursionError, StructError) as error:
         raise WireError(f"a message that cannot be read: {error}") from error
 
 
@@ -160,6 +160,8 @@ def _one(signature: str, order: str, depth: int) -> tuple[Reader, str]:
         while rest[0] not in ")}":
             read, rest = _one(rest, order, depth + 1)
             readers.append(read)
+        if not readers:  # an array of them would have no end
+            raise WireError("an empty struct")
         return _struct_reader(readers), rest[1:]
     raise WireError(f"a value of the unknown type {kind}")
 

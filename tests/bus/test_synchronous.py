@@ -252,6 +252,14 @@ def test_nesting_is_bounded() -> None:
         wire.reply(head + fields + deep)
 
 
+@pytest.mark.parametrize("fields", [b"\x08\1u\0\5\0\0\0", b"\x08\1g\0\3a()\0\0\0"])
+def test_types_that_no_bus_lets_through(fields: bytes) -> None:
+    body = b"\x08" + bytes(15)
+    head = struct.pack("<cBBBIII", b"l", 2, 0, 1, len(body), 8, len(fields))
+    with pytest.raises(wire.WireError):
+        wire.reply(head + fields + bytes(-len(fields) % 8) + body)
+
+
 def test_big_endian() -> None:
     fields = b"\5\1u\0\0\0\0\7" + b"\x08\1g\0\2su\0"
     fields += bytes(-len(fields) % 8)
