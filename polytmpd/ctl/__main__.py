@@ -6,6 +6,7 @@ check finds a failure. `enter` exits with the status of its command.
 Not here: the commands (commands.py, status.py, remove.py, enter.py, monitor.py, check.py).
 """
 
+import gc
 import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -59,6 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """Run main() and end at once: Python's own clean-up takes a tenth of a short command."""
+    gc.disable()
     status = main()
     try:
         sys.stdout.flush()
@@ -127,6 +129,7 @@ def _on_bus(work: "Callable[[Asker], Coroutine[Any, Any, T]]", *, one_by_one: bo
 async def _in_loop(work: "Callable[[Asker], Coroutine[Any, Any, T]]") -> T:
     from polytmpd.bus.connection import BusError, Connection
 
+    gc.enable()  # this may take long
     try:
         connection = await Connection.open()
     except (OSError, BusError) as error:
