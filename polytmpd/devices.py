@@ -7,10 +7,11 @@ Hard facts
 - After an overrun every further read of the monitor fails. So a new monitor replaces it, and since it is
   unknown which events were lost, all devices have to be checked.
 - Without udevd, as in most containers, only the kernel sends events, and only to network namespaces that
-  belong to the initial user namespace.
+  belong to the initial user namespace. They include those of all mounts of the host (kernel/uevents).
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Coroutine
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from polytmpd.kernel import uevents
 from polytmpd.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -107,6 +109,8 @@ class Devices:
             return
         if source == "kernel":
             log.debug("udevd is not running, listening to the kernel")
+            with contextlib.suppress(OSError):  # then more events wake us up
+                uevents.only_removals(self._monitor.fileno())
         asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._on_readable)
 
     def _stop_listening(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from polytmpd import devices
 from polytmpd.devices import BlockDevice, Devices, exists
 from tests.unit.settled import eventually
 
@@ -26,6 +27,11 @@ class Heard:
 
     async def miss(self) -> None:
         self.missed += 1
+
+
+@pytest.fixture
+def without_udevd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(devices, "UDEVD", tmp_path / "none")
 
 
 @pytest.fixture
@@ -64,10 +70,22 @@ async def test_more_events_than_the_socket_holds(heard: Heard) -> None:
     """Events are lost while no one reads; afterwards the monitor works as before."""
     heard.devices._monitor.set_receive_buffer_size(4096)
     for _ in range(100):
-        send("change")
+        send("remove")
     await eventually(lambda: heard.missed == 2)
+    heard.gone.clear()
     send("remove")
     await eventually(lambda: ours(heard))
+
+
+@pytest.mark.usefixtures("without_udevd")
+async def test_the_kernel_filters_events(heard: Heard) -> None:
+    """What does not matter does not reach the socket, so that it cannot overrun it either."""
+    heard.devices._monitor.set_receive_buffer_size(4096)
+    for _ in range(1000):
+        send("change")
+    send("remove")
+    await eventually(lambda: ours(heard))
+    assert heard.missed == 1, "at start"
 
 
 async def test_close_leaves_no_descriptor() -> None:
