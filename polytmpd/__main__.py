@@ -36,6 +36,7 @@ from polytmpd.kernel.host import in_words
 from polytmpd.placement import Placement
 from polytmpd.presence import Presence
 from polytmpd.questions import Questions
+from polytmpd.sdlogin import SessionFiles
 from polytmpd.slices import Slices
 from polytmpd.tasks import Tasks
 
@@ -81,7 +82,7 @@ async def run() -> int:
     listening = login.take_socket(passed)
     executor = Executor(state, _boot_id(), fdstore.take(passed), DisplayLocks())
     admission = Admission(settings.exemptions)
-    presence = Presence(Logind(connection), Systemd(connection), Slices(), admission)
+    presence = Presence(Logind(connection, SessionFiles()), Systemd(connection), Slices(), admission)
     views = Views(settings.paths)
     daemon = Daemon(settings, config.load, executor, presence, admission, views)
     questions = Questions(views, daemon.kept, executor.removed_entries)

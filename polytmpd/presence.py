@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_TIMEOUT: Final = 1.0
 """How many seconds a login waits at most for systemd to report the user's slice."""
+_USUAL: Final = "/user.slice"
+"""See systemd.special(7)."""
 _LIST_AGAIN: Final = 30.0
 """Seconds after which logind is asked again if it did not answer."""
 
@@ -73,7 +75,7 @@ class Presence:
     async def start(self) -> None:
         """Follow logind and systemd, and report who is here now. Raises BusError."""
         await self._logind.subscribe(self)
-        await self._systemd.subscribe(self)
+        await self._systemd.follow(self.systemd_changed)
         # Before logind is asked: processes in the slice claim what is held.
         await self._look_at_slices()
         # If logind does not answer, what is held stays held: there may be sessions that we do not hear of.
@@ -82,6 +84,7 @@ class Presence:
     async def close(self) -> None:
         """Report nothing more."""
         await self._tasks.close()
+        self._logind.close()
         self._slices.close()
 
     def watch(self, uid: int, user: str) -> None:
@@ -132,21 +135,15 @@ class Presence:
     def logind_changed(self) -> None:
         self._tasks.start(self._list_logind())
 
-    # What systemd reports
+    # What systemd and the slices report
 
-    def slice_changed(self, uid: int) -> None:
-        """The slice started or stopped: it may have another cgroup now."""
+    def slice_made(self, uid: int) -> None:
+        """The slice starts: it has another cgroup now."""
         if uid in self._people:
             self._tasks.start(self._look_at_slice(uid))
 
-    def scope_changed(self, session_id: str) -> None:
-        """The session may be closing. If so it is over, even if processes live on in it."""
-        if any(session_id in person.claims.sessions for person in self._people.values()):
-            self._tasks.start(self._look_at_session(session_id))
-
     def systemd_changed(self) -> None:
         self._tasks.start(self._look_at_slices())
-        self._tasks.start(self._list_logind())  # sessions may have begun to close
 
     def slice_populated(self, uid: int, populated: bool) -> None:
         person = self._people.get(uid)
@@ -245,47 +242,29 @@ class Presence:
             self._change(uid, person.claims)
         return True
 
-    async def _look_at_session(self, session_id: str) -> None:
-        try:
-            is_open = await self._logind.is_open(session_id)
-        except BusError as error:
-            log.debug("Failed to query session %s: %s", session_id, error)
-            self._list_later()
-            return
-        if not is_open:
-            self.session_removed(session_id)
-
     async def _look_at_slice(self, uid: int) -> None:
-        try:
-            group = await self._systemd.control_group(uid)
-        except BusError as error:
-            group = _usual_group(uid)
-            log.warning("Failed to query the slice of UID %d, assuming %s: %s", uid, group, error)
-        self._group_is(uid, group)
+        self._group_is(uid, f"{await self._user_slice()}/user-{uid}.slice")
 
     async def _look_at_slices(self) -> None:
-        """_look_at_slice() of everyone, with one question."""
-        try:
-            groups = await self._systemd.control_groups()
-        except BusError as error:
-            groups = {uid: _usual_group(uid) for uid in self._people}
-            log.warning(
-                "Failed to query the slices of users, assuming /user.slice/user-UID.slice: %s", error
-            )
+        """_look_at_slice() of everyone, and of those who come."""
+        parent = await self._user_slice()
+        self._slices.follow(parent, self.slice_made)
         for uid in list(self._people):
-            self._group_is(uid, groups.get(uid, ""))
+            self._group_is(uid, f"{parent}/user-{uid}.slice")
+
+    async def _user_slice(self) -> str:
+        try:
+            return await self._systemd.user_slice()
+        except BusError as error:
+            log.warning("Failed to query the control group of user.slice, assuming %s: %s", _USUAL, error)
+            return _USUAL  # systemd is asked again later
 
     def _group_is(self, uid: int, group: str) -> None:
         person = self._people.get(uid)
         if person is None or not person.followed:
             return
-        if group and group != person.control_group:
+        if group != person.control_group and self._slices.exists(group):
             person.control_group = group
             for follower in self._followers:
                 follower.control_group_changed(uid, group)
         self._slices.watch(uid, group, self.slice_populated)
-
-
-def _usual_group(uid: int) -> str:
-    """See user@.service(5). systemd is asked again later."""
-    return f"/user.slice/user-{uid}.slice"

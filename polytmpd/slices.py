@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Watches whether a user's slice has processes: inotify on cgroup.events (cgroups(7), "populated").
+"""Watches which users' slices there are and whether they have processes: inotify on their parent directory
+and on cgroup.events (cgroups(7), "populated").
 
 Nothing is polled, except a slice that the kernel does not let us watch or read. Until it does, the slice
 counts as populated.
@@ -9,25 +10,31 @@ Hard facts
 - The kernel sends at most one IN_MODIFY in 10 ms for a cgroup.events (CGROUP_FILE_NOTIFY_MIN_INTV in
   kernel/cgroup). It drops a pending one when the cgroup is removed, and the removal itself sends nothing to
   the file's watch. So `populated 0` may never arrive. The parent directory always sends IN_DELETE when the
-  slice's cgroup is removed.
+  slice's cgroup is removed, and IN_CREATE when systemd makes it.
 """
 
 import asyncio
+import contextlib
 import errno
 import logging
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from polytmpd.journal import fields
 from polytmpd.kernel.host import in_words
-from polytmpd.kernel.inotify import IN_DELETE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify
+from polytmpd.kernel.inotify import IN_CREATE, IN_DELETE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify
 
 log = logging.getLogger(__name__)
 
 CGROUP_ROOTS: Final = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 """cgroup v2 alone, or beside v1 (the "hybrid" hierarchy of systemd)."""
 
+_PARENT: Final = IN_CREATE | IN_DELETE | IN_ONLYDIR
+"""What is watched in a directory with slices. A second mask for the same inode would replace it."""
+_SLICE: Final = re.compile(r"user-(\d+)\.slice", re.ASCII)
 _LOOK_AGAIN: Final = 10.0
 """Seconds after which a slice that could not be watched or read is tried again."""
 _GONE: Final = (errno.ENOENT, errno.ENODEV)
@@ -43,38 +50,68 @@ Report = Callable[[int, bool], None]
 """report(uid, populated), called in the event loop."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    uid: int
+    path: Path
+    report: Report
+
+
 class Slices:
     """Watches the cgroups of users' slices. Owns one inotify instance."""
 
     def __init__(self) -> None:
         """Needs a running event loop. Raises OSError (EMFILE)."""
         self._inotify = Inotify()
-        self._watched: dict[int, tuple[int, Path, Report]] = {}
+        self._watched: dict[int, _Watched] = {}
+        """Watch → slice."""
+        self._watches: dict[int, int] = {}
+        """UID → watch."""
+        self._parent: Path | None = None
+        self._made: Callable[[int], None] = lambda _: None
         self._guessed: dict[int, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._inotify.fd, self._on_readable)
 
+    def follow(self, control_group: str, made: Callable[[int], None]) -> None:
+        """Call made(uid) in the event loop for each user's slice that systemd makes in user.slice.
+
+        control_group: that of user.slice. May be called again.
+        """
+        roots = [Path(root) for root in CGROUP_ROOTS]
+        # Not resolved by what is there now: user.slice may come later.
+        root = next((root for root in roots if (root / "cgroup.controllers").exists()), roots[0])
+        self._parent, self._made = root / control_group.lstrip("/"), made
+        with contextlib.suppress(OSError):  # watch() tries again, and complains
+            self._watch_parents()
+
+    def exists(self, control_group: str) -> bool:
+        """Whether there is such a cgroup."""
+        return self._events_file(control_group) is not None
+
     def watch(self, uid: int, control_group: str, report: Report) -> None:
         """Watch the cgroup from now on: report what it says now, and each change.
 
-        An empty control_group is not populated.
+        A cgroup that does not exist is not populated.
         """
         path = self._events_file(control_group) if control_group else None
         if path is None:
             self._tell(uid, False, report)
             return
         try:
-            self._inotify.add_watch(str(path.parent.parent), IN_DELETE | IN_ONLYDIR)
+            self._watch_parents()
+            self._inotify.add_watch(str(path.parent.parent), _PARENT)
             watch = self._inotify.add_watch(str(path), IN_MODIFY)
         except FileNotFoundError:
             self._tell(uid, False, report)
             return
         except OSError as error:
-            self._watched = {w: entry for w, entry in self._watched.items() if entry[0] != uid}
+            self._unwatch(uid)
             self._guess(uid, error, report, lambda: self.watch(uid, control_group, report))
             return
-        self._watched = {w: entry for w, entry in self._watched.items() if entry[0] != uid or w == watch}
-        self._watched[watch] = (uid, path, report)
+        if self._watches.get(uid) != watch:
+            self._unwatch(uid)
+        self._watches[uid], self._watched[watch] = watch, _Watched(uid, path, report)
         self._read(uid, path, report)
 
     def close(self) -> None:
@@ -82,6 +119,17 @@ class Slices:
             timer.cancel()
         self._loop.remove_reader(self._inotify.fd)
         self._inotify.close()
+
+    def _watch_parents(self) -> None:
+        """Watch where slices are made: user.slice, and its parent, since user.slice may be made again."""
+        if self._parent is None:
+            return
+        for directory in (self._parent.parent, self._parent):
+            with contextlib.suppress(FileNotFoundError):
+                self._inotify.add_watch(str(directory), _PARENT)
+
+    def _unwatch(self, uid: int) -> None:
+        self._watched.pop(self._watches.pop(uid, -1), None)
 
     def _events_file(self, control_group: str) -> Path | None:
         for root in CGROUP_ROOTS:
@@ -122,8 +170,31 @@ class Slices:
 
     def _on_readable(self) -> None:
         for event in self._inotify.read():
-            for watch, (uid, path, report) in list(self._watched.items()):
-                if watch == event.watch or event.mask & IN_Q_OVERFLOW or event.name == path.parent.name:
-                    self._read(uid, path, report)
-                    if not path.exists():
-                        self._watched.pop(watch, None)
+            if event.mask & IN_Q_OVERFLOW:
+                self._examine_all()
+            elif not event.name:
+                self._examine(event.watch)
+            elif self._parent is not None and event.name == self._parent.name:
+                self._examine_all()
+            elif match := _SLICE.fullmatch(event.name):
+                uid = int(match[1])
+                if event.mask & IN_CREATE:
+                    self._made(uid)
+                self._examine(self._watches.get(uid, -1))
+
+    def _examine(self, watch: int) -> None:
+        if (found := self._watched.get(watch)) is not None:
+            self._read(found.uid, found.path, found.report)
+            if not found.path.exists() and self._watched.pop(watch, None) is not None:
+                self._watches.pop(found.uid, None)
+
+    def _examine_all(self) -> None:
+        """Anything may have happened: events were lost, or user.slice is another directory."""
+        for watch in list(self._watched):
+            self._examine(watch)
+        if self._parent is not None:
+            with contextlib.suppress(OSError):
+                self._watch_parents()
+                for entry in self._parent.iterdir():
+                    if match := _SLICE.fullmatch(entry.name):
+                        self._made(int(match[1]))

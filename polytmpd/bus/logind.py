@@ -2,6 +2,12 @@
 """A client of systemd-logind, org.freedesktop.login1(5): which users are logged in, and what changes.
 
 Not here: what the daemon does about it.
+
+Hard facts
+- The bus lets a connection wait for 128 answers on Debian (max_replies_per_connection of
+  dbus-daemon-1(1)), and refuses further calls with LimitsExceeded. A host may have thousands of sessions.
+- A session has some forty properties, and their types come with them: they are slow to parse in Python. So
+  what logind's files say is read there.
 """
 
 import asyncio
@@ -13,17 +19,21 @@ from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.sessions import MANAGER, NO_LOGINS, PATH, SERVICE
 from polytmpd.bus.sessions import Session as Session
 from polytmpd.bus.sessions import User as User
+from polytmpd.sdlogin import SessionFiles
 from polytmpd.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
 _ASKED_AT_ONCE: Final = 16
-"""The bus limits how many answers we may wait for, see systemd1.py."""
 _GONE: Final = ("org.freedesktop.login1.NoSuchSession", "org.freedesktop.DBus.Error.UnknownObject")
 
 
 class Listener(Protocol):
-    """Hears what logind signals. logind_changed: logind is on the bus (again), so list everything again."""
+    """Hears what logind signals, and of sessions that are closing as if they were removed.
+
+    Their processes may live on, but their user is no longer logged in. A session may be removed twice.
+    logind_changed: logind is on the bus (again), or changes were lost, so list everything again.
+    """
 
     def user_new(self, user: User) -> None: ...
     def user_removed(self, uid: int) -> None: ...
@@ -35,8 +45,15 @@ class Listener(Protocol):
 class Logind:
     """Talks to logind over a connection that the caller owns."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, files: SessionFiles | None = None) -> None:
+        """files: belong to this object from now on.
+
+        Without them, everything is asked on the bus, and nothing says that a session is closing.
+        """
         self._connection = connection
+        self._files = files
+        self._names: dict[int, str] = {}
+        """Of the users that logind has."""
         self._tasks = Tasks()
         self._asking = asyncio.Semaphore(_ASKED_AT_ONCE)
         self._removed: set[str | int] = set()
@@ -55,30 +72,25 @@ class Logind:
         }.items():
             await self._connection.subscribe(SERVICE, MANAGER, member, partial(handler, listener))
         await self._connection.follow_owner(SERVICE, partial(self._on_owner, listener))
+        if self._files is not None:
+            self._files.follow(partial(self._on_file, listener))
+
+    def close(self) -> None:
+        """Report no more closing sessions."""
+        if self._files is not None:
+            self._files.close()
 
     async def users(self) -> list[User]:
         """Raises BusError."""
         (users,) = await self._ask("ListUsers")
-        return [User(uid, name) for uid, name, _ in users]
+        self._names = {uid: name for uid, name, _ in users}
+        return [User(uid, name) for uid, name in self._names.items()]
 
     async def sessions(self) -> list[Session]:
         """All sessions that are not closing. Raises BusError."""
         (sessions,) = await self._ask("ListSessions")
         found = [await self._session(session, path) for session, *_, path in sessions]
         return [session for session in found if session is not None]
-
-    async def is_open(self, session: str) -> bool:
-        """Whether the session exists and is not closing.
-
-        Processes may outlive a closing session, but its user is no longer logged in. Raises BusError.
-        """
-        try:
-            (path,) = await self._ask("GetSession", "s", session)
-        except BusError as error:
-            if error.name in _GONE:
-                return False
-            raise
-        return await self._session(session, path) is not None
 
     async def _ask(self, member: str, signature: str = "", *body: Any) -> list[Any]:
         async with self._asking:
@@ -87,6 +99,12 @@ class Logind:
 
     async def _session(self, session: str, path: str) -> Session | None:
         """None if the session is closing or gone."""
+        found = None if self._files is None else self._files.read(session)
+        if found is not None and found.is_closing:
+            return None
+        if found is not None and found.uid in self._names:
+            user = User(found.uid, self._names[found.uid])
+            return Session(session, user, not found.kind.startswith(NO_LOGINS))
         try:
             async with self._asking:
                 owner = self._connection.owner(SERVICE)
@@ -101,6 +119,7 @@ class Logind:
         return Session(session, User(values["User"][0], values["Name"]), is_login)
 
     def _on_owner(self, listener: Listener, owner: str | None) -> None:
+        self._names.clear()
         if owner is None:
             log.info("systemd-logind left the bus, waiting for it to return")
         else:
@@ -120,10 +139,12 @@ class Logind:
             log.debug("User %d is already gone: %s", uid, error)
             return
         if uid not in self._removed:
+            self._names[uid] = name
             listener.user_new(User(uid, name))
 
     def _on_user_removed(self, listener: Listener, _: str, body: list[Any]) -> None:
         self._note_removed(body[0])
+        self._names.pop(body[0], None)
         listener.user_removed(body[0])
 
     def _on_session_new(self, listener: Listener, _: str, body: list[Any]) -> None:
@@ -143,6 +164,13 @@ class Logind:
     def _on_session_removed(self, listener: Listener, _: str, body: list[Any]) -> None:
         self._note_removed(body[0])
         listener.session_removed(body[0])
+
+    def _on_file(self, listener: Listener, session: str | None) -> None:
+        if session is None:
+            listener.logind_changed()
+        elif (found := self._files and self._files.read(session)) and found.is_closing:
+            self._note_removed(session)
+            listener.session_removed(session)
 
     def _note_removed(self, gone: str | int) -> None:
         if self._tasks:

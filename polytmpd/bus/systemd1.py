@@ -1,39 +1,30 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of the service manager, org.freedesktop.systemd1(5): cgroups of users' slices, changes of session
-scopes, properties of units, processes of services.
+"""A client of the service manager, org.freedesktop.systemd1(5): the cgroup of user.slice, properties of
+units, processes of services.
 
 Not here: reading the cgroups.
 
 Hard facts
-- The bus lets a connection wait for 128 answers on Debian (max_replies_per_connection of
-  dbus-daemon-1(1)), and refuses further calls with LimitsExceeded. A host may have thousands of slices.
 - The name of a slice is its place in the tree (systemd.slice(5)): the cgroup of user-UID.slice is always a
-  child of user.slice's.
+  child of user.slice's, which is a child of the service manager's own root.
+- Each unit that changes sends PropertiesChanged, several times, and no match rule can express
+  `user-UID.slice`. To hear them took more of the daemon's CPU time than anything else. So it subscribes to
+  nothing.
 """
 
 import asyncio
-import logging
-import re
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from polytmpd.bus.connection import BusError, Connection
-from polytmpd.bus.protocol import PROPERTIES, Asker
-from polytmpd.tasks import Tasks
-
-log = logging.getLogger(__name__)
+from polytmpd.bus.protocol import Asker
 
 SERVICE: Final = "org.freedesktop.systemd1"
 PATH: Final = "/org/freedesktop/systemd1"
 MANAGER: Final = "org.freedesktop.systemd1.Manager"
-_ASKED_AT_ONCE: Final = 16
-_SLICE_NAME: Final = re.compile(r"user-(\d+)\.slice", re.ASCII)
 _STATES: Final = ["activating", "active", "reloading", "refreshing", "deactivating"]
 _WITHOUT_PROCESS: Final = frozenset({"exited", "auto-restart", "auto-restart-queued", "dead"})
-_SLICE: Final = re.compile(rf"{PATH}/unit/user_2d(\d+)_2eslice", re.ASCII)
-_SCOPE: Final = re.compile(rf"{PATH}/unit/session_2d([0-9A-Za-z]+)_2escope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,92 +85,45 @@ async def version(connection: Asker) -> str:
     return str(await connection.get_property(SERVICE, PATH, MANAGER, "Version"))
 
 
-class Listener(Protocol):
-    """Hears what systemd signals."""
-
-    def slice_changed(self, uid: int) -> None:
-        """A user's slice started or stopped."""
-        ...
-
-    def scope_changed(self, session_id: str) -> None:
-        """A session's scope started or stopped, or was abandoned.
-
-        logind abandons the scope of a closing session, and signals nothing itself while processes are left
-        in it.
-        """
-        ...
-
-    def systemd_changed(self) -> None:
-        """PID 1 is on the bus again, after daemon-reexec or a restart of the bus. Signals may be lost."""
-        ...
-
-
 class Systemd:
     """Talks to PID 1 over a connection that the caller owns."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._tasks = Tasks()
-        self._asking = asyncio.Semaphore(_ASKED_AT_ONCE)
+        self._root: str | None = None
+        self._question: asyncio.Future[str | BusError] | None = None
 
-    async def subscribe(self, listener: Listener) -> None:
-        """Report changes from now on. Raises BusError."""
-        # No match rule can express `user-UID.slice`: the bus filters only on arg0 and the path's namespace.
-        # The handlers drop the rest.
-        for kind, handler in (("Slice", self._on_slice), ("Scope", self._on_scope)):
-            rule = f"arg0='{SERVICE}.{kind}'"
-            await self._connection.subscribe(
-                SERVICE, PROPERTIES, "PropertiesChanged", partial(handler, listener), rule
-            )
-        await self._connection.follow_owner(SERVICE, partial(self._on_owner, listener))
-        await self._subscribe()
-
-    async def _subscribe(self) -> None:
-        """PID 1 sends signals only while a client subscribes, and forgets clients when it leaves the bus."""
-        try:
-            await self._connection.ask(self._connection.owner(SERVICE), PATH, MANAGER, "Subscribe")
-        except BusError as error:
-            log.warning("The service manager does not answer, waiting for it: %s", error)
-
-    def _on_owner(self, listener: Listener, owner: str | None) -> None:
-        if owner is not None:
-            self._tasks.start(self._subscribe())
-            listener.systemd_changed()
-
-    async def control_group(self, uid: int) -> str:
-        """The cgroup of user-UID.slice relative to the cgroup root; empty if the slice has none.
+    async def follow(self, returned: Callable[[], None]) -> None:
+        """Call returned() when PID 1 is on the bus again, after daemon-reexec or a restart of the bus.
 
         Raises BusError.
         """
-        async with self._asking:
-            return await self._control_group(f"user-{uid}.slice")
 
-    async def control_groups(self) -> dict[int, str]:
-        """The cgroups of all users' slices, by UID, however many there are. Raises BusError."""
-        async with self._asking:
-            owner = self._connection.owner(SERVICE)
-            (units,) = await self._connection.ask(
-                owner, PATH, MANAGER, "ListUnitsByPatterns", "asas", (["active"], ["user-*.slice"])
-            )
-            parent = await self._control_group("user.slice") if units else ""
-        found = [match for name, *_ in units if (match := _SLICE_NAME.fullmatch(name))]
-        return {int(match[1]): f"{parent}/{match[0]}" for match in found} if parent else {}
+        def on_owner(owner: str | None) -> None:
+            self._root = None
+            if owner is not None:
+                returned()
 
-    async def _control_group(self, unit: str) -> str:
+        await self._connection.follow_owner(SERVICE, on_owner)
+
+    async def user_slice(self) -> str:
+        """The cgroup of user.slice, relative to the cgroup root, whether it exists or not.
+
+        Asks once. Raises BusError.
+        """
+        if self._root is None:
+            if self._question is None or self._question.done():
+                self._question = asyncio.ensure_future(self._ask_root())
+            answer = await asyncio.shield(self._question)  # of all who wait
+            if isinstance(answer, BusError):
+                raise answer
+            self._root = answer
+        return f"{self._root}/user.slice"
+
+    async def _ask_root(self) -> str | BusError:
         try:
             owner = self._connection.owner(SERVICE)
-            (path,) = await self._connection.ask(owner, PATH, MANAGER, "GetUnit", "s", (unit,))
-            group = await self._connection.get_property(owner, path, f"{SERVICE}.Slice", "ControlGroup")
+            root = await self._connection.get_property(owner, PATH, MANAGER, "ControlGroup")
         except BusError as error:
-            if error.name.endswith((".NoSuchUnit", ".UnknownObject")):
-                return ""
-            raise
-        return str(group)
-
-    def _on_slice(self, listener: Listener, path: str, body: list[Any]) -> None:
-        if body[0] == f"{SERVICE}.Slice" and (match := _SLICE.fullmatch(path)):
-            listener.slice_changed(int(match[1]))
-
-    def _on_scope(self, listener: Listener, path: str, body: list[Any]) -> None:
-        if body[0] == f"{SERVICE}.Scope" and (match := _SCOPE.fullmatch(path)):
-            listener.scope_changed(match[1])
+            return error
+        return str(root).rstrip("/")

@@ -2,9 +2,8 @@
 """The clients of logind and systemd, against small fakes of them."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,6 +12,7 @@ from polytmpd.bus.library import Message, MessageType, Variant
 from polytmpd.bus.logind import Logind, Session, User
 from polytmpd.bus.sessions import SessionDetails, list_sessions
 from polytmpd.bus.systemd1 import Systemd
+from polytmpd.sdlogin import SessionFile, SessionFiles
 from tests.bus.world import PROPERTIES, Client, FakeLogind
 from tests.unit.settled import eventually
 
@@ -38,15 +38,6 @@ class Listener(list[Any]):
 
     def logind_changed(self) -> None:
         self.append("logind_changed")
-
-    def slice_changed(self, uid: int) -> None:
-        self.append(("slice_changed", uid))
-
-    def scope_changed(self, session_id: str) -> None:
-        self.append(("scope_changed", session_id))
-
-    def systemd_changed(self) -> None:
-        self.append("systemd_changed")
 
 
 @pytest.fixture
@@ -89,7 +80,6 @@ async def test_which_users_are_logged_in(logind: Logind, fake: FakeLogind) -> No
     ]
     fake.closing = {"1"}
     assert [session.id for session in await logind.sessions()] == ["2", "3"]
-    assert [await logind.is_open(session) for session in ("1", "2", "gone")] == [False, True, False]
 
 
 async def test_session_details_for_an_administrator(fake: FakeLogind, connection: Connection) -> None:
@@ -191,83 +181,120 @@ async def test_forged_removals_are_not_believed(
     assert heard == [("user_new", ALICE)]
 
 
+# What logind's files say
+
+
+class Files:
+    """Stands in for SessionFiles."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, SessionFile] = {}
+        self.changed: Callable[[str | None], None] = lambda _: None
+        self.is_closed = False
+
+    def follow(self, changed: Callable[[str | None], None]) -> None:
+        self.changed = changed
+
+    def read(self, session: str) -> SessionFile | None:
+        return self.found.get(session)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+async def files(fake: FakeLogind, connection: Connection, heard: Listener) -> Files:
+    made = Files()
+    logind = Logind(connection, cast("SessionFiles", made))
+    await logind.subscribe(heard)
+    return made
+
+
+async def test_a_session_with_a_file_is_not_asked_about(
+    files: Files, fake: FakeLogind, heard: Listener
+) -> None:
+    files.found["c1"] = SessionFile(1000, "user", is_closing=False)
+    files.found["c2"] = SessionFile(1000, "manager", is_closing=False)
+    files.found["c3"] = SessionFile(1000, "user", is_closing=True)
+    fake.user_new(1000, "alice")
+    await eventually(lambda: heard == [("user_new", ALICE)])
+    for session in ("c1", "c2", "c3"):
+        fake.session_new(session, 1000)
+    fake.silent = True
+    await eventually(lambda: len(heard) == 3)
+    assert heard[1:] == [
+        ("session_new", Session("c1", ALICE)),
+        ("session_new", Session("c2", ALICE, is_login=False)),
+    ]
+
+
+async def test_the_bus_knows_what_the_files_do_not(files: Files, fake: FakeLogind, heard: Listener) -> None:
+    """The name of a user who is not known yet, and a session without a file."""
+    files.found["c1"] = SessionFile(1000, "user", is_closing=False)
+    fake.users[1000] = "alice"
+    fake.session_new("c1", 1000)
+    fake.session_new("c2", 1000)
+    await eventually(lambda: len(heard) == 2)
+    assert heard == [("session_new", Session("c1", ALICE)), ("session_new", Session("c2", ALICE))]
+
+
+async def test_a_session_that_closes(files: Files, heard: Listener) -> None:
+    """logind keeps it while processes are left in it, and signals nothing."""
+    files.found["c1"] = SessionFile(1000, "user", is_closing=False)
+    files.changed("c1")
+    files.changed("c2")
+    assert heard == []
+    files.found["c1"] = SessionFile(1000, "user", is_closing=True)
+    files.changed("c1")
+    assert heard == [("session_removed", "c1")]
+    files.changed(None)
+    assert heard[1:] == ["logind_changed"], "changes were lost"
+
+
 # systemd
 
 
 class FakeSystemd:
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.subscribed = 0
-        self.groups: dict[str, str] = {}
+        self.root = ""
         self.error = ""
-        self.asked: list[str] = []
-        self.busy: list[Message] | None = None
-        """What waits for an answer, if none is given."""
+        self.asked: list[Message] = []
+        self.is_busy = False
         client.bus.add_message_handler(self._on_message)
 
     def _on_message(self, message: Message) -> bool:
         path = message.path or ""
         if message.message_type is not MessageType.METHOD_CALL or not path.startswith(SYSTEMD_PATH):
             return False
-        self.asked.append(message.member or "")
-        if self.busy is not None:
-            self.busy.append(message)
-        else:
+        self.asked.append(message)
+        if not self.is_busy:
             self.client.bus.send(self._answer(message))
         return True
 
-    async def answer_at_last(self) -> int:
-        """Answer all that waits, again and again; returns how many calls waited at most."""
-        most = 0
-        while self.busy:
-            most = max(most, len(self.busy))
-            waiting, self.busy = self.busy, []
-            for message in waiting:
-                self.client.bus.send(self._answer(message))
-            with contextlib.suppress(AssertionError):
-                await eventually(lambda: self.busy, 1)
-        return most
+    def answer_at_last(self) -> None:
+        for message in self.asked:
+            self.client.bus.send(self._answer(message))
 
     def _answer(self, message: Message) -> Message:
         if self.error:
             return Message.new_error(message, self.error, "as told")
-        if message.member == "Subscribe":
-            self.subscribed += 1
-            return Message.new_method_return(message)
-        if message.member == "GetUnit":
-            if message.body[0] not in self.groups:
-                return Message.new_error(message, f"{SYSTEMD}.NoSuchUnit", "not loaded")
-            escaped = message.body[0].replace("-", "_2d").replace(".", "_2e")
-            return Message.new_method_return(message, "o", [f"/org/freedesktop/systemd1/unit/{escaped}"])
-        if message.member == "ListUnitsByPatterns":
-            assert message.body == [["active"], ["user-*.slice"]]
-            rows = [[unit, "", "loaded", "active", "active", "", "/", 0, "", "/"] for unit in self.groups]
-            return Message.new_method_return(message, "a(ssssssouso)", [rows])
-        unit = (message.path or "").rpartition("/")[2].replace("_2d", "-").replace("_2e", ".")
-        return Message.new_method_return(message, "v", [Variant("s", self.groups[unit])])
-
-    def changed(self, unit: str, interface: str = f"{SYSTEMD}.Slice") -> None:
-        self.client.send_signal(
-            "PropertiesChanged",
-            "sa{sv}as",
-            [interface, {}, ["ControlGroup"]],
-            path=f"/org/freedesktop/systemd1/unit/{unit}",
-            interface=PROPERTIES,
-        )
+        assert (message.path, message.member) == (SYSTEMD_PATH, "Get")
+        assert message.body == [f"{SYSTEMD}.Manager", "ControlGroup"]
+        return Message.new_method_return(message, "v", [Variant("s", self.root)])
 
 
-async def test_the_service_manager_comes_back(
-    client: Client, connection: Connection, heard: Listener
-) -> None:
+async def test_the_service_manager_comes_back(client: Client, connection: Connection) -> None:
     """After a restart of the bus, PID 1 is away for a moment. The daemon must start all the same."""
+    heard: list[str] = []
     systemd = Systemd(connection)
-    await systemd.subscribe(heard)
+    await systemd.follow(lambda: heard.append("back"))
     with pytest.raises(BusError, match="not on the bus"):
-        await systemd.control_group(1000)
-    fake = FakeSystemd(client)
+        await systemd.user_slice()
+    FakeSystemd(client)
     await client.own(SYSTEMD)
-    await eventually(lambda: heard == ["systemd_changed"] and fake.subscribed)
-    assert await systemd.control_group(1000) == ""
+    await eventually(lambda: heard == ["back"])
+    assert await systemd.user_slice() == "/user.slice"
 
 
 @pytest.fixture
@@ -277,72 +304,65 @@ async def fake_systemd(client: Client) -> FakeSystemd:
     return made
 
 
-async def test_control_group(fake_systemd: FakeSystemd, connection: Connection) -> None:
+@pytest.mark.parametrize(
+    ("root", "wanted"), [("", "/user.slice"), ("/", "/user.slice"), ("/a", "/a/user.slice")]
+)
+async def test_the_control_group_of_user_slice(
+    fake_systemd: FakeSystemd, connection: Connection, root: str, wanted: str
+) -> None:
+    fake_systemd.root = root
     systemd = Systemd(connection)
-    await systemd.subscribe(Listener())
-    fake_systemd.groups["user-1000.slice"] = "/user.slice/user-1000.slice"
-    assert await systemd.control_group(1000) == "/user.slice/user-1000.slice"
-    assert await systemd.control_group(1001) == "", "no such unit"
-    fake_systemd.error = "org.freedesktop.DBus.Error.Failed"
-    with pytest.raises(BusError, match="as told"):
-        await systemd.control_group(1000)
+    await systemd.follow(lambda: None)
+    for _ in range(3):
+        assert await systemd.user_slice() == wanted
+    assert len(fake_systemd.asked) == 1
 
 
-async def test_all_control_groups_with_one_question(
+async def test_a_service_manager_that_refuses_is_asked_again(
     fake_systemd: FakeSystemd, connection: Connection
 ) -> None:
     systemd = Systemd(connection)
-    await systemd.subscribe(Listener())
-    assert await systemd.control_groups() == {}
-    fake_systemd.asked.clear()
-    fake_systemd.groups = {"user.slice": "/in/user.slice", "user-1-x.slice": "/in/user.slice/user-1-x.slice"}
-    wanted = {uid: f"/in/user.slice/user-{uid}.slice" for uid in range(1000, 2000)}
-    fake_systemd.groups |= {f"user-{uid}.slice": group for uid, group in wanted.items()}
-    assert await systemd.control_groups() == wanted
-    assert fake_systemd.asked == ["ListUnitsByPatterns", "GetUnit", "Get"]
+    await systemd.follow(lambda: None)
     fake_systemd.error = "org.freedesktop.DBus.Error.Failed"
     with pytest.raises(BusError, match="as told"):
-        await systemd.control_groups()
+        await systemd.user_slice()
+    fake_systemd.error = ""
+    assert await systemd.user_slice() == "/user.slice"
 
 
-async def test_few_questions_wait_for_an_answer_at_once(
-    fake_systemd: FakeSystemd, connection: Connection
-) -> None:
+async def test_one_question_waits_for_an_answer(fake_systemd: FakeSystemd, connection: Connection) -> None:
     systemd = Systemd(connection)
-    await systemd.subscribe(Listener())
-    fake_systemd.busy = []
-    asking = [asyncio.ensure_future(systemd.control_group(uid)) for uid in range(1000, 1100)]
-    await eventually(lambda: fake_systemd.busy)
-    assert await fake_systemd.answer_at_last() <= 16
-    assert await asyncio.gather(*asking) == [""] * 100
+    await systemd.follow(lambda: None)
+    fake_systemd.is_busy = True
+    asking = [asyncio.ensure_future(systemd.user_slice()) for _ in range(100)]
+    await eventually(lambda: fake_systemd.asked)
+    asking[0].cancel()
+    fake_systemd.answer_at_last()
+    assert await asyncio.gather(*asking[1:]) == ["/user.slice"] * 99
+    assert len(fake_systemd.asked) == 1
 
 
-async def test_only_changes_of_user_slices_are_reported(
-    fake_systemd: FakeSystemd, connection: Connection, heard: Listener
+async def test_the_daemon_hears_no_signal_of_units(
+    fake_systemd: FakeSystemd, connection: Connection, logind: Logind
 ) -> None:
-    await Systemd(connection).subscribe(heard)
-    assert fake_systemd.subscribed == 1
-    for unit in (
-        "user_2eslice",
-        "system_2eslice",
-        "user_2dx_2eslice",
-        "user_401000_2eservice",
-        "user_2d_2eslice",
-    ):
-        fake_systemd.changed(unit)
-    fake_systemd.changed("user_2d1000_2eslice", f"{SYSTEMD}.Unit")
-    fake_systemd.changed("user_2d1001_2eslice")
-    await eventually(lambda: heard)
-    assert heard == [("slice_changed", 1001)]
+    """Each unit that changes sends several. They took half of the daemon's CPU time."""
+    systemd = Systemd(connection)
+    await systemd.follow(lambda: None)
+    signals: list[Message] = []
 
+    def note(message: Message) -> bool:
+        if message.message_type is MessageType.SIGNAL:
+            signals.append(message)
+        return False
 
-async def test_only_changes_of_session_scopes_are_reported(
-    fake_systemd: FakeSystemd, connection: Connection, heard: Listener
-) -> None:
-    await Systemd(connection).subscribe(heard)
-    for unit in ("init_2escope", "session_2d_2escope", "session_2dx_2ey_2escope", "user_2d1000_2eslice"):
-        fake_systemd.changed(unit, f"{SYSTEMD}.Scope")
-    fake_systemd.changed("session_2dc1_2escope", f"{SYSTEMD}.Unit")
-    fake_systemd.changed("session_2dc2_2escope", f"{SYSTEMD}.Scope")
-    await eventually(lambda: heard)
-    assert heard == [("scope_changed", "c2")]
+    connection._bus.add_message_handler(note)
+    for kind in ("Slice", "Scope", "Unit"):
+        fake_systemd.client.send_signal(
+            "PropertiesChanged",
+            "sa{sv}as",
+            [f"{SYSTEMD}.{kind}", {}, ["ControlGroup"]],
+            path=f"{SYSTEMD_PATH}/unit/user_2d1000_2eslice",
+            interface=PROPERTIES,
+        )
+    await systemd.user_slice()
+    assert not signals

@@ -44,32 +44,38 @@ async def test_processes_outlive_the_session(world: World) -> None:
     assert len(world.announced.of("changed")) == 6, "still draining: nothing to tell"
 
 
-async def test_a_session_that_is_closing_is_over(world: World) -> None:
-    """logind keeps it while processes are left in it. systemd reports that its scope was abandoned."""
+async def test_a_session_that_closes_is_over(world: World) -> None:
+    """It is reported as removed once while processes are left in it, and once when they are gone."""
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
     world.slices.populated[1000] = True
-    world.logind.listed_sessions = [Session("1", ALICE)]
     await world.active()
-    world.presence.scope_changed("1")
+    for _ in range(2):
+        world.presence.session_removed("1")
+        await world.settle()
+        assert world.state() is State.DRAINING
+        assert 1000 in world.executor.held
+
+
+async def test_the_slices_are_examined_again_when_the_service_manager_is_back(world: World) -> None:
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    await world.active()
+    world.slices.populated[1000] = True
+    world.presence.systemd_changed()
     await world.settle()
-    assert world.state() is State.ACTIVE
-    world.logind.listed_sessions = []
-    world.logind.away = True
-    world.presence.scope_changed("1")
+    world.presence.session_removed("1")
     await world.settle()
-    assert world.state() is State.ACTIVE, "nothing says otherwise"
-    world.logind.away = False
-    world.presence.scope_changed("1")
-    await eventually(lambda: world.state() is State.DRAINING)
     assert 1000 in world.executor.held
 
 
-async def test_changes_missed_while_the_service_manager_was_away(world: World) -> None:
+async def test_a_slice_that_is_made_after_its_user_came(world: World) -> None:
+    await world.active()
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
     world.slices.populated[1000] = True
-    await world.active()
-    world.presence.systemd_changed()
-    await eventually(lambda: world.state() is State.DRAINING)
+    world.presence.slice_made(1000)
+    await world.settle()
+    assert next(iter(world.views)).control_group == "/user.slice/user-1000.slice"
+    world.presence.session_removed("1")
+    assert 1000 in world.executor.held
 
 
 async def test_a_manager_session_is_not_a_login(world: World) -> None:
@@ -123,7 +129,7 @@ async def test_a_user_who_starts_but_never_logs_in(world: World) -> None:
 
 async def test_a_slice_of_an_unknown_user(world: World) -> None:
     world.presence.slice_populated(1000, True)
-    world.presence.slice_changed(1000)
+    world.presence.slice_made(1000)
     world.presence.user_removed(1000)
     world.daemon.namespace_ended(1000)
     await world.settle()

@@ -107,19 +107,6 @@ async def test_a_logind_that_does_not_reply_at_start_is_asked_again(
     await world.stop()
 
 
-async def test_logind_is_asked_again_about_a_session_that_it_did_not_list(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(presence, "_LIST_AGAIN", 0.01)
-    await world.active()
-    world.logind.away = True
-    world.presence.scope_changed("1")
-    await world.settle()
-    assert world.state() is State.ACTIVE
-    world.logind.away = False
-    await eventually(lambda: world.state() is State.DRAINING)
-
-
 async def test_sessions_that_ended_while_logind_was_away_are_released(world: World) -> None:
     await world.active(ALICE, "1")
     await world.active(BOB, "2")

@@ -130,6 +130,67 @@ async def test_after_lost_events_every_slice_is_read(
     assert heard == [(1000, True), (1001, True)]
 
 
+# Slices that come
+
+
+async def test_slices_that_are_made_are_reported(cgroups: Path, watched: Slices) -> None:
+    (cgroups / "user.slice").mkdir(parents=True)
+    made: list[int] = []
+    watched.follow("/user.slice", made.append)
+    for name in ("user-1000.slice", "user-1-x.slice", "user-.slice", "x-user-1001.slice", "user-1002.slice"):
+        (cgroups / "user.slice" / name).mkdir()
+    await eventually(lambda: 1002 in made)
+    assert made == [1000, 1002]
+
+
+async def test_a_slice_that_is_made_again_is_watched(cgroups: Path, watched: Slices, heard: Heard) -> None:
+    group = "/user.slice/user-1000.slice"
+    file = cgroup(cgroups, group, 1)
+    watched.follow("/user.slice", lambda uid: watched.watch(uid, group, heard))
+    watched.watch(1000, group, heard)
+    heard.clear()
+    shutil.rmtree(file.parent)
+    prepared = cgroup(cgroups, "prepared", 1).parent
+    file.parent.mkdir()
+    (prepared / "cgroup.events").rename(file)  # a cgroup has it from the beginning
+    await eventually(lambda: heard and heard[-1] == (1000, True))
+    file.write_text("populated 0\n")
+    await eventually(lambda: heard[-1] == (1000, False))
+
+
+async def test_user_slice_may_be_made_later_and_again(cgroups: Path, watched: Slices) -> None:
+    (cgroups / "system.slice").mkdir(parents=True)
+    made: list[int] = []
+    watched.follow("/user.slice", made.append)
+    (cgroups / "user.slice/user-1000.slice").mkdir(parents=True)
+    await eventually(lambda: 1000 in made)
+    shutil.rmtree(cgroups / "user.slice")
+    (cgroups / "user.slice/user-1001.slice").mkdir(parents=True)
+    await eventually(lambda: 1001 in made)
+
+
+async def test_slices_are_found_in_the_hybrid_hierarchy(cgroups: Path, watched: Slices) -> None:
+    unified = cgroups.parent / "unified"
+    unified.mkdir()
+    (unified / "cgroup.controllers").touch()
+    made: list[int] = []
+    watched.follow("/user.slice", made.append)
+    (unified / "user.slice/user-1000.slice").mkdir(parents=True)
+    await eventually(lambda: made and set(made) == {1000})
+
+
+async def test_without_watches_following_is_tried_again(
+    cgroups: Path, watched: Slices, heard: Heard, no_watches: list[str]
+) -> None:
+    cgroup(cgroups, "user.slice/user-1000.slice", 1)
+    made: list[int] = []
+    watched.follow("/user.slice", made.append)
+    no_watches.append("one")
+    watched.watch(1000, "/user.slice/user-1000.slice", heard)
+    (cgroups / "user.slice/user-1001.slice").mkdir()
+    await eventually(lambda: made == [1001])
+
+
 # What the kernel refuses
 
 

@@ -160,37 +160,37 @@ class FakeLogind:
         await asyncio.sleep(0)
         return listed
 
-    async def is_open(self, session: str) -> bool:
-        await asyncio.sleep(0)
-        if self.away:
-            raise BusError("org.freedesktop.DBus.Error.ServiceUnknown", "away")
-        return any(entry.id == session for entry in self.listed_sessions)
+    def close(self) -> None:
+        pass
 
 
 class FakeSystemd:
     def __init__(self) -> None:
         self.groups: dict[int, str] = {}
 
-    async def subscribe(self, listener: object) -> None:
+    async def follow(self, returned: Callable[[], None]) -> None:
         pass
 
-    async def control_group(self, uid: int) -> str:
+    async def user_slice(self) -> str:
         await asyncio.sleep(0)
-        return self.groups.get(uid, "")
-
-    async def control_groups(self) -> dict[int, str]:
-        await asyncio.sleep(0)
-        return dict(self.groups)
+        return "/user.slice"
 
 
 class FakeSlices:
-    def __init__(self) -> None:
+    def __init__(self, groups: dict[int, str]) -> None:
+        self.groups = groups
         self.populated: dict[int, bool] = {}
         self.reports: dict[int, Callable[[int, bool], None]] = {}
 
+    def follow(self, control_group: str, made: Callable[[int], None]) -> None:
+        pass
+
+    def exists(self, control_group: str) -> bool:
+        return control_group in self.groups.values()
+
     def watch(self, uid: int, control_group: str, report: Callable[[int, bool], None]) -> None:
         self.reports[uid] = report
-        report(uid, bool(control_group) and self.populated.get(uid, False))
+        report(uid, self.exists(control_group) and self.populated.get(uid, False))
 
     def say(self, uid: int, populated: bool) -> None:
         self.populated[uid] = populated
@@ -229,7 +229,7 @@ class World:
         self.executor = FakeExecutor()
         self.logind = FakeLogind()
         self.systemd = FakeSystemd()
-        self.slices = FakeSlices()
+        self.slices = FakeSlices(self.systemd.groups)
         self.announced = Announced()
         self.config = Config(exemptions=Exemptions(users=frozenset({"carol"})))
         self.problems: list[Problem] = []

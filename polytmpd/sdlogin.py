@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What logind's files say of sessions, sd-login(3), and when they change.
+
+It takes microseconds and no message; a question on the bus returns some forty properties.
+Not here: logind's signals, and what follows from a change (bus/logind).
+
+Hard facts
+- logind saves a session before it sends SessionNew, and when it begins to close. A closing session sends no
+  signal while processes are left in it.
+- The files are private, libsystemd's functions are not. sd_login_monitor(3) is an inotify instance that
+  watches for IN_MOVED_TO in this directory: each file is made elsewhere, then renamed.
+- sd_session_get_username() came with systemd 254.
+"""
+
+import asyncio
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from polytmpd.kernel.host import in_words
+from polytmpd.kernel.inotify import IN_MOVED_TO, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify
+
+log = logging.getLogger(__name__)
+
+SESSIONS: Final = "/run/systemd/sessions"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFile:
+    """uid: its user's. kind: its class, see sd_session_get_class(3)."""
+
+    uid: int
+    kind: str
+    is_closing: bool
+
+
+class SessionFiles:
+    """The files of all sessions. Owns an inotify instance."""
+
+    def __init__(self) -> None:
+        """Needs a running event loop. Raises OSError: EMFILE, or no libsystemd."""
+        self._library = ctypes.CDLL("libsystemd.so.0")
+        self._inotify = Inotify()
+        self._changed: Callable[[str | None], None] = lambda _: None
+        self._failure = ""
+        asyncio.get_running_loop().add_reader(self._inotify.fd, self._on_readable)
+
+    def follow(self, changed: Callable[[str | None], None]) -> None:
+        """Call changed(session) in the event loop for each change; None means that any may have changed."""
+        self._changed = changed
+        self._watch()
+
+    def read(self, session: str) -> SessionFile | None:
+        """What is known of a session; None if that is not all, or if there is no such session."""
+        if self._failure:
+            self._watch()
+        uid = ctypes.c_uint()
+        name = session.encode(errors="replace")
+        if self._library.sd_session_get_uid(name, ctypes.byref(uid)) < 0:
+            return None
+        kind, state = self._text("sd_session_get_class", name), self._text("sd_session_get_state", name)
+        return SessionFile(uid.value, kind, state == "closing") if kind and state else None
+
+    def close(self) -> None:
+        """Report nothing more."""
+        asyncio.get_running_loop().remove_reader(self._inotify.fd)
+        self._inotify.close()
+
+    def _text(self, function: str, session: bytes) -> str:
+        found = ctypes.c_char_p()
+        if getattr(self._library, function)(session, ctypes.byref(found)) < 0:
+            return ""
+        try:
+            return (found.value or b"").decode(errors="replace")
+        finally:
+            _free(found)
+
+    def _watch(self) -> None:
+        try:
+            self._inotify.add_watch(SESSIONS, IN_MOVED_TO | IN_ONLYDIR)
+        except OSError as error:
+            if not self._failure:
+                log.warning(
+                    "Failed to watch %s, not noticing that sessions close until they are gone: %s",
+                    SESSIONS,
+                    in_words(error),
+                )
+            self._failure = in_words(error)
+        else:
+            self._failure = ""
+
+    def _on_readable(self) -> None:
+        for event in self._inotify.read():
+            if event.mask & IN_Q_OVERFLOW:
+                self._changed(None)
+            elif event.name:
+                self._changed(event.name)
+
+
+_free = ctypes.CDLL(None).free
+_free.argtypes = (ctypes.c_void_p,)
+_free.restype = None
