@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 from polytmpd.core.model import Directory, Instance
+from polytmpd.displays import socketdir
 from polytmpd.displays.complaints import Complaints
 from polytmpd.displays.lockfiles import SOCKETS, find_copies
 from polytmpd.displays.places import Place, place_of
@@ -114,7 +115,7 @@ class DisplayLocks:
         loop = asyncio.get_running_loop()
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._status.check_due):  # loop.time() is time.monotonic()
+                async with asyncio.timeout_at(self._due()):
                     await self._changed.wait()
             self._changed.clear()
             begun = loop.time()
@@ -127,6 +128,14 @@ class DisplayLocks:
                 self._changed.set()
             if self._status.inotify is not None:
                 loop.add_reader(self._status.inotify, self._on_readable, self._status.inotify)
+
+    def _due(self) -> float | None:
+        """When to update even if nothing changes; None for never."""
+        due = self._status.check_due  # loop.time() is time.monotonic()
+        if self._status.generation == self._shared:
+            return due
+        again = asyncio.get_running_loop().time() + socketdir.CHECK_INTERVAL
+        return again if due is None else min(due, again)
 
     def _on_readable(self, inotify: int) -> None:
         asyncio.get_running_loop().remove_reader(inotify)  # until the next update is over and has rested

@@ -7,6 +7,7 @@ Not here: when it is updated (displaylocks), and what a lock is (lockfiles).
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -126,11 +127,12 @@ class Registry:
     def status(self) -> Status:
         if self._directory is None:
             return Status()
+        due = self._directory.check_due
         return Status(
             base=self._places[HOST].base,
             generation=self._directory.generation,
             inotify=self._directory.inotify,
-            check_due=self._directory.check_due if len(self._places) > 1 else None,
+            check_due=due if len(self._places) > 1 and due != math.inf else None,
             has_work=self._directory.has_work,
         )
 

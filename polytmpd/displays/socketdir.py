@@ -8,11 +8,15 @@ Not here: what becomes of a display (registry).
 Hard facts
 - X servers are found by their sockets. Watching for locks would mean watching every user's /tmp, where
   compilers work.
-- A directory that is removed sends nothing, not even IN_DELETE_SELF, while a bind mount of it exists. So it
-  is checked every CHECK_INTERVAL seconds.
+- A directory that is removed sends nothing, not even IN_DELETE_SELF, while a bind mount of it exists. Its
+  parent sends IN_DELETE, or IN_MOVED_TO if another one replaces it, but the parent is the host's /tmp, where
+  that happens all the time. So its watch is IN_ONESHOT: the first event ends it, and the check that follows,
+  at most every CHECK_INTERVAL seconds, sets it again.
+- A file system that is mounted over the parent sends nothing. The next login notices it.
 """
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -33,18 +37,22 @@ from polytmpd.kernel.inotify import (
     IN_MOVE_SELF,
     IN_MOVED_FROM,
     IN_MOVED_TO,
+    IN_ONESHOT,
     IN_ONLYDIR,
     IN_Q_OVERFLOW,
     Inotify,
 )
 
 CHECK_INTERVAL: Final = 10.0
-"""Seconds until a new socket directory is noticed at the latest; a login notices it at once."""
+"""Seconds until a new socket directory is noticed at the latest; a login notices it at once. Also until a
+directory that cannot be watched is tried again.
+"""
 
 _MOVED_DELAY: Final = 1.0
 _EVENTS: Final = (
     IN_CREATE | IN_DELETE | IN_MOVED_FROM | IN_MOVED_TO | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
 )
+_PARENT: Final = IN_DELETE | IN_MOVED_TO | IN_ONESHOT | IN_ONLYDIR
 _SELF: Final = IN_DELETE_SELF | IN_MOVE_SELF | IN_IGNORED
 _PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -58,12 +66,14 @@ class SocketDirectory:
         self._stopping = stopping
         self._inotify: Inotify | None = None
         self._watch = -1
+        self._parent = -1
+        self._checked = -math.inf
         self._identity: tuple[int, int] | None = None
         self._changed: dict[int, None] = {}
         self._listing: os._ScandirIterator[str] | None = None
         self._overflowed = False  # during the listing, so it has to be listed once more
         self.check_due = 0.0
-        """When refresh() checks the directory next, in seconds of the monotonic clock."""
+        """When refresh() checks the directory next, in seconds of the monotonic clock; inf for never."""
         self.generation = 0
         """Counts the directories found so far: a new one may have the inode number of the one before."""
 
@@ -100,7 +110,7 @@ class SocketDirectory:
         self._read_events()
         now = time.monotonic()
         if now >= self.check_due:
-            self.check_due = now + CHECK_INTERVAL
+            self._checked, self.check_due = now, math.inf
             self._check(shown)
         if self._identity is None:
             self._end_listing()
@@ -138,6 +148,10 @@ class SocketDirectory:
             if event.mask & IN_Q_OVERFLOW:
                 self._identity = None  # as if it were another directory: list all of it
                 self.check_soon()
+            elif event.watch == self._parent:
+                self.check_due = min(
+                    self.check_due, max(time.monotonic() + _MOVED_DELAY, self._checked + CHECK_INTERVAL)
+                )
             elif event.watch != self._watch:
                 continue
             elif event.mask & _SELF:
@@ -152,6 +166,7 @@ class SocketDirectory:
         """Find the directory as it is now. If it is another one, watch it and begin to list it."""
         try:
             with self._host.open() as base:
+                self._watch_parent(base)
                 shared.ensure(base, SOCKETS)
             with self.open() as sockets:
                 found = os.fstat(sockets)
@@ -162,24 +177,33 @@ class SocketDirectory:
                 self._identity = (found.st_dev, found.st_ino)
         except OSError as error:
             self._identity = None
+            self.check_soon(CHECK_INTERVAL)
             message = "Failed to watch %s/%s, not showing X display locks to other users: %s"
             self._complaints.warn(SOCKETS, message, self._host.path, SOCKETS, in_words(error))
             return
         self._complaints.settle(SOCKETS)
         self._changed.update(dict.fromkeys(shown))
 
-    def _move_watch(self, sockets: int) -> bool:
-        """Watch this directory instead. Returns whether it is new: no instance has a new one yet."""
+    def _get_inotify(self) -> Inotify:
         if self._inotify is None:
             self._inotify = Inotify()
+        return self._inotify
+
+    def _watch_parent(self, base: int) -> None:
+        """Be woken when something is removed from the base directory, once. Raises OSError."""
+        self._parent = self._get_inotify().add_watch(f"/proc/self/fd/{base}", _PARENT)
+
+    def _move_watch(self, sockets: int) -> bool:
+        """Watch this directory instead. Returns whether it is new: no instance has a new one yet."""
+        inotify = self._get_inotify()
         former, self._watch = self._watch, -1
-        self._watch = self._inotify.add_watch(f"/proc/self/fd/{sockets}", _EVENTS)
+        self._watch = inotify.add_watch(f"/proc/self/fd/{sockets}", _EVENTS)
         if self._watch == former:
             return False
         self.generation += 1
         if former != -1:
             with contextlib.suppress(OSError):  # the kernel has already removed it
-                self._inotify.remove_watch(former)
+                inotify.remove_watch(former)
         return True
 
     def _begin_listing(self, sockets: int, *, is_new: bool) -> None:

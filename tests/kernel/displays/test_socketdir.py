@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from polytmpd.displays.complaints import Complaints
 from polytmpd.displays.lockfiles import SOCKETS
 from polytmpd.displays.places import Place
 from polytmpd.displays.socketdir import SocketDirectory
-from polytmpd.kernel.inotify import IN_Q_OVERFLOW, Event, Inotify
+from polytmpd.kernel.inotify import IN_DELETE, IN_IGNORED, IN_Q_OVERFLOW, Event, Inotify
 from tests.kernel.displays.host import (
     ALICE,
     BOB,
@@ -124,6 +125,52 @@ async def test_an_empty_directory_that_is_replaced_without_an_event(
         await host.shows(["host", ALICE, BOB])
 
 
+async def test_nothing_is_checked_while_nothing_happens(host: Host) -> None:
+    await host.start(ALICE, BOB)
+    serve(host, ALICE)
+    await host.shows(["host", ALICE, BOB])
+    await eventually(lambda: host.shared_again == 1 and host.locks._due() is None)
+    host.base.joinpath("made").touch()
+    assert host.locks._due() is None, "by root, in the host's /tmp"
+    host.base.joinpath("made").unlink()
+    await eventually(lambda: host.locks._due() is not None)
+
+
+async def test_a_busy_parent_causes_one_event_for_each_check(host: Host) -> None:
+    """A compiler works in the host's /tmp. Nothing queues up, and no check comes early."""
+    directory = SocketDirectory(Place(str(host.base)), Complaints(), lambda: False)
+    directory.refresh([])
+    begun = time.monotonic()
+    for number in range(1000):
+        (host.base / f"{number}.o").touch()
+        (host.base / f"{number}.o").unlink()
+    assert directory._inotify is not None
+    events = directory._inotify.read()
+    assert [event.mask & ~IN_IGNORED for event in events] == [IN_DELETE, 0]
+    (host.base / "x").touch()
+    directory.check_soon(-1)
+    directory.refresh([])
+    assert directory.check_due == math.inf
+    (host.base / "x").unlink()
+    directory.refresh([])
+    due = directory.check_due - begun
+    directory.close()
+    assert due >= socketdir.CHECK_INTERVAL
+
+
+async def test_a_directory_replaced_by_another_that_took_its_name(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socketdir, "CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(socketdir, "_MOVED_DELAY", 0.1)
+    await host.start(ALICE, BOB)
+    await eventually(lambda: host.shared_again == 1 and host.locks._due() is None)
+    with opened(host.base / SOCKETS):
+        (host.base / "other").mkdir()
+        (host.base / "other").rename(host.base / SOCKETS)
+        await eventually(lambda: host.shared_again == 2)
+
+
 async def test_a_login_notices_another_directory_at_once(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,5 +215,7 @@ async def test_sharing_that_fails_is_retried(
     await host.shows(["host", ALICE, BOB])
     await eventually(lambda: host.shared_again)
     assert [record.args for record in caplog.records] == [(str(host.base), SOCKETS, error)], "logged once"
-    await host.updated(5)
+    for name in "abc":
+        (host.base / SOCKETS / name).touch()
+        await host.updated(1)
     assert host.shared_again == 1
