@@ -67,6 +67,18 @@ async def test_the_slices_are_examined_again_when_the_service_manager_is_back(wo
     assert 1000 in world.executor.held
 
 
+async def test_a_slice_that_was_made_before_its_user_is_known(world: World) -> None:
+    """systemd starts it while the daemon asks for the user's name, and reports nothing later."""
+    await world.daemon.start()
+    world.systemd.groups[1000] = "/user.slice/user-1000.slice"
+    world.slices.populated[1000] = True
+    world.presence.slice_made(1000)
+    await world.active()
+    world.presence.session_removed("1")
+    await world.settle()
+    assert 1000 in world.executor.held
+
+
 async def test_a_slice_that_is_made_after_its_user_came(world: World) -> None:
     await world.active()
     world.systemd.groups[1000] = "/user.slice/user-1000.slice"
