@@ -53,6 +53,7 @@ Report = Callable[[int, bool], None]
 @dataclass(frozen=True, slots=True)
 class _Watched:
     uid: int
+    control_group: str
     path: Path
     report: Report
 
@@ -94,6 +95,10 @@ class Slices:
 
         A cgroup that does not exist is not populated.
         """
+        known = self._watched.get(self._watches.get(uid, -1))
+        if known is not None and known.control_group == control_group:
+            self._read(uid, known.path, report)  # the kernel reports all else
+            return
         path = self._events_file(control_group) if control_group else None
         if path is None:
             self._tell(uid, False, report)
@@ -111,7 +116,7 @@ class Slices:
             return
         if self._watches.get(uid) != watch:
             self._unwatch(uid)
-        self._watches[uid], self._watched[watch] = watch, _Watched(uid, path, report)
+        self._watches[uid], self._watched[watch] = watch, _Watched(uid, control_group, path, report)
         self._read(uid, path, report)
 
     def close(self) -> None:
@@ -128,8 +133,8 @@ class Slices:
             with contextlib.suppress(FileNotFoundError):
                 self._inotify.add_watch(str(directory), _PARENT)
 
-    def _unwatch(self, uid: int) -> None:
-        self._watched.pop(self._watches.pop(uid, -1), None)
+    def _unwatch(self, uid: int) -> _Watched | None:
+        return self._watched.pop(self._watches.pop(uid, -1), None)
 
     def _events_file(self, control_group: str) -> Path | None:
         for root in CGROUP_ROOTS:
@@ -179,8 +184,15 @@ class Slices:
             elif match := _SLICE.fullmatch(event.name):
                 uid = int(match[1])
                 if event.mask & IN_CREATE:
+                    self._watch_again(uid)
                     self._made(uid)
-                self._examine(self._watches.get(uid, -1))
+                else:
+                    self._examine(self._watches.get(uid, -1))
+
+    def _watch_again(self, uid: int) -> None:
+        """The slice may be another one than that which is watched, with the same name."""
+        if (known := self._unwatch(uid)) is not None:
+            self.watch(uid, known.control_group, known.report)
 
     def _examine(self, watch: int) -> None:
         if (found := self._watched.get(watch)) is not None:
@@ -190,8 +202,8 @@ class Slices:
 
     def _examine_all(self) -> None:
         """Anything may have happened: events were lost, or user.slice is another directory."""
-        for watch in list(self._watched):
-            self._examine(watch)
+        for uid in list(self._watches):
+            self._watch_again(uid)
         if self._parent is not None:
             with contextlib.suppress(OSError):
                 self._watch_parents()

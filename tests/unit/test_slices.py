@@ -130,6 +130,35 @@ async def test_after_lost_events_every_slice_is_read(
     assert heard == [(1000, True), (1001, True)]
 
 
+async def test_a_slice_that_is_watched_is_only_read(
+    cgroups: Path, watched: Slices, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each login asks for it."""
+    file = cgroup(cgroups, "user-1000.slice", 1)
+    watched.watch(1000, "/user-1000.slice", heard)
+    added: list[str] = []
+    monkeypatch.setattr(watched._inotify, "add_watch", lambda path, _: added.append(path))
+    file.write_text("populated 0\n")
+    watched.watch(1000, "/user-1000.slice", heard)
+    assert heard == [(1000, True), (1000, False)]
+    assert not added
+
+
+async def test_a_slice_made_again_before_its_end_is_noticed(
+    cgroups: Path, watched: Slices, heard: Heard
+) -> None:
+    """Reading the new file must not pass for watching it."""
+    file = cgroup(cgroups, "user-1000.slice", 1)
+    watched.watch(1000, "/user-1000.slice", heard)
+    shutil.rmtree(file.parent)
+    cgroup(cgroups, "user-1000.slice", 1)
+    watched.watch(1000, "/user-1000.slice", heard)
+    assert heard[-1] == (1000, True)
+    watched._on_readable()
+    file.write_text("populated 0\n")
+    await eventually(lambda: heard[-1] == (1000, False))
+
+
 # Slices that come
 
 
