@@ -16,7 +16,8 @@ The method
   rename at all.
 - The type of an entry is not queried but tried: unlinkat(2), on EISDIR unlinkat(2) with AT_REMOVEDIR, on
   ENOTEMPTY open it. None of these follows a link or enters a mount, and exchanging one thing for another
-  cannot fool them.
+  cannot fool them. Which one is tried first is a guess that only costs time if it is wrong: what was right
+  for the last entry at the same depth.
 
 Hard facts
 - unlink, rmdir and rename of a mount point fail with EBUSY in the mount namespace that has the mount. In any
@@ -36,6 +37,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from polytmpd.blocking import barriers
@@ -54,6 +56,8 @@ _WAITING: Final = 64
 _ROUNDS: Final = 64
 _ATTEMPTS: Final = 8
 _REPORT_EVERY: Final = 1024
+# How many entries are removed before asking whether the removal is cancelled.
+_CHUNK: Final = 32
 
 _RESOLVE: Final = barriers.RESOLVE | syscalls.RESOLVE_NO_SYMLINKS
 _NOT_EMPTY: Final = (errno.ENOTEMPTY, errno.EEXIST)
@@ -101,29 +105,26 @@ def remove_tree(
 class _Frame:
     """An open directory that is being emptied. The bottom frame is the barrier."""
 
-    __slots__ = ("_names", "fd", "name", "rounds", "stuck", "unprotected")
+    __slots__ = ("_listed", "_names", "empty", "fd", "name", "rounds", "stuck", "unprotected")
 
     def __init__(self, fd: Descriptor, name: str) -> None:
         self.fd = fd
         self.name = name
         self.rounds = 0
+        self.empty = True  # until an entry has been seen
         self.stuck = False  # something in it, or below, cannot be removed
         self.unprotected = False
+        self._listed = False
         self._names: Iterator[os.DirEntry[str]] | None = None
 
-    def next_name(self) -> str | None:
-        """The next entry of this listing; None at its end, after which a new listing begins."""
+    def names(self) -> Iterator[os.DirEntry[str]]:
+        """The rest of this listing. After close_listing(), a new one."""
         if self._names is None:
-            self.list()
-        entry = next(self._names, None) if self._names is not None else None
-        if entry is None:
-            self._names = None
-            return None
-        return entry.name
-
-    def list(self) -> None:
-        os.lseek(self.fd, 0, os.SEEK_SET)  # os.scandir shares the position
-        self._names = os.scandir(self.fd)
+            if self._listed:
+                os.lseek(self.fd, 0, os.SEEK_SET)  # os.scandir shares the position
+            self._listed = True
+            self._names = os.scandir(self.fd)
+        return self._names
 
     def close_listing(self) -> None:
         if self._names is not None:
@@ -140,6 +141,8 @@ class _Removal:
         self._report = report
         self._cancelled = cancelled
         self._frames = [_Frame(barrier, where)]
+        self._guesses: list[Callable[..., None] | None] = [os.unlink] * (_DEPTH_IN_NEED + 2)
+        """By depth, what removed the last entry. None: it was a directory that had to be emptied."""
         self._waiting = 0
         self._lifted = 0
         self._in_the_way: OSError | None = None
@@ -155,16 +158,19 @@ class _Removal:
         while not self._cancelled():
             frame = self._frames[-1]
             try:
-                name = frame.next_name()
+                seen, name = self._remove_alike(frame)
             except OSError as error:
                 if frame is bottom:
                     raise OSError(error.errno, error.strerror, self._where) from None
                 self._blocked(self._frames[-2], error, frame.name)
                 self._pop()
                 continue
+            if frame is bottom:
+                listed += seen
             if name is not None:
-                listed += frame is bottom
                 self._remove(frame, name)
+            elif seen == _CHUNK:
+                continue
             elif frame is not bottom:
                 self._finish(frame)
             elif not listed:
@@ -200,8 +206,48 @@ class _Removal:
         self._abandon()
         self._frames[0].close_listing()
 
+    def _remove_alike(self, frame: _Frame) -> tuple[int, str | None]:
+        """Remove entries like the last one at this depth. Nearly all of the time is spent here.
+
+        Returns how many entries it saw, fewer than _CHUNK at the end of the listing, and the name of the
+        last one if it is not gone. Raises OSError if the directory cannot be listed.
+        """
+        remove = self._guesses[len(self._frames) - 1]
+        fd = frame.fd
+        seen = 0
+        name = None
+        for entry in islice(frame.names(), _CHUNK):
+            seen += 1
+            if remove is not None:
+                try:
+                    remove(entry.name, dir_fd=fd)
+                    continue
+                except OSError as error:
+                    self._learn(error)
+            name = entry.name
+            break
+        if seen:
+            frame.empty = False
+            self._gone(frame, seen if name is None else seen - 1)
+        if name is None and seen < _CHUNK:
+            frame.close_listing()
+        return seen, name
+
+    def _learn(self, error: OSError) -> None:
+        if isinstance(error, IsADirectoryError):
+            self._guesses[len(self._frames) - 1] = os.rmdir
+        elif isinstance(error, NotADirectoryError):
+            self._guesses[len(self._frames) - 1] = os.unlink
+        elif error.errno in _NOT_EMPTY:
+            self._guesses[len(self._frames) - 1] = None
+
     def _remove(self, frame: _Frame, name: str) -> None:
-        remove: Callable[..., None] = os.unlink
+        depth = len(self._frames) - 1
+        remove = self._guesses[depth]
+        if remove is None:
+            if depth < _DEPTH and self._enter(frame, name):
+                return
+            remove = os.rmdir
         unprotected = False
         for _attempt in range(_ATTEMPTS):
             try:
@@ -214,6 +260,7 @@ class _Removal:
                 return
             except OSError as error:
                 if error.errno in _NOT_EMPTY and remove is os.rmdir:
+                    self._guesses[depth] = None
                     self._descend(frame, name)
                     return
                 if error.errno != errno.EPERM or unprotected or not self._unprotect(frame, name):
@@ -221,6 +268,7 @@ class _Removal:
                     return
                 unprotected = True
             else:
+                self._guesses[depth] = remove
                 self._gone(frame)
                 return
         # A process exchanges it faster than we try: the next listing will show it again.
@@ -248,6 +296,8 @@ class _Removal:
                 self._blocked(parent, error, frame.name)
             else:
                 self._gone(parent)
+                if frame.empty:
+                    self._guesses[len(self._frames) - 2] = os.rmdir
             break
         self._pop()
 
@@ -278,11 +328,20 @@ class _Removal:
             return
         self._frames.append(child)
 
+    def _enter(self, frame: _Frame, name: str) -> bool:
+        """Continue in `name` if it is a directory that can be opened. Its being empty only costs time."""
+        try:
+            child = self._open(frame, name)
+        except OSError:
+            return False  # the long way finds out why
+        self._frames.append(child)
+        return True
+
     def _open(self, frame: _Frame, name: str) -> _Frame:
         child = _Frame(syscalls.openat2(frame.fd, name, barriers.DIRECTORY, _RESOLVE), name)
         try:
             self._possess(child.fd)
-            child.list()
+            child.names()
         except OSError:
             child.fd.close()
             raise
@@ -361,11 +420,12 @@ class _Removal:
 
     # --- progress and failures ---
 
-    def _gone(self, frame: _Frame) -> None:
-        self.entries += 1
+    def _gone(self, frame: _Frame, entries: int = 1) -> None:
+        reported = self.entries // _REPORT_EVERY
+        self.entries += entries
         if frame is self._frames[0]:
-            self._waiting = max(0, self._waiting - 1)
-        if self.entries % _REPORT_EVERY == 0:
+            self._waiting = max(0, self._waiting - entries)
+        if self.entries // _REPORT_EVERY != reported:
             self._report(self.entries)
 
     def _blocked(self, frame: _Frame, error: OSError, name: str) -> None:
