@@ -349,9 +349,6 @@ class _Removal:
 
     def _possess(self, fd: int) -> None:
         """Once this returns, only root can change the directory, whatever descriptors others hold."""
-        found = os.fstat(fd)
-        if (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 0, 0o700):
-            return
         try:
             os.fchown(fd, 0, 0)
         except PermissionError:
