@@ -135,3 +135,45 @@ def test_exchanged_between_check_and_use(
             assert remove(base).complete
 
     in_namespace(work)
+
+
+@pytest.mark.parametrize("swap", ["symlink", "tmpfs", "file"])
+def test_exchanged_among_directories(
+    base: Path, sentinel: Path, swap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among directories that are not empty, an entry is opened first. It is exchanged just before."""
+    inner = make(base)
+    for number in range(50):
+        (inner / str(number)).mkdir()
+        (inner / str(number) / "file").touch()
+    real = syscalls.openat2
+    swapped: list[str] = []
+
+    def openat2(dirfd: int, path: str, flags: int, resolve: int) -> object:
+        if path.isdigit() and int(path) % 2 and path not in swapped:
+            swapped.append(path)
+            victim = inner / path
+            if swap == "tmpfs":
+                if len(swapped) == 1:
+                    syscalls.mount("tmpfs", str(victim), "tmpfs", 0)
+                    (victim / "kept").touch()
+            else:
+                victim.rename(inner / f"aside-{path}")
+                if swap == "symlink":
+                    victim.symlink_to("../../sentinel")
+                else:
+                    victim.touch()
+        return real(dirfd, path, flags, resolve)
+
+    def work() -> None:
+        monkeypatch.setattr(syscalls, "openat2", openat2)
+        if swap == "tmpfs":
+            with pytest.raises(OSError, match=r".") as caught:
+                remove(base)
+            assert caught.value.errno == errno.EBUSY
+            assert (inner / swapped[0] / "kept").exists()
+        else:
+            assert remove(base).complete
+        assert len(swapped) == 25
+
+    in_namespace(work)
