@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from polytmpd import libsystemd
 from polytmpd.kernel.host import in_words
 from polytmpd.kernel.inotify import IN_MOVED_TO, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify
 
@@ -41,7 +42,7 @@ class SessionFiles:
 
     def __init__(self) -> None:
         """Needs a running event loop. Raises OSError: EMFILE, or no libsystemd."""
-        self._library = ctypes.CDLL("libsystemd.so.0")
+        self._library = libsystemd.load()
         self._inotify = Inotify()
         self._changed: Callable[[str | None], None] = lambda _: None
         self._failure = ""
