@@ -2,7 +2,7 @@
 """What both kinds of connection have in common: the names and errors of the bus, and calls made of ask().
 
 polytmpctl imports it: nothing here may take long to import.
-Not here: sending and receiving (connection.py, synchronous.py).
+Not here: sending and receiving (connection.py, sdbus.py).
 """
 
 from collections.abc import Mapping, Sequence

@@ -6,6 +6,7 @@ check finds a failure. `enter` exits with the status of its command.
 Not here: the commands (commands.py, status.py, remove.py, enter.py, monitor.py, check.py).
 """
 
+import contextlib
 import gc
 import os
 import sys
@@ -18,6 +19,7 @@ from polytmpd.ctl.output import Failure, Style
 
 if TYPE_CHECKING:
     from polytmpd.bus.protocol import Asker
+    from polytmpd.bus.sdbus import SdBus
     from polytmpd.ctl.commands import Answer, Context
 
 T = TypeVar("T")
@@ -106,24 +108,33 @@ def _run(options: Options) -> int:
 def _on_bus(work: "Callable[[Asker], Coroutine[Any, Any, T]]", *, one_by_one: bool) -> T:
     """What work returns, which gets a connection to the bus.
 
-    one_by_one: it makes one call after the other, and nothing else. Then neither asyncio nor the D-Bus
-    library is imported, which takes longer than all the rest.
+    one_by_one: it makes one call after the other, and nothing else. Then libsystemd is used, if installed:
+    importing asyncio and the D-Bus library takes longer than all the rest.
     """
-    from polytmpd.bus import synchronous
-    from polytmpd.bus.protocol import BusError
+    if one_by_one:
+        from polytmpd.bus import sdbus
 
-    if one_by_one and (name := synchronous.socket_name()) is not None:
         try:
-            connection = synchronous.SynchronousConnection.open(name)
-        except (OSError, BusError) as error:
-            raise _unreachable(error) from None
-        try:
-            return synchronous.run(work(connection))
-        finally:
-            connection.close()
+            connection = sdbus.SdBus()
+        except OSError:
+            pass
+        else:
+            return _without_loop(work, connection)
     import asyncio
 
     return asyncio.run(_in_loop(work))
+
+
+def _without_loop(work: "Callable[[Asker], Coroutine[Any, Any, T]]", connection: "SdBus") -> T:
+    from polytmpd.bus import sdbus
+    from polytmpd.bus.protocol import BusError
+
+    with contextlib.closing(connection):
+        try:
+            connection.open()
+        except (OSError, BusError) as error:
+            raise _unreachable(error) from None
+        return sdbus.run(work(connection))
 
 
 async def _in_loop(work: "Callable[[Asker], Coroutine[Any, Any, T]]") -> T:

@@ -5,6 +5,7 @@ POLYTMP_TEST_BUS_LIBRARY=dbus_fast runs the tests as if dbus-next could not be i
 does so.
 """
 
+import contextlib
 import os
 import select
 import shutil
@@ -61,9 +62,8 @@ def settled(no_descriptor_leaks: None, no_task_leaks: None) -> None:
     """A test leaves no descriptor open and no task running."""
 
 
-@pytest.fixture(scope="session")
-def bus() -> Iterator[str]:
-    """The address of a bus like the system's, except that its policy allows everything."""
+@contextlib.contextmanager
+def running_bus() -> Iterator[str]:
     program = shutil.which("dbus-daemon")
     if program is None:
         pytest.fail("dbus-daemon is not installed: make setup (Debian: apt install dbus)", pytrace=False)
@@ -88,6 +88,20 @@ def bus() -> Iterator[str]:
         process.kill()
         process.communicate()
         shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def bus() -> Iterator[str]:
+    """The address of a bus like the system's, except that its policy allows everything."""
+    with running_bus() as address:
+        yield address
+
+
+@pytest.fixture
+def short_bus() -> Iterator[tuple[str, Callable[[], None]]]:
+    """The address of another one, and a function that ends it."""
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context(running_bus()), stack.close
 
 
 @pytest.fixture
