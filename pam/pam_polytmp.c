@@ -5,7 +5,8 @@
  * polytmpd decides who gets a namespace, what is in it and when it ends. This module decides which sessions are
  * logins, and what happens if polytmpd cannot be reached.
  *
- * Not here: the request to polytmpd (polytmpd.c), entering and leaving (namespace.c).
+ * Not here: the request to polytmpd (polytmpd.c), who is a system user (regular.c), entering and leaving
+ * (namespace.c).
  */
 
 #include <ctype.h>
@@ -21,7 +22,6 @@
 #include <security/pam_modutil.h>
 
 #include "pam_polytmp.h"
-#include "regular.h"
 
 #define EXPORT __attribute__((visibility("default")))
 

@@ -45,6 +45,14 @@ int refuse(const struct session *s, const char *error_name, const char *format, 
 /* polytmpd cannot be reached: refuses the session, unless the user is a system user. */
 int unreachable(const struct session *s, const char *why);
 
+/* regular.c */
+
+/* Whether PID 1 has a user of a unit with DynamicUser= under both name and UID. */
+bool is_dynamic_user(const char *name);
+
+/* Whether polytmpd never calls the user regular. If login.defs cannot be read, this is certain of few. */
+bool is_certainly_system_user(const struct passwd *pw);
+
 /* polytmpd.c */
 
 /* On PAM_SUCCESS the caller closes *ret_fd. The connection and the descriptors received on it are closed. */

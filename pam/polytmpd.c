@@ -34,8 +34,16 @@
 #define SOCKET_PATH "/run/polytmpd/login"
 #define USEC_PER_SEC INT64_C(1000000)
 #define ATTEMPTS 2
+#define SYSTEM_USER_TIMEOUT 5 /* seconds: a daemon that is restarted needs less */
 #define REPLY_MAX 4096
 #define FDS_MAX 4
+
+/* How long a session waits. */
+struct limit {
+        const struct passwd *pw;
+        int64_t deadline;
+        int64_t last; /* the deadline, unless the user is a system user */
+};
 
 struct reply {
         char text[REPLY_MAX + 1];
@@ -56,6 +64,23 @@ static int64_t now_usec(void) {
         return ts.tv_sec * USEC_PER_SEC + ts.tv_nsec / 1000;
 }
 
+static struct limit begin_to_wait(const struct session *s) {
+        int64_t now = now_usec(), seconds = (int64_t) s->timeout;
+
+        return (struct limit) {
+                .pw = s->pw,
+                .deadline = now + (seconds < SYSTEM_USER_TIMEOUT ? seconds : SYSTEM_USER_TIMEOUT) * USEC_PER_SEC,
+                .last = now + seconds * USEC_PER_SEC,
+        };
+}
+
+/* Who the user is costs more than the wait for most replies: it is found out when the wait becomes long. */
+static bool has_time(struct limit *limit) {
+        if (now_usec() >= limit->deadline && limit->deadline < limit->last && !is_certainly_system_user(limit->pw))
+                limit->deadline = limit->last;
+        return now_usec() < limit->deadline;
+}
+
 /* Microseconds, at least one: 0 would be no limit. */
 static int64_t left_until(int64_t deadline) {
         int64_t left = deadline - now_usec();
@@ -64,22 +89,22 @@ static int64_t left_until(int64_t deadline) {
 }
 
 /* Returns a connected socket, which the caller closes, or a negative errno. */
-static int connect_until(int64_t deadline) {
+static int connect_within(struct limit *limit) {
         struct sockaddr_un address = { .sun_family = AF_UNIX, .sun_path = SOCKET_PATH };
         int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 
         if (fd < 0)
                 return -errno;
         for (;;) {
-                int64_t left = left_until(deadline);
-                struct timeval limit = { .tv_sec = left / USEC_PER_SEC, .tv_usec = left % USEC_PER_SEC };
+                int64_t left = left_until(limit->deadline);
+                struct timeval timeout = { .tv_sec = left / USEC_PER_SEC, .tv_usec = left % USEC_PER_SEC };
                 int error;
 
-                if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit)) == 0 &&
+                if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout)) == 0 &&
                     connect(fd, (const struct sockaddr *) &address, sizeof(address)) == 0)
                         return fd;
                 error = errno;
-                if (error == EINTR && now_usec() < deadline)
+                if ((error == EINTR || error == EAGAIN) && has_time(limit))
                         continue;
                 close(fd);
                 return error == EAGAIN || error == EINTR ? -ETIMEDOUT : -error;
@@ -94,19 +119,18 @@ static bool is_listener_root(int fd) {
         return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == 0;
 }
 
-static int wait_for_reply(int fd, int64_t deadline) {
+static int wait_for_reply(int fd, struct limit *limit) {
         struct pollfd pollfd = { .fd = fd, .events = POLLIN };
 
         for (;;) {
-                int64_t left = deadline - now_usec();
-                int r = poll(&pollfd, 1, left > 0 ? (int) (left / 1000 + 1) : 0);
+                int r = poll(&pollfd, 1, (int) (left_until(limit->deadline) / 1000 + 1));
 
                 if (r > 0)
                         return 0;
-                if (r == 0 && left <= 0)
-                        return -ETIMEDOUT;
                 if (r < 0 && errno != EINTR)
                         return -errno;
+                if (!has_time(limit))
+                        return -ETIMEDOUT;
         }
 }
 
@@ -148,13 +172,13 @@ static int receive(int fd, struct reply *reply) {
 
 /* Returns 0 with a reply, or a negative errno. The caller closes the reply's descriptors in both cases. */
 static int ask(const struct session *s, struct reply *reply) {
-        int64_t deadline = now_usec() + (int64_t) s->timeout * USEC_PER_SEC;
+        struct limit limit = begin_to_wait(s);
         char request[sizeof("acquire 4294967295")];
         int n = snprintf(request, sizeof(request), "acquire %u", (unsigned) s->uid);
         int r = -ECONNRESET;
 
         for (int i = 0; i < ATTEMPTS && (r == -ECONNRESET || r == -EPIPE); i++) { /* polytmpd ended */
-                CLEANUP(closep) int fd = connect_until(deadline);
+                CLEANUP(closep) int fd = connect_within(&limit);
 
                 if (fd < 0)
                         return fd;
@@ -162,7 +186,7 @@ static int ask(const struct session *s, struct reply *reply) {
                         reply->foreign = true;
                         return 0;
                 }
-                r = send(fd, request, (size_t) n, MSG_NOSIGNAL) < 0 ? -errno : wait_for_reply(fd, deadline);
+                r = send(fd, request, (size_t) n, MSG_NOSIGNAL) < 0 ? -errno : wait_for_reply(fd, &limit);
                 if (r >= 0)
                         r = receive(fd, reply);
         }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""UID_MIN of login.defs(5), read as shadow's tools do. pam/regular.h has the same rule.
+"""UID_MIN of login.defs(5), read as shadow's tools do. pam/regular.c has the same rule.
 
 Not here: what follows from it (policy).
 """

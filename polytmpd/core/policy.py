@@ -13,7 +13,7 @@ UID_MAX_DEFAULT: Final = 60000
 """What login.defs(5) documents as the range of useradd(8)."""
 UID_LAST: Final = 4294967294
 REGULAR_LAST: Final = 60000
-"""Up to here the number decides, and no user record is asked for. pam/regular.h has the same."""
+"""Up to here the number decides, and no user record is asked for. pam/regular.c has the same."""
 NOT_REGULAR: Final = (
     (60578, 60705, "a display manager's greeter"),
     (61184, 65519, "a dynamic or system user"),

@@ -6,6 +6,7 @@ The first argument is the descriptor of the socket. It writes "ready" and a line
 output, and exits at the end of standard input.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -60,7 +61,7 @@ def main() -> None:
         if script.get("silent"):
             kept.append(connection)
             continue
-        with connection:
+        with connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it waits no longer
             answer(connection, request, script)
 
 

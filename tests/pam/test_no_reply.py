@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bed import eventually
 from tests.pam.outcomes import (
     CALL,
     MakeDaemon,
@@ -15,8 +16,10 @@ from tests.pam.outcomes import (
     assert_unreachable_for,
 )
 from tests.pam.pam_world import (
+    PAM_IGNORE,
     Daemon,
     Namespace,
+    Session,
     World,
 )
 
@@ -24,21 +27,29 @@ pytestmark = [pytest.mark.pam, pytest.mark.timeout(120)]
 
 both_kinds = pytest.mark.parametrize("user", ["alice", "cronuser"])
 
+FOREVER = "timeout=600"
+"""Longer than the test's bound for a session: a session that ends has not waited for it."""
+
+
+def assert_waited_a_second(session: Session) -> None:
+    """timeout=1 was respected, not the default of 20 s. The upper bound is no figure: machines may be slow."""
+    assert 0.9 < session.seconds < 20
+
 
 @both_kinds
 def test_no_socket(world: World, user: str) -> None:
+    world.module(FOREVER)
     session = assert_unreachable_for(world, user)
     assert "No such file or directory" in session.log[0][1]
-    assert session.seconds < 8
 
 
 @both_kinds
 def test_a_socket_that_nobody_listens_on(world: World, user: str) -> None:
+    world.module(FOREVER)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
         dead.bind(world.socket_path)
     session = assert_unreachable_for(world, user)
     assert "Connection refused" in session.log[0][1]
-    assert session.seconds < 8
 
 
 @both_kinds
@@ -61,7 +72,7 @@ def test_a_socket_without_a_daemon(world: World, user: str) -> None:
     world.listen()
     session = assert_unreachable_for(world, user)
     assert "Connection timed out" in session.log[0][1]
-    assert 0.9 < session.seconds < 8
+    assert_waited_a_second(session)
 
 
 @both_kinds
@@ -73,7 +84,7 @@ def test_a_queue_that_is_full(world: World, user: str) -> None:
         first.connect(world.socket_path)
         session = assert_unreachable_for(world, user)
     assert "Connection timed out" in session.log[0][1]
-    assert 0.9 < session.seconds < 8
+    assert_waited_a_second(session)
 
 
 @both_kinds
@@ -81,7 +92,7 @@ def test_a_daemon_that_never_replies(world: World, daemon: MakeDaemon, user: str
     world.module("timeout=1")
     daemon(silent=True)
     session = assert_unreachable_for(world, user)
-    assert 0.9 < session.seconds < 8
+    assert_waited_a_second(session)
 
 
 @both_kinds
@@ -91,7 +102,25 @@ def test_a_daemon_that_dies_during_the_call(world: World, daemon: MakeDaemon, us
     daemon(die=True)
     session = assert_unreachable_for(world, user)
     assert "Connection timed out" in session.log[0][1]
-    assert 0.9 < session.seconds < 8
+    assert_waited_a_second(session)
+
+
+@pytest.mark.parametrize("backlog", [64, 0], ids=["queued", "queue-full"])
+def test_a_system_user_does_not_wait_for_long(
+    world: World, daemon: MakeDaemon, private: Namespace, backlog: int
+) -> None:
+    """polytmpd does not start. Jobs of system users run all the same; who needs a namespace waits on."""
+    world.module(FOREVER, "debug")
+    world.listen(backlog)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as first, world.opening() as opening:
+        first.connect(world.socket_path)
+        eventually(lambda: "requesting the namespace of user alice" in str(world.log.take()))
+        waited = world.open_session("-u", "cronuser")
+        assert waited.result == PAM_IGNORE
+        assert "polytmpd cannot be reached: Connection timed out" in waited.log[-1][1]
+        first.close()
+        daemon(open=[private.path])
+        assert_joined(opening(), private)
 
 
 def test_a_login_waits_for_the_next_daemon(world: World, daemon: MakeDaemon, private: Namespace) -> None:
@@ -109,10 +138,10 @@ def test_a_login_waits_for_the_next_daemon(world: World, daemon: MakeDaemon, pri
 @both_kinds
 def test_a_daemon_that_hangs_up_every_time(world: World, daemon: MakeDaemon, user: str) -> None:
     """After two attempts, the module gives up."""
+    world.module(FOREVER)
     fake = daemon(hang_up=True)
     session = assert_unreachable_for(world, user)
     assert "Connection reset by peer" in session.log[0][1]
-    assert session.seconds < 8
     assert len(fake.stop()) == 2
 
 

@@ -16,8 +16,6 @@
  *    first, ignores case and accepts "=".
  */
 
-#pragma once
-
 #include <ctype.h>
 #include <errno.h>
 #include <pwd.h>
@@ -29,13 +27,15 @@
 #include <sys/types.h>
 #include <unistd.h>
 
+#include "pam_polytmp.h"
+
 #define UID_MIN_DEFAULT 1000
 #define UID_MAX_DEFAULT 60000
 #define DYNAMIC_USERS "/run/systemd/dynamic-uid/direct:"
 #define REGULAR_LAST 60000 /* up to here, polytmpd asks for no user record */
 
 /* strtoul() also accepts blanks and signs, and binary numbers since glibc 2.38: not here. */
-static inline uid_t parse_uid(const char *text, uid_t fallback) {
+static uid_t parse_uid(const char *text, uid_t fallback) {
         unsigned long value;
         char *end;
 
@@ -47,7 +47,7 @@ static inline uid_t parse_uid(const char *text, uid_t fallback) {
 }
 
 /* If the line is one for the key, its value. Changes the line. */
-static inline const char *login_defs_value(char *line, const char *key) {
+static const char *login_defs_value(char *line, const char *key) {
         size_t n = strlen(line);
 
         while (n > 0 && strchr(" \t\n\v\f\r", line[n - 1]))
@@ -62,7 +62,7 @@ static inline const char *login_defs_value(char *line, const char *key) {
 }
 
 /* UID_MIN of login.defs(5), or 0 if the file cannot be read. A value that is no UID counts as the default. */
-static inline uid_t read_uid_min(void) {
+static uid_t read_uid_min(void) {
         uid_t min = UID_MIN_DEFAULT, max = UID_MAX_DEFAULT;
         FILE *file = fopen("/etc/login.defs", "re");
         char *line = NULL;
@@ -87,7 +87,7 @@ static inline uid_t read_uid_min(void) {
         return min <= max ? min : UID_MIN_DEFAULT; /* or every user would be a system user */
 }
 
-static inline bool dynamic_link(const char *key, char value[static 256]) {
+static bool dynamic_link(const char *key, char value[static 256]) {
         char path[sizeof(DYNAMIC_USERS) + 256];
         ssize_t n = -1;
 
@@ -100,7 +100,7 @@ static inline bool dynamic_link(const char *key, char value[static 256]) {
 }
 
 /* Whether PID 1 has the user under both name and UID. */
-static inline bool is_dynamic_user(const char *name) {
+bool is_dynamic_user(const char *name) {
         char uid[256], back[256];
 
         return dynamic_link(name, uid) && isdigit((unsigned char) uid[0]) &&
@@ -108,18 +108,18 @@ static inline bool is_dynamic_user(const char *name) {
 }
 
 /* Of a user whom the user database knows. */
-static inline bool has_dynamic_uid(const struct passwd *pw) {
+static bool has_dynamic_uid(const struct passwd *pw) {
         char uid[16], name[256];
 
         snprintf(uid, sizeof(uid), "%u", pw->pw_uid);
         return dynamic_link(uid, name) && strcmp(name, pw->pw_name) == 0;
 }
 
-static inline bool is_greeter(const struct passwd *pw) {
+static bool is_greeter(const struct passwd *pw) {
         return pw->pw_uid >= 60578 && pw->pw_uid <= 60705 && strncmp(pw->pw_dir, "/run/", strlen("/run/")) == 0;
 }
 
-static inline bool is_certainly_system_user(const struct passwd *pw) {
+bool is_certainly_system_user(const struct passwd *pw) {
         if (pw->pw_uid == 65534 || pw->pw_uid == 65535) /* nobody */
                 return true;
         if (pw->pw_uid <= REGULAR_LAST)
