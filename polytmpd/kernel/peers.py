@@ -7,6 +7,7 @@ Hard facts
 - SO_PEERCRED has the effective UID. It shows the pid as 0 if the process is not in our PID namespace.
 - The kernel may give a pid to another process while we examine it. SO_PEERPIDFD (Linux 6.5, ENOPROTOOPT
   before) shows whether the process still lives: if so, what we found about the pid is about the process.
+- The numbers of socket options differ between architectures. Python knows SO_PEERCRED, but not SO_PEERPIDFD.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ from typing import Final
 
 from polytmpd.kernel.descriptor import Descriptor
 
-_SO_PEERPIDFD: Final = 77  # <asm-generic/socket.h>; Debian's parisc and sparc have others
+PEERPIDFD_BY_PEERCRED: Final = {0x4011: 0x404B, 0x0040: 0x0056}
+"""<asm/socket.h> of parisc and sparc. All others have that of <asm-generic/socket.h>."""
+SO_PEERPIDFD: Final = PEERPIDFD_BY_PEERCRED.get(socket.SO_PEERCRED, 77)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def peer(connection: socket.socket) -> Iterator[Peer]:
 
 def _pidfd(connection: socket.socket) -> Descriptor | None:
     try:
-        fd = Descriptor(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD))
+        fd = Descriptor(connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
     except OSError as error:
         if error.errno in {errno.ENOPROTOOPT, errno.EOPNOTSUPP}:
             return None
