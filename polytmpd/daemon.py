@@ -166,14 +166,14 @@ class Daemon:
         look = self._presence.look(uid)
         future: asyncio.Future[Descriptor] = asyncio.get_running_loop().create_future()
         record.waiting.append(future)
-        if record.claims.starting:  # the user's manager asks; from now on the slice shows it
-            await asyncio.wait((look,))
-        if not future.done():
-            self._feed(record, Event.ACQUIRED)
         try:
+            if record.claims.starting:  # the user's manager asks; from now on the slice shows it
+                await asyncio.wait((look,))
+            if not future.done():
+                self._feed(record, Event.ACQUIRED)
             return await future
         except asyncio.CancelledError:  # by a caller that has left
-            if future.done() and not future.cancelled() and future.exception() is None:
+            if not future.cancel() and not future.cancelled() and future.exception() is None:
                 future.result().close()
             raise
 

@@ -147,8 +147,10 @@ class Logins:
                     await self._answer(connection, peer, request)
         except TimeoutError:
             log.warning("A process connected to the socket of pam_polytmp and sent nothing, ignoring it")
-        except OSError as error:
+        except (ConnectionError, ProcessLookupError) as error:
             log.debug("A login has ended before it was answered: %s", in_words(error))
+        except OSError as error:
+            log.error("Failed to answer a login, closing the connection: %s", in_words(error))
 
     async def _answer(self, connection: socket.socket, peer: peers.Peer, request: bytes) -> None:
         try:
@@ -180,8 +182,14 @@ class Logins:
         if self._users[uid] >= self._of_one_user:
             raise PolytmpError("too many logins of this user are waiting, try again later")
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def hung_up() -> None:
+            loop.remove_reader(connection)  # once: a second one would interrupt the cleaning up
+            if task is not None:
+                task.cancel()
+
         self._users[uid] += 1
-        loop.add_reader(connection, lambda: task and task.cancel())
+        loop.add_reader(connection, hung_up)
         try:
             return await self._namespace(uid, peer.pid)
         finally:

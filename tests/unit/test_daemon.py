@@ -134,6 +134,30 @@ async def test_a_login_that_is_given_up_while_it_is_answered_leaves_no_descripto
     await world.handed_over(world.login())
 
 
+async def test_a_login_that_is_given_up_before_it_is_its_turn_gets_no_descriptor(world: World) -> None:
+    """The service manager's login waits until its slice was examined. Nobody would close what it gets."""
+    answered = asyncio.Event()
+
+    async def user_slice() -> str:
+        await answered.wait()
+        return "/user.slice"
+
+    world.systemd.user_slice = user_slice  # type: ignore[method-assign]
+    world.presence.user_new(ALICE)
+    await eventually(lambda: world.executor.waits("prepare"))
+    login = world.login()
+    await eventually(lambda: world.daemon._records[1000].waiting)
+    await world.settle()
+    login.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await login
+    answered.set()
+    world.executor.answer("prepare")
+    await eventually(lambda: world.state() is State.ACTIVE)
+    assert "hand_over 1000" not in world.executor.log
+    await world.handed_over(world.login())
+
+
 async def test_the_failed_instance_of_a_logged_in_user_is_shown_and_retried(world: World) -> None:
     world.presence.session_new(Session("1", ALICE))
     await eventually(lambda: world.executor.waits("prepare"))

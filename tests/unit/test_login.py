@@ -46,6 +46,7 @@ class World:
         try:
             await self.gate.wait()
         except asyncio.CancelledError:
+            await asyncio.sleep(0)  # cleaning up may take a while; a second cancellation would end it
             self.cancelled += 1
             raise
         if self.error is not None:
@@ -283,6 +284,21 @@ async def test_without_descriptors_logins_wait(
     world.serve()
     assert await reply(world.ask()) == ("namespace", 1)
     assert caplog.text.count("Failed to accept a login, retrying: Too many open files") == 2
+
+
+async def test_a_login_that_cannot_be_examined_is_reported(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(peers, "_pidfd", fail)
+    world.serve()
+    client = world.ask()
+    await eventually(lambda: "Failed to answer a login" in caplog.text)
+    with client, contextlib.suppress(ConnectionResetError):
+        assert client.recv(64) == b""
+    assert "closing the connection: Too many open files" in caplog.text
 
 
 def test_the_peer_is_the_process_that_connected(tmp_path: Path) -> None:
