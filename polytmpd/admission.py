@@ -55,8 +55,20 @@ class Admission:
 
         Raises PolytmpError if it does not answer in time.
         """
+        if (name := accounts.find_local_name(uid)) is not None:
+            return name  # however many lookups of others hang
         complaint = f"failed to look up the name of UID {uid}"
         return await self._look_up(lambda: accounts.find_name(uid), complaint, self._names)
+
+    async def is_former(self, name: str, uid: int, present: str) -> bool:
+        """Whether a name belongs to a former user of the UID, not to its present user.
+
+        Raises PolytmpError if the user database does not answer in time.
+        """
+        if name == present:
+            return False
+        complaint = f"failed to look up user {name}, who may have had UID {uid} before"
+        return await self._look_up(lambda: accounts.is_former(name, uid, present), complaint, self._names)
 
     def must_ask(self, uid: int, name: str | None = None) -> bool:
         """Whether the decision needs the user database: then only reason() can make it."""
@@ -97,7 +109,7 @@ class Admission:
     async def _report(self, uid: int, name: str | None, reason: str) -> None:
         if name is None:
             with contextlib.suppress(PolytmpError):
-                name = await self._look_up(lambda: accounts.find_name(uid), "")
+                name = await self.find_name(uid)
         who = f"User {name} (UID {uid})" if name else f"UID {uid}"
         extra = {**fields(MessageId.EXEMPT, uid, name), **({"USER_ID": name} if name else {})}
         log.info("%s keeps the host's directories: %s", who, reason, extra=extra)

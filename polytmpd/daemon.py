@@ -7,7 +7,7 @@ and answers to questions (questions).
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from polytmpd.admission import Admission
 from polytmpd.blocking import instances
 from polytmpd.config import Config, Problem, unfit
 from polytmpd.core.lifecycle import Action, Event, Standing, advance, visible_state
-from polytmpd.core.model import Instance, InstanceDirectory, State, View
+from polytmpd.core.model import Directory, Instance, InstanceDirectory, State, View
 from polytmpd.core.policy import Claims
 from polytmpd.core.views import Views
 from polytmpd.errors import BusyError, ExemptError, InvalidArgsError, NoSuchInstanceError, PolytmpError
@@ -251,10 +251,10 @@ class Daemon:
         match action:
             case Action.PREPARE:
                 record.generation += 1
-                prepare = partial(self._executor.prepare, record.uid, record.user, self._config.directories)
+                prepare = partial(self._prepare, record, self._config.directories)
                 self._tasks.start(self._make(record, prepare, Event.PREPARE_FAILED))
             case Action.REJOIN:
-                rejoin = partial(self._executor.rejoin, record.made)
+                rejoin = partial(self._rejoin, record.made)
                 self._tasks.start(self._make(record, rejoin, Event.REJOIN_FAILED))
             case Action.HAND_OVER:
                 self._hand_over(record)
@@ -267,6 +267,24 @@ class Daemon:
             case Action.FORGET:
                 record.instance = None
                 self._views.hide(record.uid)
+
+    async def _prepare(self, record: _Record, directories: Sequence[Directory]) -> Instance:
+        uid = record.uid
+        user = await self._admission.find_name(uid) or record.user  # logind may still have a former name
+
+        async def is_former(name: str) -> bool:
+            return await self._admission.is_former(name, uid, user)
+
+        return await self._executor.prepare(uid, user, directories, is_former)
+
+    async def _rejoin(self, instance: Instance) -> Instance:
+        """Not if the UID belongs to another user now, and the former user's instance lives on."""
+        uid, user = instance.uid, instance.user
+        present = await self._admission.find_name(uid) or user
+        if await self._admission.is_former(user, uid, present):
+            text = f"the instance of {user}, a former user of UID {uid}, is still in use"
+            raise PolytmpError(f"{text}; end its processes, see: polytmpctl ps {uid}")
+        return await self._executor.rejoin(instance)
 
     async def _make(self, record: _Record, make: Callable[[], Awaitable[Instance]], failed: Event) -> None:
         """Prepare or rejoin, while systemd is asked for the user's slice."""
@@ -298,7 +316,7 @@ class Daemon:
             "Failed to make private directories for user %s: %s",
             record.user,
             in_words(error),
-            exc_info=None if isinstance(error, OSError) else error,
+            exc_info=None if isinstance(error, OSError | PolytmpError) else error,
             extra=fields(MessageId.PREPARE_FAILED),
         )
         record.error = PolytmpError(f"failed to make the instance: {in_words(error)}")

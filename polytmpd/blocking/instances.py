@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from polytmpd.blocking import accounts, barriers, deletion, recovery, shared, storage
+from polytmpd.blocking import barriers, deletion, recovery, shared, storage
 from polytmpd.core import names
 from polytmpd.core.model import (
     Directory,
@@ -35,18 +35,23 @@ _ATTEMPTS: Final = 16
 
 
 def prepare(
-    uid: int, user: str, directories: Sequence[Directory], boot_id: str, watch: Callable[[str], int]
+    uid: int,
+    user: str,
+    directories: Sequence[Directory],
+    boot_id: str,
+    watch: Callable[[str], int],
+    is_former: Callable[[str], bool],
 ) -> tuple[Instance, Descriptor, int]:
     """Make directories and namespace: (instance, descriptor of the namespace, watch on its sentinel).
 
-    watch(path) is called for the sentinel, before any process can enter. The caller closes the descriptor.
-    Raises OSError, and then leaves nothing behind.
+    user: the name that the UID has now. watch(path) is called for the sentinel, before any process can
+    enter. is_former(name): whether a name that a kept directory remembers is a former user's. The caller
+    closes the descriptor. Raises OSError and what is_former() raises, and then leaves nothing behind.
     """
     made: list[InstanceDirectory] = []
     fresh: list[InstanceDirectory] = []
     adopted: list[InstanceDirectory] = []
     places: list[mountns.PrivateDirectory] = []
-    user = accounts.name_of(uid, user)  # logind may still have a former name
     try:
         for directory in effective(directories):
             with host.open_directory(directory.path) as base:
@@ -56,7 +61,7 @@ def prepare(
                     replace(directory, shared=_shareable(base, directory)),
                     _new_barrier(directory.lifetime, boot_id, uid),
                 )
-                inner, is_new = _make_or_adopt(base, entry, uid, user)
+                inner, is_new = _make_or_adopt(base, entry, uid, user, is_former)
                 made.append(entry)
                 (fresh if is_new else adopted).append(entry)
                 places.append(_place(entry, inner))
@@ -170,14 +175,6 @@ def release(entries: Sequence[InstanceDirectory]) -> None:
             log.warning("%s may still be immutable, see chattr(1): %s, ignoring", entry.host_path, error)
 
 
-def require_same_user(instance: Instance) -> None:
-    """Raise OSError if the UID belongs to another user now and the former user's instance lives on."""
-    present = accounts.name_of(instance.uid, instance.user)
-    if accounts.is_former(instance.user, instance.uid, present):
-        text = f"the instance of {instance.user}, a former user of UID {instance.uid}, is still in use"
-        raise OSError(errno.EBUSY, f"{text}; end its processes, see: polytmpctl ps {instance.uid}")
-
-
 def open_living(instance: Instance) -> Descriptor | None:
     """Open the instance's namespace; None if no process lives in it or holds it open.
 
@@ -265,7 +262,9 @@ def _is_ours(instance: Instance, mount: Mount) -> bool:
     return False
 
 
-def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> tuple[Descriptor, bool]:
+def _make_or_adopt(
+    base: int, entry: InstanceDirectory, uid: int, user: str, is_former: Callable[[str], bool]
+) -> tuple[Descriptor, bool]:
     """(descriptor of the inner directory, whether it is new).
 
     Only what persists is ever found there and adopted.
@@ -273,7 +272,7 @@ def _make_or_adopt(base: int, entry: InstanceDirectory, uid: int, user: str) -> 
     if entry.directory.lifetime is not Lifetime.PERSISTENT:
         return storage.make(base, entry.barrier, entry.directory.shared), True
     with contextlib.suppress(FileNotFoundError):
-        _keep_for_a_former_user(base, entry, uid, user)
+        _keep_for_a_former_user(base, entry, uid, user, is_former)
         return storage.adopt(base, entry.barrier, entry.directory.shared, user), False
     return storage.make(base, entry.barrier, entry.directory.shared, user), True
 
@@ -302,10 +301,12 @@ def _find_or_make_again(
     raise OSError(errno.EBUSY, "a process keeps removing it", entry.host_path)
 
 
-def _keep_for_a_former_user(base: int, entry: InstanceDirectory, uid: int, user: str) -> None:
+def _keep_for_a_former_user(
+    base: int, entry: InstanceDirectory, uid: int, user: str, is_former: Callable[[str], bool]
+) -> None:
     """Set aside what a former user of the UID left, for root to find."""
     former = storage.remembered(base, entry.barrier)
-    if former is None or not accounts.is_former(former, uid, user):
+    if former is None or not is_former(former):
         return
     aside = names.former(uid, _random())
     storage.set_aside(base, entry.barrier, aside, entry.directory.shared)

@@ -116,7 +116,7 @@ def reconstruct(
         return None
     # When it was made is no longer known: this is when it was found.
     now, monotonic = time.time_ns() // 1000, time.monotonic_ns() // 1000
-    return Instance(uid, accounts.name_of(uid, str(uid)), now, monotonic, tuple(entries), namespace)
+    return Instance(uid, accounts.find_name(uid) or str(uid), now, monotonic, tuple(entries), namespace)
 
 
 class UnreadError(OSError):

@@ -10,8 +10,9 @@ import asyncio
 import errno
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from polytmpd import devices
 from polytmpd.blocking import instances, removal, restoration, tmpfiles
@@ -172,14 +173,26 @@ class Executor:
 
     # Actions
 
-    async def prepare(self, uid: int, user: str, directories: Sequence[Directory]) -> Instance:
+    async def prepare(
+        self,
+        uid: int,
+        user: str,
+        directories: Sequence[Directory],
+        is_former: Callable[[str], Coroutine[Any, Any, bool]],
+    ) -> Instance:
         """Make directories and namespace, and hold the namespace.
 
-        Raises OSError, and then leaves nothing behind.
+        is_former(name): whether the name belongs to a former user of the UID; it has a bound. Raises OSError
+        and what is_former() raises, and then leaves nothing behind.
         """
+        loop = asyncio.get_running_loop()
+
+        def ask(name: str) -> bool:  # if the name is another one than user, which is rare
+            return asyncio.run_coroutine_threadsafe(is_former(name), loop).result()
+
         async with self._lock(uid):
             made = await asyncio.to_thread(
-                instances.prepare, uid, user, directories, self._boot_id, self._sentinels.watch
+                instances.prepare, uid, user, directories, self._boot_id, self._sentinels.watch, ask
             )
             instance = self._hold(*made)
         await self._displays.instance_came(instance)
@@ -200,7 +213,6 @@ class Executor:
         directories. Raises OSError.
         """
         async with self._lock(instance.uid):
-            await asyncio.to_thread(instances.require_same_user, instance)
             try:
                 fd = await asyncio.to_thread(instances.open_living, instance)
             except TimeoutError as error:

@@ -134,7 +134,7 @@ class World:
         return _is_in_place(mount) or mount not in self._foreign
 
     async def create(self) -> Instance:
-        return await self.executor.prepare(UID, "alice", DIRECTORIES)
+        return await self.executor.prepare(UID, "alice", DIRECTORIES, _is_former)
 
     async def end(self) -> None:
         """End the namespace of the instance; its files stay."""
@@ -145,6 +145,10 @@ class World:
     async def remove(self, instance: Instance) -> None:
         await self.executor.remove(instance)
         await self.executor.remove_persistent(UID, DIRECTORIES)
+
+
+async def _is_former(_: str) -> bool:
+    return False
 
 
 def _is_in_place(mount: Mount) -> bool:

@@ -32,7 +32,7 @@ FOREVER = "timeout=600"
 
 
 def assert_waited_a_second(session: Session) -> None:
-    """timeout=1 was respected, not the default of 20 s. The upper bound is no figure: machines may be slow."""
+    """timeout=1 was respected, not the default of 20 s. The bound is no figure: machines may be slow."""
     assert 0.9 < session.seconds < 20
 
 

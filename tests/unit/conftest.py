@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from polytmpd.blocking import accounts
 from polytmpd.core.model import Directory, InstanceDirectory, Lifetime
 from tests.unit.settled import no_descriptor_leaks, no_task_leaks
 from tests.unit.world import ALICE, BOB, OWN_NAMESPACE, World
@@ -13,6 +14,12 @@ __all__ = ["no_descriptor_leaks", "no_task_leaks"]
 
 settings.register_profile("no deadline", deadline=None)  # a slow machine is no failure
 settings.load_profile("no deadline")
+
+
+@pytest.fixture(autouse=True)
+def no_local_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the host do not matter."""
+    monkeypatch.setattr(accounts, "LOCAL", "/nonexistent")
 
 
 @pytest.fixture

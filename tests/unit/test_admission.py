@@ -5,6 +5,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,6 +146,72 @@ async def test_names_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "LOOKUP_TIMEOUT", 10.0)
     assert await admitted.find_name(2017) is None
     await admitted.close()
+
+
+async def test_a_local_user_does_not_wait_for_names_that_hang(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answer = threading.Event()
+    monkeypatch.setattr(accounts, "find_name", lambda _: answer.wait(20) and None)
+    monkeypatch.setattr(accounts, "LOCAL", str(tmp_path / "passwd"))
+    (tmp_path / "passwd").write_text("alice:x:1001:1001::/:/bin/sh\n")
+    admitted = Admission(Exemptions())
+    hanging = [asyncio.ensure_future(admitted.find_name(uid)) for uid in range(2000, 2040)]
+    try:
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(admitted.find_name(1001), 5) == "alice"
+    finally:
+        answer.set()
+    assert await asyncio.gather(*hanging) == [None] * 40
+    await admitted.close()
+
+
+async def test_logins_whose_names_hang_hold_up_nobody_else(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """logind has announced them: their names are only checked. The same holds for former users' names."""
+    answer, asked = threading.Event(), []
+
+    def hang(*_: object) -> bool:
+        asked.append(threading.current_thread().name)
+        return answer.wait(20)
+
+    monkeypatch.setattr(accounts, "find_name", lambda uid: hang() and None if uid >= 2000 else "alice")
+    monkeypatch.setattr(accounts, "is_former", hang)
+    try:
+        for uid in range(2000, 2012):
+            world.presence.session_new(Session(str(uid), User(uid, f"user{uid}")))
+        former = asyncio.ensure_future(world.admission.is_former("carol", 1000, "alice"))
+        await eventually(lambda: len(asked) == 13)
+        await world.active()
+        assert set(asked) == {"user-database"}
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), 5) == "free"
+        assert [entry for entry in world.executor.asked if entry[1] >= 2000] == []
+    finally:
+        answer.set()
+    assert await former
+    await eventually(lambda: len([entry for entry in world.executor.asked if entry[1] >= 2000]) == 12)
+
+
+async def test_a_former_users_name_that_hangs_refuses_the_login(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The instance that lives may be another user's."""
+    answer = threading.Event()
+    await world.drained()
+    monkeypatch.setattr(admission, "LOOKUP_TIMEOUT", 0.05)
+    monkeypatch.setattr(accounts, "find_name", lambda _: "carol")
+    monkeypatch.setattr(accounts, "is_former", lambda *_: answer.wait(20))
+    try:
+        with pytest.raises(PolytmpError, match="failed to look up user alice, who may have had UID 1000"):
+            await world.login()
+        assert not world.executor.waits("rejoin")
+    finally:
+        answer.set()
+    monkeypatch.setattr(admission, "LOOKUP_TIMEOUT", 10.0)
+    with pytest.raises(PolytmpError, match="instance of alice, a former user of UID 1000, is still in use"):
+        await world.login()
+    assert "Traceback" not in caplog.text
 
 
 async def test_an_error(database: FakeDatabase, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,15 +100,56 @@ def test_who_is_a_former_user(
 
     monkeypatch.setattr(pwd, "getpwnam", lambda name: entry(name, users[name]))
     monkeypatch.setattr(pwd, "getpwuid", by_uid)
-    present = accounts.name_of(1000, "alice")
+    present = accounts.find_name(1000) or "alice"
     assert present == "alice"
     assert accounts.is_former(name, 1000, present) is is_former
+
+
+def test_a_local_users_name_is_that_of_the_user_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounts, "LOCAL", "/etc/passwd")
+    found = {user.pw_uid: accounts.find_local_name(user.pw_uid) for user in pwd.getpwall()}
+    assert {uid: name for uid, name in found.items() if name} == {
+        uid: pwd.getpwuid(uid).pw_name for uid, name in found.items() if name
+    }
+    assert found[0] == "root"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("alice:x:1001:1001::/:/bin/sh", "alice"),
+        ("alice:x:1001:1001:1001:/:1001:/bin/sh\nbob:x:1001:9:,,:/home:\n", "bob"),
+        ("x:1001:1002:1001::/:\nalice:x:1001:0::/:\nalicia:x:1001:1001::/:\n", "alice"),
+        ("M\xfcller:x:1001:0::/:\n", "M\udcfcller"),
+        *(
+            (line, None)
+            for line in (
+                "",
+                "alice:x:10011:1001::/:\n",
+                "alice:x:01001:1001::/:\n",
+                "alice:x:1001::::\n",
+                "#alice:x:1001:1001::/:\n",
+                "+alice:x:1001:1001::/:\n",
+                "-:x:1001:1001::/:\n",
+                ":x:1001:1001::/:\n",
+                "alice:x:1001:1001::/:\n" + "#" * (1 << 20),
+            )
+        ),
+    ],
+)
+def test_a_local_users_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, name: str | None
+) -> None:
+    """In doubt, the user database is asked."""
+    (tmp_path / "passwd").write_bytes(text.encode("latin-1"))
+    monkeypatch.setattr(accounts, "LOCAL", str(tmp_path / "passwd"))
+    assert accounts.find_local_name(1001) == name
 
 
 @pytest.mark.parametrize("removed", [False, True])
 def test_what_was_removed_on_the_host_is_known_again(removed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the directory, the mounts in it went: all that is shared is shared again."""
-    monkeypatch.setattr(accounts, "name_of", lambda _, user: user)
+    monkeypatch.setattr(accounts, "find_name", lambda _: None)
     directory = Directory("/tmp", Lifetime.INSTANCE, (".X11-unix", ".ICE-unix"))
     root = f"/{BARRIER}/tmp" + ("//deleted" if removed else "")
     lines = [LINE.format(root)]

@@ -333,7 +333,7 @@ def test_the_number_of_the_option_is_that_of_the_architecture() -> None:
         if len(found) == 2:
             credentials, pidfd = int(found["SO_PEERCRED"], 0), int(found["SO_PEERPIDFD"], 0)
             assert peers.PEERPIDFD_BY_PEERCRED.get(credentials, 77) == pidfd
-    assert peers.SO_PEERPIDFD == peers.PEERPIDFD_BY_PEERCRED.get(socket.SO_PEERCRED, 77)
+    assert peers.PEERPIDFD_BY_PEERCRED.get(socket.SO_PEERCRED, 77) == peers.SO_PEERPIDFD
 
 
 def test_no_option_in_an_older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,9 @@ class FakeExecutor:
         assert uid not in self.held
         self.held[uid] = descriptor()
 
-    async def prepare(self, uid: int, user: str, directories: Sequence[Directory]) -> Instance:
+    async def prepare(
+        self, uid: int, user: str, directories: Sequence[Directory], is_former: object
+    ) -> Instance:
         await self._ask("prepare", uid)
         self._hold(uid)
         self.made += 1

@@ -21,7 +21,6 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     monkeypatch.setattr(tmpfiles, "write", lambda _: None)
     monkeypatch.setattr(recovery, "mounted_barriers", made.mounted_barriers)
     monkeypatch.setattr(instances, "open_living", namespace)
-    monkeypatch.setattr(instances, "require_same_user", lambda _: None)
     monkeypatch.setattr(instances, "mend", mend)
     yield made
     await made.executor.close()
