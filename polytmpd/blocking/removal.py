@@ -117,6 +117,13 @@ def find_leftovers(directories: Sequence[Directory], known: set[str]) -> list[Pl
         leftovers += [Place(directory.path, name) for name in found.removable if name not in known]
         for name, reason in found.foreign:
             log.warning("%s/%s was not made by polytmpd, ignoring: %s", directory.path, name, reason)
+        if (more := found.foreign_count - len(found.foreign)) > 0:
+            log.warning(
+                "%d more in %s whose names begin with %s were not made by polytmpd, ignoring",
+                more,
+                directory.path,
+                names.PREFIX,
+            )
     return leftovers
 
 

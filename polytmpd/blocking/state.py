@@ -87,9 +87,9 @@ class StateDirectory:
                     continue
                 instance = decode(_read(path))
                 if path.name != str(instance.uid):
-                    raise ValueError(f"describes UID {instance.uid}")
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                problems.append(f"{path}: {type(error).__name__}: {error}, ignoring the file")
+                    raise ValueError(f"Describes UID {instance.uid}")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                problems.append(f"{path}: {_in_words(error)}, ignoring the file")
                 continue
             found[instance.uid] = instance
         return found, problems
@@ -110,14 +110,30 @@ def _put_away(path: Path) -> str:
     return "removed"
 
 
+def _in_words(error: Exception) -> str:
+    """What is wrong with a state file, for an administrator."""
+    match error:
+        case OSError():
+            return f"Failed to read: {os.strerror(error.errno or 0)}"
+        case KeyError(args=[str(key)]):
+            return f"Without a value for {key!r}"
+        case ValueError():
+            return str(error)
+        case _:
+            return "Not what polytmpd writes"
+
+
 def _read(path: Path) -> Any:
     with Descriptor.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("is not a regular file")
+            raise ValueError("Not a regular file")
         data = os.read(fd, _BYTES_AT_MOST + 1)
     if len(data) > _BYTES_AT_MOST:
-        raise ValueError("too large for a state file")
-    return json.loads(data)
+        raise ValueError("Too large for a state file")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("Not a complete JSON text") from None
 
 
 def encode(instance: Instance) -> dict[str, Any]:
@@ -144,7 +160,8 @@ def encode(instance: Instance) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or "\0" in value:
         raise ValueError(f"{value!r} is not a string")
-    value.encode()  # UnicodeEncodeError, a ValueError, for what no message on the bus can carry
+    if any("\ud800" <= character <= "\udfff" for character in value):  # no message on the bus can carry it
+        raise ValueError(f"{value!r} is not Unicode")
     return value
 
 
@@ -167,6 +184,13 @@ def _name(value: Any) -> str:
     return text
 
 
+def _lifetime(value: Any) -> Lifetime:
+    known = {lifetime.value: lifetime for lifetime in Lifetime}
+    if (text := _text(value)) not in known:
+        raise ValueError(f"{text!r} is not one of {', '.join(known)}")
+    return known[text]
+
+
 def _absolute(value: Any) -> str:
     text = _text(value)
     parts = text.split("/")[1:]
@@ -180,12 +204,12 @@ def decode(value: Any) -> Instance:
     if not isinstance(value, dict):
         raise TypeError("not a JSON object")
     if value["version"] != VERSION:
-        raise ValueError(f"version {value['version']!r} is not supported, only {VERSION}")
+        raise ValueError(f"Version {value['version']!r} is not supported, only {VERSION}")
     directories = tuple(
         InstanceDirectory(
             Directory(
                 _absolute(entry["path"]),
-                Lifetime(entry["lifetime"]),
+                _lifetime(entry["lifetime"]),
                 tuple(_name(name) for name in entry["shared"]),
             ),
             _name(entry["barrier"]),

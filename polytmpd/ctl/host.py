@@ -5,6 +5,8 @@ Kernel features are probed with calls that cannot succeed: the answer is which e
 Not here: what the daemon, logind and systemd report (check.py), and PAM (pamcheck.py).
 """
 
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -25,6 +27,7 @@ _CCACHE: Final = re.compile(r"(?m)^\s*default_ccache_name\s*=\s*(\S+)")
 _GSSAPI: Final = re.compile(r"(?mi)^\s*GSSAPI(?:Authentication|DelegateCredentials)\s+yes\b")
 _NOT_ALLOWED: Final = 1  # EPERM
 _UNKNOWN: Final = (22, 38)  # EINVAL: an unknown flag; ENOSYS
+_FS_IOC_GETFLAGS: Final = 0x80086601  # as in kernel/syscalls
 _ROOM: Final = 2
 """The least number of namespaces and mounts that each user needs."""
 
@@ -157,7 +160,23 @@ def _directory(root: Path, path: str) -> Result:
             f"mode {mode:04o}, which instances inherit",
             f"usually: chmod 1777 {path}",
         )
-    return Result("mounts", path, "pass", "owned by root, mode 1777")
+    text = "owned by root, mode 1777"
+    if _lacks_flags(place):
+        text += "; its file system has no chattr +i: what root removes there is made again"
+    return Result("mounts", path, "pass", text)
+
+
+def _lacks_flags(place: Path) -> bool:
+    """Whether polytmpd cannot protect the directories of users who are logged in against removal by root."""
+    try:
+        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(8))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error.errno in {errno.ENOTTY, errno.EOPNOTSUPP}
+    return False
 
 
 def _squatters(root: Path, path: str) -> Iterator[Result]:
@@ -172,11 +191,11 @@ def _squatters(root: Path, path: str) -> Iterator[Result]:
     except OSError:
         return  # reported for the directory itself
     for name, uid, why in found[:_NAMED_AT_MOST]:
-        text = f"not polytmpd's ({why}): logins of UID {uid} are refused"
+        text = f"not made by polytmpd ({why}): logins of UID {uid} are refused"
         remedy = f"examine it, then: mv {path}/{name} {path}/not-{name}, or remove it"
         yield Result("mounts", f"{path}/{name}", "fail", text, remedy)
     if len(found) > _NAMED_AT_MOST:
-        text = f"{len(found) - _NAMED_AT_MOST} more that are not polytmpd's"
+        text = f"{len(found) - _NAMED_AT_MOST} more that were not made by polytmpd"
         yield Result("mounts", f"{path}/{names.PREFIX}*", "fail", text, "do the same, then run check again")
 
 

@@ -20,6 +20,9 @@ from polytmpd.ctl.commands import Answer, Context
 _LABEL: Final = 12
 _PATIENCE: Final = 3.0
 """Seconds that the page waits for sizes; usage waits longer."""
+_TABLE_AT_MOST: Final = 4 << 20
+"""Characters of a mount table. fs.mount-max and PATH_MAX let a user fill theirs with 400 MB."""
+_MOUNTS_SHOWN: Final = 64
 _LIFETIMES: Final = {
     Lifetime.INSTANCE: "removed with the instance",
     Lifetime.PERSISTENT: "kept between logins",
@@ -120,9 +123,11 @@ def _mounts(holders: list[Holder], directories: list[str], shared: list[str]) ->
             continue
         try:
             with open(f"/proc/{holder.pid}/mountinfo", errors="surrogateescape") as file:  # noqa: PTH123  (pathlib takes 3 ms)
-                table = file.read()
+                table = file.read(_TABLE_AT_MOST)
         except OSError:
             continue
+        if len(table) == _TABLE_AT_MOST:
+            table = table[: table.rfind("\n") + 1]
         return mounts_below(table, directories, shared)
     return []
 
@@ -217,8 +222,7 @@ def _page(context: Context, found: dict[str, Any]) -> str:
         lines.append(indent + style.faint("; ".join(details)))
     if found["shared"]:
         line("Shared", " ".join(found["shared"]))
-    for number, mount in enumerate(found["mounts"]):
-        text = output.clean(f"{mount['mount']} ({mount['type']}, {mount['source']})")
+    for number, text in enumerate(_mount_texts(found["mounts"])):
         line("" if number else "Mounts", output.shorten(text, columns - _LABEL - 2))
     holders = [Holder(p["pid"], p["command"], p["control_group"], p["how"]) for p in found["processes"]]
     drawn = tree.draw(holders, style, columns - _LABEL - 2) if holders else []
@@ -230,6 +234,16 @@ def _page(context: Context, found: dict[str, Any]) -> str:
     if found["journal"]:
         lines += ["", *(output.shorten(output.clean(text), columns) for text in found["journal"])]
     return "\n".join(lines)
+
+
+def _mount_texts(mounts: list[dict[str, str]]) -> list[str]:
+    texts = [
+        output.clean(f"{mount['mount']} ({mount['type']}, {mount['source']})")
+        for mount in mounts[:_MOUNTS_SHOWN]
+    ]
+    if (more := len(mounts) - _MOUNTS_SHOWN) > 0:
+        texts.append(f"and {more} more")
+    return texts
 
 
 def _session_text(session: dict[str, str]) -> str:

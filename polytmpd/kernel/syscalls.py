@@ -137,6 +137,8 @@ def _check(
         text = f"the kernel's limit {limit} is reached; raise it, see sysctl(8)"
     elif number == errno.EMFILE and limit:
         text += f", or the kernel's limit {limit} is reached; raise it, see sysctl(8)"
+    elif number == errno.EXDEV:  # "Invalid cross-device link", of renameat2() and RESOLVE_NO_XDEV
+        text = "Something is mounted there, or on the way to it; see findmnt(8)"
     raise OSError(number, text, path, None, path2)
 
 

@@ -67,11 +67,29 @@ def test_foreign_entries_in_a_persistent_directory(tmp_path: Path) -> None:
     assert {
         name.rpartition("-")[2]: text.partition(":")[0] for name, text in squatted(tmp_path).items()
     } == {
-        "1002": "not polytmpd's (mode 0755)",
-        "1003": "not polytmpd's (owned by 1003",
-        "1004": "not polytmpd's (not a directory)",
-        "1005": "not polytmpd's (not a directory)",
+        "1002": "not made by polytmpd (mode 0755)",
+        "1003": "not made by polytmpd (owned by 1003",
+        "1004": "not made by polytmpd (not a directory)",
+        "1005": "not made by polytmpd (not a directory)",
     }
+
+
+@pytest.mark.parametrize(("number", "lacks"), [(25, True), (95, True), (13, False)])
+def test_a_file_system_without_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, lacks: bool
+) -> None:
+    """For information: the daemon makes again what is removed."""
+
+    def ioctl(*_: object) -> None:
+        raise OSError(number, "x")
+
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    monkeypatch.setattr(host.fcntl, "ioctl", ioctl)
+    assert host._lacks_flags(tmp_path / "tmp") is lacks
+    if os.geteuid() == 0:
+        found = host._directory(tmp_path, "/tmp")
+        assert (found.verdict, "no chattr +i" in found.text) == ("pass", lacks)
 
 
 def test_many_foreign_entries(tmp_path: Path) -> None:
@@ -79,7 +97,7 @@ def test_many_foreign_entries(tmp_path: Path) -> None:
     make(tmp_path, {f"kept/polytmp-{uid}": "" for uid in range(1000, 1100)})
     found = squatted(tmp_path)
     assert len(found) == 6
-    assert found["/kept/polytmp-*"] == "95 more that are not polytmpd's"
+    assert found["/kept/polytmp-*"] == "95 more that were not made by polytmpd"
 
 
 @pytest.mark.parametrize(

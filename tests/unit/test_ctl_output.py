@@ -3,6 +3,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -258,6 +259,19 @@ def test_mounts_in_an_instance() -> None:
     assert status.mounts_below(MOUNTINFO, ["/tmp", "/var/tmp"], ["/tmp/.X11-unix"]) == [
         {"mount": "/tmp/my mount", "type": "fuse.sshfs", "source": "host:/a b"}
     ]
+
+
+def test_a_mount_table_that_a_user_has_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """root reads it: neither memory nor the page grows with it."""
+    line = "300 36 0:90 / /tmp/{:08} rw - tmpfs tmpfs rw\n"
+    (tmp_path / "mountinfo").write_text("".join(map(line.format, range(1000))))
+    monkeypatch.setattr(status, "_TABLE_AT_MOST", 100 * len(line.format(0)) + 20)
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, **words: real(tmp_path / Path(path).name, **words))
+    found = status._mounts([Holder(1, "sh", "", "namespace")], ["/tmp"], [])
+    assert [mount["mount"] for mount in found] == [f"/tmp/{number:08}" for number in range(100)]
+    shown = status._mount_texts(found)
+    assert (len(shown), shown[-1]) == (65, "and 36 more")
 
 
 @pytest.mark.parametrize(

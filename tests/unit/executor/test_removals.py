@@ -2,16 +2,17 @@
 """Which leftovers of a former daemon are deleted, and what a failed deletion leaves for the next one."""
 
 import asyncio
+import contextlib
 import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from polytmpd.blocking import removal
+from polytmpd.blocking import removal, storage
 from polytmpd.blocking.removal import Place
 from polytmpd.executor.removals import Removals
-from polytmpd.kernel import inside
+from polytmpd.kernel import host, inside
 from tests.unit.executor.world import BARRIER, INSTANCE, NOBODY, TMP, UID, World
 from tests.unit.settled import eventually
 
@@ -39,6 +40,22 @@ async def test_directories_of_no_living_instance_are_leftovers(
     assert world.displays.shown == {UID}
     world.executor.start()
     await eventually(lambda: deleted == [Place("/tmp", "left")])
+
+
+def test_foreign_leftovers_that_are_not_named_are_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Any user can make thousands."""
+    named = tuple((f"polytmp-{number}", "not a directory") for number in range(16))
+    monkeypatch.setattr(host, "open_directory", lambda _: contextlib.nullcontext(0))
+    monkeypatch.setattr(storage, "leftovers", lambda _: storage.Leftovers((), named, 300))
+    assert removal.find_leftovers([TMP], set()) == []
+    assert caplog.text.count("/tmp/polytmp-") == 16
+    assert "284 more in /tmp whose names begin with polytmp- were not made by polytmpd" in caplog.text
+    monkeypatch.setattr(storage, "leftovers", lambda _: storage.Leftovers((), named, 16))
+    caplog.clear()
+    assert removal.find_leftovers([TMP], set()) == []
+    assert "more in" not in caplog.text
 
 
 @pytest.fixture
