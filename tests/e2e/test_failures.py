@@ -4,6 +4,7 @@
 Not here: attacks (test_attacks*), faults (test_faults*).
 """
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -69,6 +70,69 @@ def test_the_control_flag_decides(machine: Machine, stopped: None) -> None:
         machine.sh("sed -i 's/optional\\(.*pam_polytmp\\)/required\\1/' /etc/pam.d/common-session*")
         observe_off = machine.sh("loginctl terminate-user alice; true", check=False)
         assert observe_off.returncode == 0
+
+
+def test_who_waits_for_a_daemon_that_does_not_start(machine: Machine) -> None:
+    """With timeout=600, who waits for it does not come in time: neither root nor system users do."""
+    machine.sh("sed -i 's/pam_polytmp.so/& timeout=600/' /etc/pam.d/common-session*")
+    unit = "/run/systemd/system/polytmpd.service.d/x.conf"
+    machine.write(unit, "[Service]\nExecStart=\nExecStart=/bin/false\n")
+    machine.sh("systemctl daemon-reload; systemctl --no-block restart polytmpd")
+    try:
+        alice = machine.popen("su", "-", "alice", "-c", observe.NAMESPACE)
+        for user in ("root", "svc"):
+            assert machine.run("su", "-", user, "-c", "echo in").stdout == "in\n"
+        assert machine.ssh("svc", "echo in").stdout == "in\n"
+        assert alice.poll() is None
+        machine.sh(f"rm {unit}; systemctl daemon-reload; systemctl restart polytmpd")
+        out, _ = alice.communicate(timeout=60)
+        assert out.decode().startswith("mnt:[")
+        assert out.decode() != machine.run("readlink", "/proc/1/ns/mnt").stdout
+    finally:
+        machine.sh(
+            f"rm -f {unit}; sed -i 's/ timeout=600//' /etc/pam.d/common-session*; systemctl daemon-reload; "
+            "systemctl restart polytmpd"
+        )
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        None,
+        "[Unit]\nRequires=broken.service\nAfter=broken.service\n",
+        "[Unit]\nRequires=missing.service\n",
+        "[Unit]\nConditionPathExists=/nosuch\n",
+    ],
+    ids=["masked", "broken", "missing", "condition"],
+)
+def test_nobody_waits_for_a_daemon_that_systemd_does_not_start(machine: Machine, unit: str | None) -> None:
+    """systemd gives up, and closes the socket. To start the service repairs it."""
+    machine.sh("sed -i 's/pam_polytmp.so/& timeout=600/' /etc/pam.d/common-session*")
+    place = "/run/systemd/system/polytmpd.service.d/x.conf"
+    machine.write("/run/systemd/system/broken.service", "[Service]\nType=oneshot\nExecStart=/bin/false\n")
+    if unit is None:
+        machine.sh("systemctl mask --runtime --now polytmpd")
+    else:
+        machine.write(place, unit)
+        machine.sh("systemctl daemon-reload; systemctl stop polytmpd")
+    try:
+        for _ in range(2):
+            done = machine.run("su", "-", "alice", "-c", "echo in", check=False)
+            assert (done.returncode != 0, done.stdout) == (True, "")
+            assert "polytmpd cannot be reached: Connection refused" in done.stderr
+        assert machine.run("su", "-", "svc", "-c", "echo in").stdout == "in\n"
+        failed = json.loads(machine.run("polytmpctl", "check", "--json=short", check=False).stdout)[
+            "results"
+        ]
+        assert "polytmpd.service" in [entry["name"] for entry in failed if entry["verdict"] == "fail"]
+    finally:
+        machine.sh(
+            f"systemctl unmask --runtime polytmpd; rm -f {place} /run/systemd/system/broken.service; "
+            "sed -i 's/ timeout=600//' /etc/pam.d/common-session*; systemctl daemon-reload; "
+            "systemctl start polytmpd"
+        )
+    assert machine.run("systemctl", "is-active", "polytmpd.socket").stdout == "active\n"
+    assert machine.run("su", "-", "alice", "-c", "echo in").stdout == "in\n"
 
 
 def test_a_login_starts_a_daemon_that_was_stopped(machine: Machine) -> None:

@@ -85,7 +85,7 @@ def test_a_file_system_without_flags(
 
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp").chmod(0o1777)
-    monkeypatch.setattr(host.fcntl, "ioctl", ioctl)
+    monkeypatch.setattr("fcntl.ioctl", ioctl)
     assert host._lacks_flags(tmp_path / "tmp") is lacks
     if os.geteuid() == 0:
         found = host._directory(tmp_path, "/tmp")
