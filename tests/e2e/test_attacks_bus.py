@@ -146,7 +146,7 @@ def test_a_login_does_not_need_the_bus(machine: Machine, door: Callable[..., lis
     pid = machine.run("systemctl", "show", "-P", "MainPID", "dbus").stdout.strip()
     machine.run("kill", "-STOP", pid)
     try:
-        assert machine.run(*f"{CALL} ListInstances".split(), check=False, timeout=40).returncode != 0
+        assert machine.sh(f"timeout 2 {CALL} ListInstances", check=False).returncode == 124
         found = first_logins(machine, door, 5)
         assert found[0] < 900, found
         assert len(door("alice", 20)) == 20
@@ -158,7 +158,10 @@ def test_a_login_does_not_need_the_bus(machine: Machine, door: Callable[..., lis
 def test_a_flood_does_not_reach_our_part_of_a_login(
     machine: Machine, door: Callable[..., list[float]]
 ) -> None:
-    """What the bus lets through reaches the daemon, which has less time for logins: late, not refused."""
+    """What the bus lets through reaches the daemon, which has less time for logins: late, not refused.
+
+    All of them end while the flood lasts.
+    """
     with machine.session("alice"):
         quiet, quiet_first = door("alice", 100), first_logins(machine, door, 15)
         with attack(machine, "svc", program("rawbus.py", "flood", "120", "4")) as flood:
@@ -167,16 +170,13 @@ def test_a_flood_does_not_reach_our_part_of_a_login(
                 seconds(lambda: machine.run(*f"{call} {PROPERTY}".split(), timeout=90)) for _ in range(3)
             ]
             flooded, flooded_first = door("alice", 100), first_logins(machine, door, 15)
-            flood.stop()
+            assert machine.run("systemctl", "is-active", flood.unit).stdout == "active\n"
     figures = (
         f"median {quiet[50]:.2f} and {flooded[50]:.2f} ms, worst {quiet[-1]:.2f} and {flooded[-1]:.2f} ms, "
         f"first login {quiet_first[7]:.2f} and {flooded_first[7]:.2f} ms, "
         f"worst {quiet_first[-1]:.2f} and {flooded_first[-1]:.2f} ms"
     )
     log.info("Without and with the flood: %s; a call of logind: %.2f s", figures, min(asked))
-    # The processor's share: 4 connections, the bus and the daemon's replies. It is no measure of speed.
-    assert flooded[50] < 50 * quiet[50], figures
-    assert flooded_first[7] < 50 * quiet_first[7], figures
 
 
 def test_huge_messages(machine: Machine) -> None:
