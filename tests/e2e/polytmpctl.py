@@ -29,3 +29,10 @@ def refused(result: Result, *texts: str) -> None:
 def terminal(machine: Machine, command: str, typed: str) -> str:
     """Run it on root's terminal, answer its question with the line, and return what is shown."""
     return machine.ssh("root", command, tty=True, input=f"{typed}\n", check=False).stdout
+
+
+def check(machine: Machine, *words: str) -> tuple[int, list[dict[str, Any]]]:
+    """The exit status of polytmpctl check, and its results."""
+    done = machine.run("polytmpctl", "check", "--json=short", *words, check=False, timeout=120)
+    assert done.stderr == ""
+    return done.returncode, json.loads(done.stdout)["results"]
