@@ -37,9 +37,7 @@ def ensure(base_fd: int, name: str) -> None:
         os.mkdir(name, _UNFINISHED, dir_fd=base_fd)
     with Descriptor.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=base_fd) as fd:
         if _is_fuse(fd, base_fd):
-            raise OSError(
-                errno.EPERM, "a FUSE; unmount it, remove it and run systemd-tmpfiles --create", name
-            )
+            raise OSError(errno.EPERM, f"a FUSE; unmount it, then {_REMEDY}", name)
         found = os.fstat(fd)
     if _may_be_unfinished(found):
         _finish(base_fd, name)

@@ -6,6 +6,7 @@ Not here: sockets by themselves (test_sockets), copies of locks (tests/kernel/di
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.bed import Machine, Session, eventually
 pytestmark = pytest.mark.e2e
 
 # Without TCP and abstract sockets: only the path in /tmp/.X11-unix is left.
+X11 = Path(__file__).parents[2] / "docs/x11.md"
 OPTIONS = "-ac -noreset -nolisten tcp -nolisten local"
 """Without -noreset a server resets itself when its last client leaves, and refuses clients meanwhile."""
 COPIES = (
@@ -294,7 +296,7 @@ def test_the_host_recreates_the_socket_directory(machine: Machine, how: str) -> 
     with machine.session("alice") as alice, machine.session("bob") as bob:
         start(alice, 7)
         eventually(lambda: lock(bob, 7), what="bob has the lock")
-        machine.sh(f"{how}; systemd-tmpfiles --create /usr/lib/tmpfiles.d/x11.conf")
+        machine.sh(f"{how}; systemd-tmpfiles --create --boot --prefix=/tmp")
         identity = "stat -c '%d %i %a %u' /tmp/.X11-unix"
         eventually(
             lambda: alice.run(identity) == bob.run(identity) == machine.sh(identity).stdout,
@@ -312,3 +314,18 @@ def test_the_host_recreates_the_socket_directory(machine: Machine, how: str) -> 
     # and the namespaces still end
     observe.log_everybody_out(machine)
     assert observe.held(machine) == []
+
+
+def test_the_remedy_for_a_socket_directory_that_a_user_made(machine: Machine) -> None:
+    """As docs/x11.md has it. The lines of x11.conf are for the boot (tmpfiles.d(5), "!")."""
+    remedy = next(line for line in X11.read_text().splitlines() if line.startswith("rm -r /tmp/.X11-unix"))
+    observe.log_everybody_out(machine)
+    machine.sh("rm -r /tmp/.X11-unix; setpriv --reuid=svc --clear-groups mkdir -m 1777 /tmp/.X11-unix")
+    is_mounted = "findmnt -no TARGET /tmp/.X11-unix || true"
+    with machine.session("alice") as alice:
+        assert alice.run(is_mounted) == ""
+    observe.log_everybody_out(machine)
+    machine.sh(remedy)
+    assert machine.run("stat", "-c", "%U %a", "/tmp/.X11-unix").stdout == "root 1777\n"
+    with machine.session("alice") as alice:
+        assert alice.run(is_mounted) == "/tmp/.X11-unix\n"
