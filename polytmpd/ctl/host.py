@@ -10,7 +10,9 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import stat
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,8 @@ _CCACHE: Final = re.compile(r"(?m)^\s*default_ccache_name\s*=\s*(\S+)")
 _GSSAPI: Final = re.compile(r"(?mi)^\s*GSSAPI(?:Authentication|DelegateCredentials)\s+yes\b")
 _NOT_ALLOWED: Final = 1  # EPERM
 _UNKNOWN: Final = (22, 38)  # EINVAL: an unknown flag; ENOSYS
-_FS_IOC_GETFLAGS: Final = 0x80086601  # as in kernel/syscalls
+_FS_IOC_GETFLAGS: Final = 2 << 30 | struct.calcsize("l") << 16 | ord("f") << 8 | 1
+_GENERIC_PEERCRED: Final = 17
 _ROOM: Final = 2
 """The least number of namespaces and mounts that each user needs."""
 
@@ -167,7 +170,12 @@ def _directory(root: Path, path: str) -> Result:
 
 
 def _lacks_flags(place: Path) -> bool:
-    """Whether polytmpd cannot protect the directories of users who are logged in against removal by root."""
+    """Whether polytmpd cannot protect the directories of users who are logged in against removal by root.
+
+    False where it is not known: kernel/abi has the numbers of other architectures.
+    """
+    if socket.SO_PEERCRED != _GENERIC_PEERCRED:
+        return False
     try:
         fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -315,8 +323,8 @@ def _text(path: Path) -> str:
 
 
 def containers(root: Path) -> Iterator[Result]:
-    for name, socket in (("Docker", "run/docker.sock"), ("Podman", "run/podman/podman.sock")):
-        if (root / socket).exists():
+    for name, path in (("Docker", "run/docker.sock"), ("Podman", "run/podman/podman.sock")):
+        if (root / path).exists():
             yield Result(
                 "software",
                 name,

@@ -7,7 +7,6 @@ Hard facts
 - SO_PEERCRED has the effective UID. It shows the pid as 0 if the process is not in our PID namespace.
 - The kernel may give a pid to another process while we examine it. SO_PEERPIDFD (Linux 6.5, ENOPROTOOPT
   before) shows whether the process still lives: if so, what we found about the pid is about the process.
-- The numbers of socket options differ between architectures. Python knows SO_PEERCRED, but not SO_PEERPIDFD.
 """
 
 import contextlib
@@ -20,11 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from polytmpd.kernel import abi
 from polytmpd.kernel.descriptor import Descriptor
 
-PEERPIDFD_BY_PEERCRED: Final = {0x4011: 0x404B, 0x0040: 0x0056}
-"""<asm/socket.h> of parisc and sparc. All others have that of <asm-generic/socket.h>."""
-SO_PEERPIDFD: Final = PEERPIDFD_BY_PEERCRED.get(socket.SO_PEERCRED, 77)
+SO_PEERPIDFD: Final = abi.HERE.peerpidfd
 
 
 @dataclass(frozen=True, slots=True)

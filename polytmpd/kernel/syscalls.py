@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from polytmpd.kernel.abi import HERE, LONG
 from polytmpd.kernel.descriptor import Descriptor
 
 AT_FDCWD: Final = -100
@@ -53,18 +54,18 @@ RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
 
-FS_IOC_GETFLAGS: Final = 0x80086601
-FS_IOC_SETFLAGS: Final = 0x40086602
+FS_IOC_GETFLAGS: Final = HERE.ior(ord("f"), 1, LONG)
+FS_IOC_SETFLAGS: Final = HERE.iow(ord("f"), 2, LONG)
 FS_IMMUTABLE_FL: Final = 0x00000010
 FS_APPEND_FL: Final = 0x00000020
 
-NS_GET_USERNS: Final = 0xB701
-NS_GET_PARENT: Final = 0xB702
-NS_GET_NSTYPE: Final = 0xB703
-NS_GET_OWNER_UID: Final = 0xB704
-NS_GET_MNTNS_ID: Final = 0x8008B705
-NS_MNT_GET_NEXT: Final = 0x8010B70B
-NS_MNT_GET_PREV: Final = 0x8010B70C
+NS_GET_USERNS: Final = HERE.io(0xB7, 1)
+NS_GET_PARENT: Final = HERE.io(0xB7, 2)
+NS_GET_NSTYPE: Final = HERE.io(0xB7, 3)
+NS_GET_OWNER_UID: Final = HERE.io(0xB7, 4)
+NS_GET_MNTNS_ID: Final = HERE.ior(0xB7, 5, 8)
+NS_MNT_GET_NEXT: Final = HERE.ior(0xB7, 11, 16)
+NS_MNT_GET_PREV: Final = HERE.ior(0xB7, 12, 16)
 
 LSMT_ROOT: Final = 0xFFFFFFFFFFFFFFFF
 STATMOUNT_SB_BASIC: Final = 0x1
