@@ -135,20 +135,35 @@ def test_while_sssd_is_down(machine: Machine) -> None:
     eventually(lambda: path not in observe.on_disk(machine), 30, "her directory is gone")
 
 
-@pytest.mark.usefixtures("restored")
+@pytest.fixture
+def holding(machine: Machine) -> Iterator[None]:
+    """siri has logged out, and a service is left in her directories."""
+    with machine.session("siri") as siri:
+        argv = ["nsenter", f"--mount=/proc/{siri.pid}/ns/mnt", "sleep", "infinity"]
+        machine.run("systemd-run", "--quiet", "--unit=holding", *argv)
+        eventually(lambda: observe.processes(machine, "sleep infinity"), what="it is there")
+    eventually(lambda: observe.held(machine) == [], 30, "polytmpd has released her namespace")
+    assert observe.state(machine, "siri") == "draining"
+    yield
+    machine.run("systemctl", "stop", "holding")
+
+
+@pytest.mark.usefixtures("holding", "restored")
 def test_while_sssd_hangs(machine: Machine) -> None:
-    """Others are served, however many wait."""
+    """Others are served, however many wait. Who is to join what lives may be another user by now."""
     machine.sh("pkill -STOP -x sssd_nss; rm -f /var/lib/sss/mc/*; systemctl restart polytmpd")
     try:
         hanging = [machine.popen(*CALL, "u", str(USERS["sara"])) for _ in range(10)]
         assert machine.run(*CALL, "u", "1001", timeout=9).stdout.startswith("h ")
         assert machine.run("polytmpctl", "list", timeout=9).returncode == 0
-        for process in hanging:
+        hanging.append(machine.popen(*CALL, "u", str(USERS["siri"])))
+        for uid, process in zip([1234567890] * 10 + [1234567891], hanging, strict=True):
             _, error = process.communicate(timeout=40)
-            assert b"failed to look up the name of UID 1234567890 within 10 s" in error
+            assert f"failed to look up the name of UID {uid} within 10 s".encode() in error
     finally:
         machine.sh("pkill -CONT -x sssd_nss")
     assert view(machine, "sara") == "private"
+    assert view(machine, "siri") == "private"
 
 
 def test_check_has_nothing_to_say(machine: Machine) -> None:
