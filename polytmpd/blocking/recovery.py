@@ -116,7 +116,8 @@ def reconstruct(
         return None
     # When it was made is no longer known: this is when it was found.
     now, monotonic = time.time_ns() // 1000, time.monotonic_ns() // 1000
-    return Instance(uid, accounts.find_name(uid) or str(uid), now, monotonic, tuple(entries), namespace)
+    user = accounts.find_local_name(uid) or accounts.find_name(uid) or str(uid)
+    return Instance(uid, user, now, monotonic, tuple(entries), namespace)
 
 
 class UnreadError(OSError):
