@@ -69,11 +69,14 @@ Emits = Literal["true", "invalidates", "const", "false"]
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """get must not raise or block. A private property is left out of signals, which every user can see."""
+    """get(path) returns the value for the object at path. It must not raise or block.
+
+    A private property is left out of signals, which every user can see.
+    """
 
     name: str
     signature: str
-    get: Callable[[], Any]
+    get: Callable[[str], Any]
     emits: Emits = "true"
     private: bool = False
 
@@ -86,15 +89,17 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
+    """What objects of one kind offer. It knows no object, so that thousands of them can share it."""
+
     name: str
     methods: tuple[Method, ...] = ()
     properties: tuple[Property, ...] = ()
     signals: tuple[Signal, ...] = ()
 
-    def values(self, *, private: bool = True) -> dict[str, Variant]:
-        """The values of all properties, or only of those that every user may see."""
+    def values(self, path: str, *, private: bool = True) -> dict[str, Variant]:
+        """The values of all properties of an object, or only of those that every user may see."""
         return {
-            str(entry.name): Variant(entry.signature, entry.get())
+            str(entry.name): Variant(entry.signature, entry.get(path))
             for entry in self.properties
             if private or not entry.private
         }
@@ -165,12 +170,15 @@ class Server:
 
     # Objects
 
-    def add(self, path: str, *interfaces: Interface) -> None:
-        """Show an object, and emit InterfacesAdded."""
+    def show(self, path: str, interfaces: tuple[Interface, ...]) -> None:
+        """Show an object, without a signal."""
         self._objects[path] = interfaces
-        if path != self._root:
-            values = {interface.name: interface.values(private=False) for interface in interfaces}
-            self.emit(self._root, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", [path, values])
+
+    def add(self, path: str, interfaces: tuple[Interface, ...]) -> None:
+        """Show an object, and emit InterfacesAdded."""
+        self.show(path, interfaces)
+        values = {interface.name: interface.values(path, private=False) for interface in interfaces}
+        self.emit(self._root, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", [path, values])
 
     def remove(self, path: str) -> None:
         """Stop showing an object, and emit InterfacesRemoved."""
@@ -188,7 +196,7 @@ class Server:
         for name in names:
             entry = declared[name]
             if entry.emits == "true" and not entry.private:
-                values[str(name)] = Variant(entry.signature, entry.get())
+                values[str(name)] = Variant(entry.signature, entry.get(path))
             elif entry.emits in {"true", "invalidates"}:
                 invalidated.append(str(name))
         self.emit(path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [interface, values, invalidated])
@@ -234,7 +242,7 @@ class Server:
 
     async def _dispatch(self, message: Message) -> tuple[str, Sequence[Any]]:
         path, member = message.path or "", message.member or ""
-        if path not in self._objects and not self._children(path):
+        if path not in self._objects and not self._has_children(path):
             raise _AnswerError(f"{DBUS_ERROR}.UnknownObject", f"no object at {path}")
         candidates = [
             (interface, method)
@@ -285,7 +293,7 @@ class Server:
                 may_list = await self._may_list(call.sender)
                 return [
                     {
-                        child: {entry.name: entry.values() for entry in interfaces}
+                        child: {entry.name: entry.values(child) for entry in interfaces}
                         for child, interfaces in self._objects.items()
                         if child != self._root and may_list(child)
                     }
@@ -296,19 +304,19 @@ class Server:
         if not body[0]:
             return self._any_interface(path, member, body)
         if member == "GetAll":
-            return [self._find(path, body[0]).values()]
+            return [self._find(path, body[0]).values(path)]
         for entry in self._find(path, body[0]).properties:
             if entry.name == body[1]:
                 if member == "Set":
                     raise _AnswerError(
                         f"{DBUS_ERROR}.PropertyReadOnly", f"property {entry.name} is read-only"
                     )
-                return [Variant(entry.signature, entry.get())]
+                return [Variant(entry.signature, entry.get(path))]
         raise _AnswerError(f"{DBUS_ERROR}.UnknownProperty", f"no property {body[1]} in {body[0]}")
 
     def _any_interface(self, path: str, member: str, body: list[Any]) -> Sequence[Any]:
         """An empty interface name is allowed: no two interfaces of an object share a property."""
-        values = {name: value for entry in self._objects[path] for name, value in entry.values().items()}
+        values = {name: value for entry in self._objects[path] for name, value in entry.values(path).items()}
         if member == "GetAll":
             return [values]
         if body[1] not in values:
@@ -316,6 +324,10 @@ class Server:
         if member == "Set":
             raise _AnswerError(f"{DBUS_ERROR}.PropertyReadOnly", f"property {body[1]} is read-only")
         return [values[body[1]]]
+
+    def _has_children(self, path: str) -> bool:
+        prefix = path.rstrip("/") + "/"
+        return any(other.startswith(prefix) for other in self._objects)
 
     def _children(self, path: str) -> list[str]:
         prefix = path.rstrip("/") + "/"

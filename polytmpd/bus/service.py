@@ -109,18 +109,24 @@ class Service:
         self._lists = Turns(LISTS_AT_ONCE)
         self._look_ups = Turns(LOOK_UPS_AT_ONCE)
         self._server = Server(connection, PATH, self._callers.may_list, self._callers.require_read)
-        self._server.add(PATH, self._manager())
-        views.follow(self)
+        self._server.show(PATH, (self._manager(),))
+        self._of_instance = (self._instance(),)
 
     async def publish(self) -> None:
-        """Own the name. Raises BusError."""
+        """Show what there is, own the name, and signal changes from then on. Raises BusError.
+
+        Nobody listens before: a signal for each of ten thousand instances would cost a second and more.
+        """
+        for view in self._views:
+            self._server.show(object_path(view.uid), self._of_instance)
+        self._views.follow(self)
         await self._connection.own_name(SERVICE)
 
     # What is shown
 
     def instance_new(self, view: View) -> None:
         path = object_path(view.uid)
-        self._server.add(path, self._instance(view.uid))
+        self._server.add(path, self._of_instance)
         self._server.emit(PATH, MANAGER, ManagerSignal.INSTANCE_NEW, "uo", [view.uid, path])
 
     def instance_changed(self, before: View, view: View) -> None:
@@ -178,8 +184,8 @@ class Service:
                 Method(ManagerMethod.RELOAD, self._reload),
             ),
             properties=(
-                Property(ManagerProperty.VERSION, "s", lambda: __version__, "const"),
-                Property(ManagerProperty.DIRECTORIES, "as", lambda: list(self._views.directories)),
+                Property(ManagerProperty.VERSION, "s", lambda _: __version__, "const"),
+                Property(ManagerProperty.DIRECTORIES, "as", lambda _: list(self._views.directories)),
             ),
             signals=(
                 Signal(ManagerSignal.INSTANCE_NEW, (*_USER, ("instance", "o"))),
@@ -270,9 +276,11 @@ class Service:
             raise NoSuchInstanceError.of(uid)
         return view
 
-    def _instance(self, uid: int) -> Interface:
-        def getter(value: Callable[[View], Any]) -> Callable[[], Any]:
-            return lambda: value(self._view(uid))
+    def _instance(self) -> Interface:
+        """That of every instance."""
+
+        def getter(value: Callable[[View], Any]) -> Callable[[str], Any]:
+            return lambda path: value(self._view(_owner(path)))
 
         return Interface(
             INSTANCE,
@@ -288,19 +296,19 @@ class Service:
         )
 
     async def _list_processes(self, call: Call) -> Sequence[Any]:
-        uid = self._uid(call)
+        uid = _owner(call.path)
         caller = await self._callers.require_owner(call, uid, "the process list")
         found = await self._callers.ask(call, caller, self._lists, lambda: self._answers.processes(uid))
         return [[[pid, command] for pid, command in found]]
 
     async def _list_holders(self, call: Call) -> Sequence[Any]:
-        uid = self._uid(call)
+        uid = _owner(call.path)
         caller = await self._callers.require_owner(call, uid, "the process list")
         found = await self._callers.ask(call, caller, self._lists, lambda: self._answers.holders(uid))
         return [[list(entry) for entry in found]]
 
     async def _get_usage(self, call: Call) -> Sequence[Any]:
-        uid = self._uid(call)
+        uid = _owner(call.path)
         return [await self._count(call, await self._callers.require_owner(call, uid, "the disk usage"), uid)]
 
     async def _count(self, call: Call, caller: int, uid: int) -> list[list[Any]]:
@@ -308,11 +316,13 @@ class Service:
         found = await self._callers.ask(call, caller, self._counts, lambda: self._answers.usage(uid), advice)
         return [list(entry) for entry in found]
 
-    def _uid(self, call: Call) -> int:
-        uid = object_owner(call.path)
-        if uid is None:
-            raise NoSuchInstanceError(f"{call.path} is not an instance")
-        return uid
+
+def _owner(path: str) -> int:
+    """The user whose instance has the object."""
+    uid = object_owner(path)
+    if uid is None:
+        raise NoSuchInstanceError(f"{path} is not an instance")
+    return uid
 
 
 def _directories(view: View) -> list[list[str]]:
