@@ -35,7 +35,6 @@ class _Record:
 
     uid: int
     user: str
-    log: UserLog = field(init=False)
     standing: Standing = field(default_factory=Standing)
     claims: Claims = field(default_factory=Claims)
     control_group: str = ""
@@ -45,8 +44,9 @@ class _Record:
     """Distinguishes work for this instance from work for a former one."""
     waiting: list["asyncio.Future[Descriptor]"] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.log = UserLog(log, self.uid, self.user)
+    @property
+    def log(self) -> UserLog:
+        return UserLog(log, self.uid, self.user)
 
     @property
     def made(self) -> Instance:
@@ -102,12 +102,14 @@ class Daemon:
         """Take over what lives, delete leftovers, and follow events. Raises OSError, BusError."""
         restored = await self._executor.restore(self._config.directories)
         await self._executor.share_files(self._config.sharing)
-        for instance in (*restored.held, *restored.draining):
-            record = self._record(instance.uid, instance.user)
-            record.instance = instance
-            is_held = instance in restored.held
-            record.standing = Standing(State.ACTIVE if is_held else State.DRAINING, claimed=is_held)
-            self._publish(record)
+        for standing, found in (
+            (Standing(State.ACTIVE, claimed=True), restored.held),
+            (Standing(State.DRAINING), restored.draining),
+        ):
+            for instance in found:
+                record = self._record(instance.uid, instance.user)
+                record.instance, record.standing = instance, standing
+                self._publish(record)
         await self._presence.start()
         for instance in restored.draining:
             drained = self._records.get(instance.uid)

@@ -22,6 +22,7 @@ from polytmpd.core.model import (
     Instance,
     InstanceDirectory,
     Lifetime,
+    shared_by_all,
 )
 from polytmpd.core.names import INNER
 from polytmpd.journal import MessageId, fields
@@ -58,7 +59,7 @@ def prepare(
                 if directory.must_be_sticky:
                     barriers.require_sticky(base)
                 entry = InstanceDirectory(
-                    replace(directory, shared=_shareable(base, directory)),
+                    shared_by_all(replace(directory, shared=_shareable(base, directory))),
                     _new_barrier(directory.lifetime, boot_id, uid),
                 )
                 inner, is_new = _make_or_adopt(base, entry, uid, user, is_former)

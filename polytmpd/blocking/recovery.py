@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from polytmpd.blocking import accounts
 from polytmpd.core import names
-from polytmpd.core.model import Directory, Instance, InstanceDirectory
+from polytmpd.core.model import Directory, Instance, InstanceDirectory, shared_by_all
 from polytmpd.core.names import INNER
 from polytmpd.kernel import host, inside, mountinfo, mountns, namespaces, patience
 from polytmpd.kernel.mountinfo import Mount
@@ -111,7 +111,9 @@ def reconstruct(
         shared = directory.shared
         if path not in removed:
             shared = tuple(name for name in shared if f"{path}/{name}" in points)
-        entries.append(InstanceDirectory(replace(directory, path=path, shared=shared), barrier))
+        entries.append(
+            InstanceDirectory(shared_by_all(replace(directory, path=path, shared=shared)), barrier)
+        )
     if not entries:
         return None
     # When it was made is no longer known: this is when it was found.

@@ -17,7 +17,7 @@ import stat
 from pathlib import Path
 from typing import Any, Final
 
-from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime
+from polytmpd.core.model import Directory, Instance, InstanceDirectory, Lifetime, shared_by_all
 from polytmpd.kernel.descriptor import Descriptor
 
 VERSION: Final = 1
@@ -207,10 +207,12 @@ def decode(value: Any) -> Instance:
         raise ValueError(f"Version {value['version']!r} is not supported, only {VERSION}")
     directories = tuple(
         InstanceDirectory(
-            Directory(
-                _absolute(entry["path"]),
-                _lifetime(entry["lifetime"]),
-                tuple(_name(name) for name in entry["shared"]),
+            shared_by_all(
+                Directory(
+                    _absolute(entry["path"]),
+                    _lifetime(entry["lifetime"]),
+                    tuple(_name(name) for name in entry["shared"]),
+                )
             ),
             _name(entry["barrier"]),
         )

@@ -38,7 +38,7 @@ def text(directories: Iterable[Directory]) -> str:
     """The file for these directories; empty if the package's own file covers them."""
     lines = dict.fromkeys(
         line
-        for directory in directories
+        for directory in dict.fromkeys(directories)
         for path in (directory.path, os.path.realpath(directory.path))
         for line in _lines(path, directory)
     )

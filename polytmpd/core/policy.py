@@ -194,8 +194,11 @@ class Claims:
         return Claims(populated=self.populated)
 
     def with_session(self, session: str, *, login: bool = True) -> "Claims":
+        sessions = self.sessions | {session}
         logins = self.logins | {session} if login else self.logins
-        return replace(self, sessions=self.sessions | {session}, logins=logins, starting=False)
+        if logins == sessions:
+            logins = sessions  # one set for both: there may be thousands
+        return replace(self, sessions=sessions, logins=logins, starting=False)
 
     def without_session(self, session: str) -> "Claims":
         return replace(self, sessions=self.sessions - {session}, logins=self.logins - {session})

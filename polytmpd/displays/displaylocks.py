@@ -26,6 +26,8 @@ from polytmpd.displays.worker import Worker
 _UPDATE: Final = 0.02
 _REST: Final = 0.05
 _REST_FACTOR: Final = 10
+_SWEEP_FACTOR: Final = 2
+"""After each sweep at start, rest for so many times as long as it took."""
 _PATIENCE: Final = 2.0
 """Seconds that a login waits at most for the worker."""
 
@@ -63,8 +65,7 @@ class DisplayLocks:
             return
         await self._have_done(lambda registry: registry.start(bases[0], places))
         self._update_soon()
-        for uid in (HOST, *places):
-            self._sweep(uid)
+        self._sweep(HOST, *places)
 
     async def instance_came(self, instance: Instance) -> None:
         """Show all displays in an instance. Call it before the user enters; it may be called again.
@@ -153,11 +154,19 @@ class DisplayLocks:
             self._shared = status.generation
             self._complaints.settle("share")
 
-    def _sweep(self, uid: int) -> None:
-        """Remove the copies that a former daemon left in a place. Returns at once."""
-        task = asyncio.get_running_loop().create_task(self._remove_strays(uid))
+    def _sweep(self, *uids: int) -> None:
+        """Remove the copies that a former daemon left in places, one after the other. Returns at once."""
+        task = asyncio.get_running_loop().create_task(self._remove_all_strays(uids))
         self._sweeps.add(task)
         task.add_done_callback(self._sweeps.discard)
+
+    async def _remove_all_strays(self, uids: Sequence[int]) -> None:
+        loop = asyncio.get_running_loop()
+        for uid in uids:
+            begun = loop.time()
+            await self._remove_strays(uid)
+            if len(uids) > 1:  # there may be ten thousand, and logins come first
+                await asyncio.sleep((loop.time() - begun) * _SWEEP_FACTOR)
 
     async def _remove_strays(self, uid: int) -> None:
         place = await self._worker.call(lambda registry: registry.place(uid))

@@ -13,6 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from polytmpd import devices
 from polytmpd.blocking import instances, removal, restoration, tmpfiles
@@ -57,7 +58,8 @@ class Executor:
         self._boot_id = boot_id
         self._stored = stored
         self._instances: dict[int, Instance] = {}
-        self._locks: dict[int, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
+        """By UID, while an operation runs or waits."""
         self._searchers = Workers(1, "search")
         self._displays = displays
         self._removals = Removals()
@@ -104,6 +106,8 @@ class Executor:
             self._stored.namespaces, recorded, directories, self._stored.discard
         ):
             self._restore_one(instance, fd, instance.watches & living, restored)
+            if (now := self._instances.get(instance.uid)) not in {None, recorded.get(instance.uid)}:
+                self._namespaces.record(now)
         return restored
 
     def _restore_one(
@@ -137,9 +141,9 @@ class Executor:
                 watches = frozenset({watch})
         if watches:
             self._sentinels.add(uid, watches)
-        instance = replace(instance, watches=watches)
+        if watches != instance.watches:
+            instance = replace(instance, watches=watches)
         self._instances[uid] = instance
-        self._namespaces.record(instance)
         if fd is not None:
             self._namespaces.take_over(uid, fd)
             restored.held.append(instance)
@@ -151,8 +155,8 @@ class Executor:
         self._sentinels.start()
         self._losses.start()
         self._shares.start()
-        for uid, instance in self._instances.items():
-            self._losses.look(uid, is_lost=True)
+        self._losses.look_through(self._instances)
+        for instance in self._instances.values():
             self._shares.add(instance)
         self._tasks.start(self._removals.delete_leftovers(self._leftovers, self._searchers))
 
@@ -390,13 +394,14 @@ class Executor:
     # Within
 
     def _lock(self, uid: int) -> asyncio.Lock:
+        """The caller holds it in an `async with` statement, which keeps it."""
         return self._locks.setdefault(uid, asyncio.Lock())
 
     def _hold(self, instance: Instance, fd: Descriptor, watch: int | None = None) -> Instance:
         """watch: the watch on the sentinel, if the namespace is new."""
         uid = instance.uid
         if watch is not None:
-            self._sentinels.add(uid, (watch,))
+            self._sentinels.add(uid, frozenset({watch}))
         # Not the watches in instance: a former namespace over the same files may have ended meanwhile.
         instance = replace(instance, watches=self._sentinels.watches(uid))
         self._instances[uid] = instance

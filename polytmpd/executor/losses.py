@@ -19,7 +19,8 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from array import array
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 from polytmpd.core.names import INNER
@@ -38,6 +39,8 @@ _TOLD_AFTER: Final = 3
 """After so many failures in a row, the journal says so."""
 _AT_ONCE: Final = 2
 """So many users at a time, since a namespace with a long mount table takes a while."""
+_IDLE_FACTOR: Final = 2
+"""A look at all users rests for so many times as long as it worked: logins come first."""
 
 
 class Losses:
@@ -52,17 +55,20 @@ class Losses:
         self._inotify = Inotify()
         self._owners: dict[int, int] = {}
         """Watch → UID."""
+        self._watches: dict[int, array[int]] = {}
+        """UID → watches. There are ten thousand users, with eight each: an array is the smallest."""
         self._adding = threading.Lock()
         self._due: dict[int, bool] = {}
         self._at_once = asyncio.Semaphore(_AT_ONCE)
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._looking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Report what is removed from now on."""
         asyncio.get_running_loop().add_reader(self._inotify.fd, self._on_readable)
 
     async def close(self) -> None:
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *([self._looking] if self._looking else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -73,12 +79,16 @@ class Losses:
         """Watch a directory of the user's instance; in any thread. Raises OSError (ENOSPC)."""
         with self._adding:  # else an event might be read before its watch is known
             watch = self._inotify.add_watch(path, mask)
-            self._owners[watch] = uid
+            if self._owners.get(watch) != uid:
+                self._owners[watch] = uid
+                self._watches.setdefault(uid, array("i")).append(watch)
 
     def forget(self, uid: int) -> None:
         """The user's instance is being removed."""
         with self._adding:
-            for watch in [watch for watch, owner in self._owners.items() if owner == uid]:
+            for watch in self._watches.pop(uid, ()):
+                if self._owners.get(watch) != uid:
+                    continue
                 del self._owners[watch]
                 with contextlib.suppress(OSError):  # the kernel has removed it already
                     self._inotify.remove_watch(watch)
@@ -92,7 +102,23 @@ class Losses:
             self._tasks[uid] = task
             task.add_done_callback(lambda _: self._tasks.pop(uid))
 
+    def look_through(self, uids: Iterable[int]) -> None:
+        """Have mend() called for these users, one after the other: something may have been removed."""
+        self._looking = asyncio.get_running_loop().create_task(self._look_through(array("I", uids)))
+
     # Within
+
+    async def _look_through(self, uids: "array[int]") -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(_SETTLE)
+        for uid in uids:
+            begun = loop.time()
+            try:
+                async with self._at_once:
+                    await self._mend(uid, True)
+            except Exception:
+                self.look(uid, is_lost=True)  # tries again, and says so if it goes on failing
+            await asyncio.sleep((loop.time() - begun) * _IDLE_FACTOR)
 
     def _on_readable(self) -> None:
         with self._adding:
@@ -103,6 +129,7 @@ class Losses:
                 elif (owner := self._owners.get(event.watch)) is not None:
                     if event.mask & IN_IGNORED:
                         del self._owners[event.watch]
+                        self._watches[owner].remove(event.watch)
                     elif event.mask & IN_DELETE_SELF or event.name == INNER:
                         self.look(owner, is_lost=True)
 

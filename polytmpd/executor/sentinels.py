@@ -19,7 +19,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from polytmpd.blocking import removal
@@ -62,6 +62,8 @@ class Sentinels:
         self._searchers = searchers
         self._owners: dict[int, int] = {}
         """Watch → UID."""
+        self._watches: dict[int, frozenset[int]] = {}
+        """UID → watches."""
         self._unwatched: set[int] = set()
         """Users whose living namespace has no watched sentinel."""
         self._unconfirmed: set[int] = set()
@@ -98,11 +100,12 @@ class Sentinels:
 
     def watches(self, uid: int) -> frozenset[int]:
         """The watches on the sentinels of a user's instance."""
-        return frozenset(watch for watch, owner in self._owners.items() if owner == uid)
+        return self._watches.get(uid, frozenset())
 
-    def add(self, uid: int, watches: Iterable[int]) -> None:
+    def add(self, uid: int, watches: frozenset[int]) -> None:
         """Add watches on sentinels of the user's instance."""
         self._owners.update(dict.fromkeys(watches, uid))
+        self._watches[uid] = self._watches[uid] | watches if uid in self._watches else watches
         self._unwatched.discard(uid)
 
     def cannot_watch(self, uid: int) -> None:
@@ -115,7 +118,7 @@ class Sentinels:
 
     def forget(self, uid: int) -> None:
         """Forget the watches of an instance that is being removed."""
-        for watch in self.watches(uid):
+        for watch in self._watches.pop(uid, ()):
             del self._owners[watch]
         self._unwatched.discard(uid)
 
@@ -133,11 +136,14 @@ class Sentinels:
         events = self._inotify.read()
         ended = {event.watch for event in events if event.mask & IN_UNMOUNT}
         if any(event.mask & IN_Q_OVERFLOW for event in events):  # some were lost: check which are left
-            ended |= set(self._owners) - self.living()
-        for watch in ended & set(self._owners):
+            ended |= self._owners.keys() - self.living()
+        for watch in ended & self._owners.keys():
             uid = self._owners.pop(watch)
-            if not self.watches(uid) and uid not in self._confirming:
-                self._confirm(uid)
+            self._watches[uid] -= {watch}
+            if not self._watches[uid]:
+                del self._watches[uid]
+                if uid not in self._confirming:
+                    self._confirm(uid)
 
     def _confirm(self, uid: int) -> None:
         task = asyncio.get_running_loop().create_task(self._confirm_until_known(uid))

@@ -257,7 +257,10 @@ class SharedFiles:
                         name,
                         extra=fields(uid=instance.uid, user=instance.user),
                     )
-                self._taken[instance.uid] = taken
+                if taken:
+                    self._taken[instance.uid] = taken
+                else:
+                    self._taken.pop(instance.uid, None)
 
     def _failed(self, instance: Instance, path: str, text: str) -> None:
         if self._failures.get(instance.uid) != text:

@@ -304,10 +304,10 @@ async def test_a_slice_that_cannot_be_read(
     watched.watch(1000, "/user-1000.slice", heard)
     with monkeypatch.context() as context:
 
-        def fail(path: Path) -> str:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        def fail(path: str) -> str:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
 
-        context.setattr(Path, "read_text", fail)
+        context.setattr(slices, "_text", fail)
         file.open("a").close()
         file.write_text("populated 0\n")
         watched._on_readable()

@@ -63,8 +63,8 @@ async def test_a_new_namespace_is_watched(
     held = await unwatched.rejoin(INSTANCE)
     unwatched.let_go(UID)
     assert not unwatched.has_ended(UID)
-    (watch,) = held.watches
-    del unwatched._sentinels._owners[watch]  # as its end does
+    assert held.watches == unwatched._sentinels.watches(UID)
+    unwatched._sentinels.forget(UID)  # as its end does
     assert unwatched.has_ended(UID)
 
 
