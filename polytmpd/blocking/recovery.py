@@ -72,16 +72,17 @@ def _peers(mounts: Sequence[Mount]) -> set[int | None]:
     return {mount.shared for mount in mounts if mount.mount_point == "/"}
 
 
-def living(directories: Sequence[Directory]) -> Iterator[Living]:
+def living(directories: Sequence[Directory], known: Collection[int] = ()) -> Iterator[Living]:
     """The namespaces that polytmp made and a process lives in, without those that users made from them.
 
+    known: inodes of namespaces that need not be read: a millisecond each, and there may be ten thousand.
     A user's own (unshare, bwrap) has the same directories mounted, but is no longer in the host's peer
     group. Blocks: reads all of /proc, but no tables of namespaces that a user can make without privilege,
     because users decide how long those are. Logs which namespaces cannot be read.
     """
     peers = _peers(mountinfo.read("1"))
     hosts_own = host.namespace_inode()
-    for found in namespaces.inhabited():
+    for found in namespaces.inhabited(known=known):
         if found.inode == hosts_own or not mountns.is_privileged(found.fd):
             continue
         try:

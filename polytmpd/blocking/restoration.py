@@ -29,7 +29,12 @@ def left(
 
     discard(uid, descriptor) is called for a stored namespace that polytmp did not make.
     """
-    living = {entry.uid: entry for entry in recovery.living(directories)}
+    known = {
+        instance.namespace
+        for uid, instance in recorded.items()
+        if uid in stored and _inode(stored[uid]) == instance.namespace
+    }
+    living = {entry.uid: entry for entry in recovery.living(directories, known)}
     for uid in sorted({*stored, *recorded, *living}):
         fd = stored.get(uid)
         instance = recorded.get(uid)

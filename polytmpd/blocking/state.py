@@ -77,19 +77,22 @@ class StateDirectory:
         """
         found: dict[int, Instance] = {}
         problems: list[str] = []
-        for path in sorted(self._path.iterdir()):
+        with os.scandir(self._path) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+        for entry in listed:
             try:
-                if not stat.S_ISREG(path.lstat().st_mode):
+                if not entry.is_file(follow_symlinks=False):
+                    path = Path(entry.path)
                     problems.append(f"{path} is not a regular file; {_put_away(path)}")
                     continue
-                if path.name.startswith("."):
-                    path.unlink()  # a write that was cut off
+                if entry.name.startswith("."):
+                    Path(entry.path).unlink()  # a write that was cut off
                     continue
-                instance = decode(_read(path))
-                if path.name != str(instance.uid):
+                instance = decode(_read(entry.path))
+                if entry.name != str(instance.uid):
                     raise ValueError(f"Describes UID {instance.uid}")
             except (OSError, ValueError, KeyError, TypeError) as error:
-                problems.append(f"{path}: {_in_words(error)}, ignoring the file")
+                problems.append(f"{entry.path}: {_in_words(error)}, ignoring the file")
                 continue
             found[instance.uid] = instance
         return found, problems
@@ -123,7 +126,7 @@ def _in_words(error: Exception) -> str:
             return "Not what polytmpd writes"
 
 
-def _read(path: Path) -> Any:
+def _read(path: str) -> Any:
     with Descriptor.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ValueError("Not a regular file")
@@ -191,6 +194,10 @@ def _lifetime(value: Any) -> Lifetime:
     return known[text]
 
 
+def _directory(path: str, lifetime: Any, shared: list[Any]) -> Directory:
+    return shared_by_all(Directory(_absolute(path), _lifetime(lifetime), tuple(map(_name, shared))))
+
+
 def _absolute(value: Any) -> str:
     text = _text(value)
     parts = text.split("/")[1:]
@@ -207,14 +214,7 @@ def decode(value: Any) -> Instance:
         raise ValueError(f"Version {value['version']!r} is not supported, only {VERSION}")
     directories = tuple(
         InstanceDirectory(
-            shared_by_all(
-                Directory(
-                    _absolute(entry["path"]),
-                    _lifetime(entry["lifetime"]),
-                    tuple(_name(name) for name in entry["shared"]),
-                )
-            ),
-            _name(entry["barrier"]),
+            _directory(entry["path"], entry["lifetime"], entry["shared"]), _name(entry["barrier"])
         )
         for entry in value["directories"]
     )

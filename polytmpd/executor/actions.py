@@ -23,7 +23,7 @@ from polytmpd.core.sharing import Sharing
 from polytmpd.devices import BlockDevice
 from polytmpd.displays.displaylocks import DisplayLocks
 from polytmpd.executor.fdstore import Namespaces, Stored
-from polytmpd.executor.losses import Losses
+from polytmpd.executor.losses import IDLE_FACTOR, Losses
 from polytmpd.executor.removals import Removals
 from polytmpd.executor.sentinels import Sentinels
 from polytmpd.executor.sharedfiles import SharedFiles
@@ -330,13 +330,13 @@ class Executor:
 
     async def devices_missed(self) -> None:
         """Detach what is mounted from devices that do not exist: events were lost or not yet received."""
-        await self._detach(lambda mount: not devices.exists(mount.device))
+        await self._detach(lambda mount: not devices.exists(mount.device), at_leisure=True)
 
-    async def _detach(self, chosen: Callable[[Mount], bool]) -> None:
+    async def _detach(self, chosen: Callable[[Mount], bool], *, at_leisure: bool = False) -> None:
         def detach(namespace: Descriptor, instance: Instance) -> list[str]:
             return instances.detach(namespace, instance, chosen)
 
-        async for instance, gone in self._in_each_instance(detach, "examine mounts"):
+        async for instance, gone in self._in_each_instance(detach, "examine mounts", at_leisure):
             log.warning(
                 "Unmounted %s in the instance of user %s: the device is gone",
                 ", ".join(gone),
@@ -344,15 +344,24 @@ class Executor:
                 extra=fields(MessageId.DEVICE_GONE, instance.uid, instance.user),
             )
 
-    async def _in_each_instance(self, work: Work, what: str) -> AsyncIterator[tuple[Instance, list[str]]]:
-        """The instances in which the work changed something, and what. Logs failures."""
+    async def _in_each_instance(
+        self, work: Work, what: str, at_leisure: bool = False
+    ) -> AsyncIterator[tuple[Instance, list[str]]]:
+        """The instances in which the work changed something, and what. Logs failures.
+
+        at_leisure: rest between them, since there may be ten thousand, and logins come first.
+        """
 
         def enter(instance: Instance, held: Descriptor | None) -> list[str]:
             with instances.entered(instance, held) as namespace:
                 return work(namespace, instance) if namespace is not None else []
 
-        for uid, instance in list(self._instances.items()):
+        loop = asyncio.get_running_loop()
+        for uid in list(self._instances):
+            begun = loop.time()
             async with self._lock(uid):
+                if (instance := self._instances.get(uid)) is None:
+                    continue
                 try:
                     held = self._namespaces.open_if_held(uid)
                     changed = await asyncio.to_thread(enter, instance, held)
@@ -363,6 +372,8 @@ class Executor:
                     continue
             if changed:
                 yield instance, changed
+            if at_leisure:
+                await asyncio.sleep((loop.time() - begun) * IDLE_FACTOR)
 
     async def _mend(self, uid: int, is_lost: bool) -> None:
         """Watch the directories of a user's instance, and make what was removed of them on the host."""

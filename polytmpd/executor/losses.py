@@ -39,8 +39,8 @@ _TOLD_AFTER: Final = 3
 """After so many failures in a row, the journal says so."""
 _AT_ONCE: Final = 2
 """So many users at a time, since a namespace with a long mount table takes a while."""
-_IDLE_FACTOR: Final = 2
-"""A look at all users rests for so many times as long as it worked: logins come first."""
+IDLE_FACTOR: Final = 2
+"""A look at all users rests for so many times as long as it worked, since logins come first."""
 
 
 class Losses:
@@ -118,7 +118,7 @@ class Losses:
                     await self._mend(uid, True)
             except Exception:
                 self.look(uid, is_lost=True)  # tries again, and says so if it goes on failing
-            await asyncio.sleep((loop.time() - begun) * _IDLE_FACTOR)
+            await asyncio.sleep((loop.time() - begun) * IDLE_FACTOR)
 
     def _on_readable(self) -> None:
         with self._adding:

@@ -72,9 +72,10 @@ class Found:
     processes: tuple[str, ...] = ()
 
 
-def inhabited(cancelled: Cancelled = _never) -> Iterator[Found]:
+def inhabited(cancelled: Cancelled = _never, known: Collection[int] = ()) -> Iterator[Found]:
     """The mount namespaces that processes live in, once each; not those that only our own threads are in.
 
+    known: inodes of those that are left out.
     Blocking: reads all of /proc. Raises OSError; ECANCELED if cancelled.
     """
     members: dict[int, list[str]] = {}
@@ -87,6 +88,8 @@ def inhabited(cancelled: Cancelled = _never) -> Iterator[Found]:
                 members.setdefault(os.stat(path).st_ino, []).append(path)
     for inode, paths in members.items():
         _go_on(cancelled)
+        if inode in known:
+            continue
         if (opened := _open_any(paths, inode)) is not None:
             with opened:
                 inside_of = tuple(path.removeprefix("/proc/").removesuffix("/ns/mnt") for path in paths)

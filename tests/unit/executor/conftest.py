@@ -16,7 +16,7 @@ from tests.unit.executor.world import BARRIER, INSTANCE, NOBODY, TMP, UID, World
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     made = World(tmp_path / "instances")
-    monkeypatch.setattr(recovery, "living", lambda _: [])
+    monkeypatch.setattr(recovery, "living", lambda *_: [])
     monkeypatch.setattr(removal, "find_leftovers", lambda *_: [])
     monkeypatch.setattr(tmpfiles, "write", lambda _: None)
     monkeypatch.setattr(recovery, "mounted_barriers", made.mounted_barriers)
