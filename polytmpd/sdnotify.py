@@ -64,6 +64,12 @@ def remove(name: str) -> None:
     _notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
 
+def store_capacity() -> int | None:
+    """How many descriptors the FD store takes ($FDSTORE, systemd >= 254); None if this is not known."""
+    value = os.environ.get("FDSTORE", "")
+    return int(value) if value.isdecimal() else None
+
+
 def take_passed() -> list[tuple[str, Descriptor]]:
     """(name, descriptor) of each socket and of each descriptor in the FD store; the caller closes them.
 

@@ -3,6 +3,9 @@
 
 The FD store (sd_pid_notify_with_fds(3)) has a copy of each namespace that the daemon holds, and of the
 inotify instance on the sentinels. The state files say what the descriptors do not.
+FileDescriptorStoreMax= bounds the FD store. So does execve(2), since systemd passes all names in one
+environment variable: if it is longer than 128 KiB (MAX_ARG_STRLEN), the daemon cannot start. So what
+would make it too long is not stored. Such an instance is found after a restart if a process lives in it.
 Not here: when a namespace is held (actions), systemd's protocol (sdnotify), and how a state file is written
 (blocking/state).
 """
@@ -15,6 +18,7 @@ from typing import Final
 from polytmpd import sdnotify
 from polytmpd.blocking.state import StateDirectory
 from polytmpd.core.model import Instance
+from polytmpd.journal import fields
 from polytmpd.kernel import mountns
 from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.host import in_words
@@ -24,6 +28,8 @@ log = logging.getLogger(__name__)
 
 SENTINELS: Final = "sentinels"
 _NAMESPACE: Final = "ns-"
+NAMES_AT_MOST: Final = 120_000
+"""Bytes of all names. That is room for 13,000 namespaces if UIDs have five digits, 8,500 with ten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,11 @@ class Namespaces:
     def __init__(self, state: StateDirectory) -> None:
         self._state = state
         self._held: dict[int, Descriptor] = {}
+        self._not_stored: set[int] = set()
+        """Those of _held that the FD store has no room for."""
+        self._bytes = 0
+        """Of the names of those that it has."""
+        self._capacity = sdnotify.store_capacity()
 
     def __contains__(self, uid: int) -> bool:
         return uid in self._held
@@ -86,16 +97,28 @@ class Namespaces:
     def take_over(self, uid: int, fd: Descriptor) -> None:
         """Hold a namespace that the FD store has already. fd belongs to this object from now on."""
         self._held[uid] = fd
+        self._bytes += _size(uid)
 
     def hold(self, instance: Instance, fd: Descriptor) -> None:
         """Hold an instance's namespace in place of a former one, and record the instance.
 
         fd belongs to this object from now on.
         """
-        if (former := self._held.pop(instance.uid, None)) is not None:
+        uid = instance.uid
+        if (former := self._held.pop(uid, None)) is not None:
             former.close()
-        self._held[instance.uid] = fd
-        sdnotify.store(_name(instance.uid), fd)
+            self._leaves(uid)
+        self._held[uid] = fd
+        if obstacle := self._obstacle(uid):
+            if not self._not_stored:
+                text = (
+                    "%s: after a restart, polytmpd finds the namespace of UID %d only if a process is in it"
+                )
+                log.error(text, obstacle, uid, extra=fields(uid=uid))
+            self._not_stored.add(uid)
+        else:
+            self._bytes += _size(uid)
+            sdnotify.store(_name(uid), fd)
         self.record(instance)
 
     def record(self, instance: Instance) -> None:
@@ -127,8 +150,26 @@ class Namespaces:
 
     def let_go(self, uid: int) -> None:
         """Close the descriptor, also in the FD store."""
-        sdnotify.remove(_name(uid))
+        if self._leaves(uid):
+            sdnotify.remove(_name(uid))
         self._held.pop(uid).close()
+
+    def _leaves(self, uid: int) -> bool:
+        """Make room for another. Whether it was stored."""
+        if uid in self._not_stored:
+            self._not_stored.remove(uid)
+            return False
+        self._bytes -= _size(uid)
+        return True
+
+    def _obstacle(self, uid: int) -> str:
+        """Why the FD store does not take one more; empty if it does."""
+        stored = 1 + len(self._held) - len(self._not_stored)  # one is the inotify instance's
+        if self._capacity is not None and stored > self._capacity:
+            return f"The FD store is full, see FileDescriptorStoreMax={self._capacity} of polytmpd.service"
+        if self._bytes + _size(uid) > NAMES_AT_MOST:
+            return f"The FD store is full: systemd cannot pass more than {NAMES_AT_MOST} bytes of names"
+        return ""
 
     def close(self) -> None:
         """Close all descriptors, but not those in the FD store."""
@@ -139,6 +180,10 @@ class Namespaces:
 
 def _name(uid: int) -> str:
     return f"{_NAMESPACE}{uid}"
+
+
+def _size(uid: int) -> int:
+    return len(_name(uid)) + 1  # and the colon
 
 
 def _is_namespace(fd: Descriptor) -> bool:

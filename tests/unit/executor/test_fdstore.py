@@ -4,6 +4,7 @@
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from polytmpd import sdnotify
 from polytmpd.blocking import recovery
 from polytmpd.blocking.recovery import Living
 from polytmpd.blocking.state import StateDirectory
+from polytmpd.executor import fdstore
 from polytmpd.executor.fdstore import SENTINELS, Namespaces, Stored, take
 from polytmpd.kernel import inside
 from polytmpd.kernel.descriptor import Descriptor
@@ -190,3 +192,34 @@ def test_a_namespace_is_held_even_if_its_state_cannot_be_written(
         1,
         1,
     ]
+
+
+@pytest.mark.parametrize("limit", ["FDSTORE", "names"])
+def test_the_fd_store_is_full(
+    tmp_path: Path,
+    stored: list[tuple[str, int]],
+    removed: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+) -> None:
+    """The names that systemd passes must fit into one variable, or the daemon could not start again."""
+    if limit == "FDSTORE":
+        monkeypatch.setenv("FDSTORE", "3")
+    else:
+        monkeypatch.setattr(fdstore, "NAMES_AT_MOST", 2 * len("ns-1000:"))
+    namespaces = Namespaces(StateDirectory(tmp_path / "instances"))
+    namespaces.take_over(UID, namespace())
+    for uid in (UID + 1, UID + 2, UID + 3, UID + 1):
+        namespaces.hold(replace(INSTANCE, uid=uid), namespace())
+        assert uid in namespaces
+    assert [name for name, _ in stored] == [f"ns-{UID + 1}"] * 2
+    (line,) = [record.message for record in caplog.records]
+    assert "only if a process is in it" in line
+    assert f"UID {UID + 2}" in line
+    namespaces.let_go(UID + 2)
+    namespaces.let_go(UID)
+    namespaces.hold(replace(INSTANCE, uid=UID + 4), namespace())
+    assert removed == [f"ns-{UID}"]
+    assert stored[-1][0] == f"ns-{UID + 4}"
+    namespaces.close()
