@@ -74,8 +74,7 @@ class Presence:
 
     async def start(self) -> None:
         """Follow logind and systemd, and report who is here now. Raises BusError."""
-        await self._logind.subscribe(self)
-        await self._systemd.follow(self.systemd_changed)
+        await asyncio.gather(self._logind.subscribe(self), self._systemd.follow(self.systemd_changed))
         # Before logind is asked: processes in the slice claim what is held.
         await self._look_at_slices()
         # If logind does not answer, what is held stays held: there may be sessions that we do not hear of.

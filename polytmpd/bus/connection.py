@@ -186,10 +186,12 @@ class Connection(Asker):
         only: a further condition for the match rule, such as arg0='x'. It saves messages, but protects from
         nothing.
         """
-        await self.follow_owner(service, None)
         self._subscriptions.append(_Subscription(service, interface, member, handler))
         rule = f"type='signal',sender='{service}',interface='{interface}',member='{member}'"
-        await self.ask_bus("AddMatch", "s", f"{rule},{only}" if only else rule)
+        await asyncio.gather(
+            self.follow_owner(service, None),
+            self.ask_bus("AddMatch", "s", f"{rule},{only}" if only else rule),
+        )
 
     async def follow_owner(self, service: str, handler: Callable[[str | None], None] | None) -> None:
         """Keep track of a name's owner. handler gets the new unique name, or None, on every change."""
@@ -198,9 +200,12 @@ class Connection(Asker):
         if service in self._owners:
             return
         self._owners[service] = None
-        rule = f"type='signal',sender='{DBUS}',interface='{DBUS}',member='NameOwnerChanged',arg0='{service}'"
-        await self.ask_bus("AddMatch", "s", rule)
         self._asking_owner.add(service)
+        rule = f"type='signal',sender='{DBUS}',interface='{DBUS}',member='NameOwnerChanged',arg0='{service}'"
+        # Both at once: the bus answers in order.
+        await asyncio.gather(self.ask_bus("AddMatch", "s", rule), self._ask_owner(service))
+
+    async def _ask_owner(self, service: str) -> None:
         with contextlib.suppress(BusError):
             (owner,) = await self.ask_bus("GetNameOwner", "s", service)
             if service in self._asking_owner:  # else NameOwnerChanged came first, and is newer

@@ -64,14 +64,19 @@ class Logind:
 
         Raises BusError.
         """
-        for member, handler in {
+        handlers = {
             "UserNew": self._on_user_new,
             "UserRemoved": self._on_user_removed,
             "SessionNew": self._on_session_new,
             "SessionRemoved": self._on_session_removed,
-        }.items():
-            await self._connection.subscribe(SERVICE, MANAGER, member, partial(handler, listener))
-        await self._connection.follow_owner(SERVICE, partial(self._on_owner, listener))
+        }
+        await asyncio.gather(
+            self._connection.follow_owner(SERVICE, partial(self._on_owner, listener)),
+            *(
+                self._connection.subscribe(SERVICE, MANAGER, member, partial(handler, listener))
+                for member, handler in handlers.items()
+            ),
+        )
         if self._files is not None:
             self._files.follow(partial(self._on_file, listener))
 

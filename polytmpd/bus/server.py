@@ -15,13 +15,15 @@ import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from polytmpd.bus.connection import Connection, expects_reply
 from polytmpd.bus.library import Message, Variant
 from polytmpd.bus.protocol import OBJECT_MANAGER, PROPERTIES
 from polytmpd.errors import ErrorName, PolytmpError
+
+if TYPE_CHECKING:
+    from xml.etree import ElementTree
 
 log = logging.getLogger(__name__)
 
@@ -335,6 +337,8 @@ class Server:
 
     def introspect(self, path: str) -> str:
         """The introspection XML of the object at path."""
+        from xml.etree import ElementTree
+
         node = ElementTree.Element("node")
         for interface in self._interfaces(path) if path in self._objects else _STANDARD:
             node.append(_interface_xml(interface))
@@ -387,7 +391,9 @@ def _machine_id() -> str:
         ) from None
 
 
-def _interface_xml(interface: Interface) -> ElementTree.Element:
+def _interface_xml(interface: Interface) -> "ElementTree.Element":
+    from xml.etree import ElementTree
+
     element = ElementTree.Element("interface", name=interface.name)
     for method in interface.methods:
         child = ElementTree.SubElement(element, "method", name=method.name)
