@@ -9,19 +9,33 @@ Not here: what the descriptors mean.
 Hard facts
 - Without FDPOLL=0 (systemd 246), PID 1 drops a descriptor that polls as hung up.
 - FDSTOREREMOVE=1 removes all descriptors of that name. PID 1 processes messages in the order they were sent.
+- To start a service, PID 1 duplicates all descriptors that it passes (systemd >= 255). If its limit of
+  open files is too low for that, the service can never be started again ("Failed to serialize parameters:
+  Too many open files"). On most hosts the limit is a million and more; in containers it may be 20,000.
+- $FDSTORE has FileDescriptorStoreMax= (systemd >= 254).
 - listen_fds_with_names() leaves LISTEN_* in the environment; children must not inherit it.
 """
 
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 from systemd import daemon
 
 from polytmpd.kernel.descriptor import Descriptor
 
 log = logging.getLogger(__name__)
+
+_MANAGER_LIMITS: Final = Path("/proc/1/limits")
+_LIMIT: Final = re.compile(r"^Max open files +(\d+)", re.MULTILINE)
+_MANAGERS_OWN: Final = 1024
+"""Descriptors that PID 1 needs for itself."""
+_UNIT_HAS: Final = 16384
+"""FileDescriptorStoreMax= of the unit, for a systemd that does not say what is configured."""
 
 
 def _notify(state: str, fds: Sequence[int] = ()) -> None:
@@ -64,10 +78,13 @@ def remove(name: str) -> None:
     _notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
 
-def store_capacity() -> int | None:
-    """How many descriptors the FD store takes ($FDSTORE, systemd >= 254); None if this is not known."""
+def store_capacity() -> int:
+    """How many descriptors may be in the FD store so that the service can still be started."""
     value = os.environ.get("FDSTORE", "")
-    return int(value) if value.isdecimal() else None
+    configured = int(value) if value.isdecimal() else _UNIT_HAS
+    found = _LIMIT.search(_MANAGER_LIMITS.read_text(encoding="ascii"))
+    limit = int(found[1]) if found else 2 * (configured + _MANAGERS_OWN)
+    return max(0, min(configured, (limit - _MANAGERS_OWN) // 2))
 
 
 def take_passed() -> list[tuple[str, Descriptor]]:

@@ -165,8 +165,9 @@ class Namespaces:
     def _obstacle(self, uid: int) -> str:
         """Why the FD store does not take one more; empty if it does."""
         stored = 1 + len(self._held) - len(self._not_stored)  # one is the inotify instance's
-        if self._capacity is not None and stored > self._capacity:
-            return f"The FD store is full, see FileDescriptorStoreMax={self._capacity} of polytmpd.service"
+        if stored > self._capacity:
+            why = "FileDescriptorStoreMax= of polytmpd.service, and half of what PID 1 may open"
+            return f"The FD store is full with {stored} descriptors (at most: {why})"
         if self._bytes + _size(uid) > NAMES_AT_MOST:
             return f"The FD store is full: systemd cannot pass more than {NAMES_AT_MOST} bytes of names"
         return ""

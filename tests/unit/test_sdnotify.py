@@ -109,3 +109,33 @@ def test_take_passed() -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("configured", "limit", "capacity"),
+    [
+        (None, "1073741816", sdnotify._UNIT_HAS),
+        ("100", "1073741816", 100),
+        ("16384", "20000", (20000 - 1024) // 2),
+        ("16384", "unlimited", 16384),
+        ("16384", "512", 0),
+    ],
+)
+def test_as_much_is_stored_as_the_service_can_be_started_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, configured: str | None, limit: str, capacity: int
+) -> None:
+    """PID 1 has each descriptor twice when it starts the service."""
+    limits = tmp_path / "limits"
+    limits.write_text(
+        f"Limit  Soft Limit  Hard Limit  Units\nMax open files            {limit}  {limit}  files\n"
+    )
+    monkeypatch.setattr(sdnotify, "_MANAGER_LIMITS", limits)
+    monkeypatch.delenv("FDSTORE", raising=False)
+    if configured is not None:
+        monkeypatch.setenv("FDSTORE", configured)
+    assert sdnotify.store_capacity() == capacity
+
+
+def test_the_unit_has_what_is_assumed() -> None:
+    unit = (Path(__file__).parents[2] / "units/polytmpd.service").read_text()
+    assert f"\nFileDescriptorStoreMax={sdnotify._UNIT_HAS}\n" in unit
