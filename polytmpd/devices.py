@@ -15,9 +15,8 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from polytmpd.kernel import uevents
 from polytmpd.tasks import Tasks
@@ -28,8 +27,7 @@ UDEVD: Final = Path("/run/udev/control")
 """udevd's socket."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockDevice:
+class BlockDevice(NamedTuple):
     """number: MAJOR:MINOR, as in mountinfo. node: its path below /dev; empty if udev knows none."""
 
     number: str

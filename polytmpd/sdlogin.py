@@ -16,8 +16,7 @@ import asyncio
 import ctypes
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd import libsystemd
 from polytmpd.kernel.host import in_words
@@ -28,8 +27,7 @@ log = logging.getLogger(__name__)
 SESSIONS: Final = "/run/systemd/sessions"
 
 
-@dataclass(frozen=True, slots=True)
-class SessionFile:
+class SessionFile(NamedTuple):
     """uid: its user's. kind: its class, see sd_session_get_class(3)."""
 
     uid: int

@@ -22,9 +22,8 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.journal import fields
 from polytmpd.kernel.host import in_words
@@ -66,8 +65,7 @@ Report = Callable[[int, bool], None]
 """report(uid, populated), called in the event loop."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Watched:
+class _Watched(NamedTuple):
     """path: its cgroup.events."""
 
     uid: int

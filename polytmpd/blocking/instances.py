@@ -11,9 +11,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.blocking import barriers, deletion, recovery, shared, storage
 from polytmpd.core import names
@@ -102,8 +102,7 @@ def guard(instance: Instance, add: Callable[[str, int], None]) -> bool:
     return complete
 
 
-@dataclass(frozen=True, slots=True)
-class Mended:
+class Mended(NamedTuple):
     """The directories of an instance as they are now, and the paths of those that had to be mended.
 
     Not `is_watched`: something was missing again at the end.

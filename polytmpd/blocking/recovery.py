@@ -11,7 +11,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from polytmpd.blocking import accounts
 from polytmpd.core import names
@@ -23,8 +24,7 @@ from polytmpd.kernel.mountinfo import Mount
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Living:
+class Living(NamedTuple):
     """A namespace that polytmp made and a process lives in: its user, its inode, and its mounts."""
 
     uid: int

@@ -22,8 +22,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.blocking import barriers
 from polytmpd.core import names
@@ -48,8 +47,7 @@ _FOREIGN_NAMED: Final = 16
 _ATTEMPTS: Final = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Leftovers:
+class Leftovers(NamedTuple):
     """What a base directory contains under the names of leftovers.
 
     `foreign` are those that polytmpd did not make: the first few, each with the reason. `foreign_count` is

@@ -8,8 +8,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.blocking import barriers
 from polytmpd.kernel import syscalls
@@ -22,8 +21,7 @@ _HARD_LINKS: Final = 1 << 20
 """How many hard links are remembered, so that each inode counts once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What du(1) counts. Not `complete` if cancelled, or if something failed or changed meanwhile."""
 
     bytes: int

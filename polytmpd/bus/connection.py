@@ -17,8 +17,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from polytmpd.bus.library import (
     BusType,
@@ -35,8 +34,7 @@ log = logging.getLogger(__name__)
 PRIMARY_OWNER: Final = 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Subscription:
+class _Subscription(NamedTuple):
     service: str
     interface: str
     member: str

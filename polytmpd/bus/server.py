@@ -13,9 +13,8 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from polytmpd.bus.connection import Connection, expects_reply
 from polytmpd.bus.library import Message, Variant
@@ -42,8 +41,7 @@ Arguments = tuple[tuple[str, str], ...]
 """(name, signature) of each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """A method call: the unique name of its sender, set by the bus, the object's path, and the arguments."""
 
     sender: str
@@ -52,8 +50,7 @@ class Call:
     interactive: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
+class Method(NamedTuple):
     """answer returns the values of outs.
 
     A value of signature h is a descriptor that the server closes after sending it.
@@ -69,8 +66,7 @@ Emits = Literal["true", "invalidates", "const", "false"]
 """What a change emits, see the EmitsChangedSignal annotation in the D-Bus specification."""
 
 
-@dataclass(frozen=True, slots=True)
-class Property:
+class Property(NamedTuple):
     """get(path) returns the value for the object at path. It must not raise or block.
 
     A private property is left out of signals, which every user can see.
@@ -83,14 +79,12 @@ class Property:
     private: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Signal:
+class Signal(NamedTuple):
     name: str
     arguments: Arguments
 
 
-@dataclass(frozen=True, slots=True)
-class Interface:
+class Interface(NamedTuple):
     """What objects of one kind offer. It knows no object, so that thousands of them can share it."""
 
     name: str

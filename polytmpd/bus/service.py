@@ -6,8 +6,7 @@ Not here: who may call (callers), decisions about instances (the daemon behind B
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from polytmpd import __version__
 from polytmpd.bus.callers import Callers
@@ -337,8 +336,7 @@ def _shared_paths(view: View) -> list[str]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Shown:
+class _Shown(NamedTuple):
     """A property of an instance, like server.Property; value takes it from a view."""
 
     name: str

@@ -14,8 +14,7 @@ Hard facts
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from polytmpd.bus.connection import BusError, Connection
 from polytmpd.bus.protocol import Asker
@@ -27,8 +26,7 @@ _STATES: Final = ["activating", "active", "reloading", "refreshing", "deactivati
 _WITHOUT_PROCESS: Final = frozenset({"exited", "auto-restart", "auto-restart-queued", "dead"})
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
+class Service(NamedTuple):
     """A service and its processes; 0 if there is none."""
 
     name: str

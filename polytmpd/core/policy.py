@@ -6,7 +6,7 @@ Not here: where the facts come from (login.defs, the user database, logind, cgro
 
 from dataclasses import dataclass, field, replace
 from enum import Flag, auto
-from typing import Final
+from typing import Final, NamedTuple
 
 UID_MIN_DEFAULT: Final = 1000
 UID_MAX_DEFAULT: Final = 60000
@@ -40,8 +40,7 @@ class Need(Flag):
     GROUPS = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What the user database says about a user. The defaults mean: not asked, or no answer.
 
     disposition: as the JSON user record declares it, see https://systemd.io/USER_RECORD/.

@@ -6,9 +6,8 @@ Not here: what exists on the host (blocking/sharedfiles), and the directories (b
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.core.names import PREFIX
 from polytmpd.core.policy import Exemptions
@@ -27,8 +26,7 @@ class InvalidPathError(ValueError):
     """(what is wrong, the remedy)"""
 
 
-@dataclass(frozen=True, slots=True)
-class Sharing:
+class Sharing(NamedTuple):
     """Which sockets and files of a directory of the host are shared with all instances.
 
     path: the directory. patterns: names in it, and patterns as in glob(7).
@@ -36,7 +34,7 @@ class Sharing:
 
     path: str = "/tmp"
     patterns: tuple[str, ...] = ()
-    exemptions: Exemptions = field(default_factory=Exemptions)
+    exemptions: Exemptions = Exemptions()
 
     def matches(self, name: str) -> bool:
         """Whether the settings name it. As in a shell, a wildcard does not match a leading dot."""

@@ -12,8 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.displays import lockfiles
 from polytmpd.displays.complaints import Complaints
@@ -29,8 +28,7 @@ PER_OWNER: Final = 64
 """How many displays of one user are shown to the others."""
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """What the event loop needs to know.
 
     base: the directory of the host that contains the socket directory. generation: which socket directory it
@@ -45,8 +43,7 @@ class Status:
     has_work: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Display:
+class _Display(NamedTuple):
     """A display that is shown.
 
     owner: the UID that the socket belongs to. source: the place of the original lock. pid: the PID in it.

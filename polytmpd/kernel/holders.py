@@ -14,9 +14,8 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.core.names import SENTINEL
 from polytmpd.kernel import namespaces
@@ -38,8 +37,7 @@ class How(StrEnum):
     """It is in the user's slice but does not keep the namespace: it started before, or left it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """A process that keeps an instance.
 
     control_group: relative to the cgroup root; empty if unknown.

@@ -14,8 +14,7 @@ Hard facts
 
 import os
 import struct
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.syscalls import inotify_add_watch, inotify_init1, inotify_rm_watch
@@ -38,8 +37,7 @@ IN_ONESHOT: Final = 0x80000000
 _HEADER: Final = struct.Struct("=iIII")
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One inotify_event. name is empty if it is about the watched object itself."""
 
     watch: int

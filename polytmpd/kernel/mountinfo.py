@@ -17,8 +17,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, Final, cast
+from typing import BinaryIO, Final, NamedTuple, cast
 
 _TABLE_AT_MOST: Final = 32 << 20
 _LINE_AT_MOST: Final = 64 << 10
@@ -30,8 +29,7 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 Key = tuple[bytes, bytes, bytes, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """One line of mountinfo. Paths are decoded like os.fsdecode() and relative to the reader's root."""
 
     mount_id: int

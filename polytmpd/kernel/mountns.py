@@ -38,8 +38,7 @@ import select
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.kernel import host, mountinfo
 from polytmpd.kernel.descriptor import Descriptor
@@ -79,8 +78,7 @@ _READS_AT_MOST: Final = 4
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
 
 
-@dataclass(frozen=True, slots=True)
-class PrivateDirectory:
+class PrivateDirectory(NamedTuple):
     """One directory to make private.
 
     path: absolute path on the host without symbolic links, for example /tmp.
@@ -96,8 +94,7 @@ class PrivateDirectory:
     shared: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Namespace:
+class Namespace(NamedTuple):
     """A new mount namespace.
 
     fd: the caller closes it. watch: the watch descriptor of the sentinel.
@@ -149,16 +146,14 @@ def namespace_inode(fd: int) -> int:
     return os.fstat(fd).st_ino
 
 
-@dataclass(frozen=True, slots=True)
-class _Containing:
+class _Containing(NamedTuple):
     """The mount in which a private directory lies. host_fd: the mount itself, in the host's namespace."""
 
     mount: Mount
     host_fd: Descriptor
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
+class _Prepared(NamedTuple):
     """What is mounted for one directory, and the directory itself, in the new namespace."""
 
     path: str

@@ -26,8 +26,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.kernel import host, inside, mountinfo, patience
 from polytmpd.kernel.descriptor import Descriptor
@@ -58,8 +57,7 @@ def _never() -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A mount namespace.
 
     fd: valid until the next one is asked for. processes: those that live in it, as directories of /proc.

@@ -21,9 +21,8 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from polytmpd.kernel.descriptor import Descriptor
 
@@ -36,8 +35,7 @@ Threads that live in another namespace than their leader are rare, and few: thos
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(NamedTuple):
     """A process as a listing shows it: its pid, and its command line, or [comm] if it has none."""
 
     pid: int

@@ -20,8 +20,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from polytmpd.kernel.abi import HERE, LONG
 from polytmpd.kernel.descriptor import Descriptor
@@ -305,8 +304,7 @@ def _on_mounts(number: int, request: bytes, buffer: "ctypes.Array[Any]", size: i
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class StatMount:
+class StatMount(NamedTuple):
     """What statmount() was asked for. device: MAJOR:MINOR. root: not escaped, unlike in mountinfo."""
 
     device: str

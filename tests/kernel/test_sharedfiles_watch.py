@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -276,7 +275,7 @@ async def test_a_login_goes_on_without_a_thread(
 async def test_nothing_shared_any_more(world: World) -> None:
     with world.server():
         await eventually(lambda: world.has(ALICE))
-        await world.files.share(replace(world.sharing, patterns=()))
+        await world.files.share(world.sharing._replace(patterns=()))
         assert not world.path(ALICE).is_symlink()
         assert list((world.base / LINKS).iterdir()) == []
 
