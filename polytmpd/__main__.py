@@ -12,6 +12,7 @@ sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]  # tells the impor
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from pathlib import Path
 from typing import Final
@@ -31,7 +32,7 @@ from polytmpd.displays.displaylocks import DisplayLocks
 from polytmpd.errors import PolytmpError
 from polytmpd.executor import fdstore
 from polytmpd.executor.actions import Executor
-from polytmpd.kernel import host
+from polytmpd.kernel import confinement, host
 from polytmpd.kernel.host import in_words
 from polytmpd.placement import Placement
 from polytmpd.presence import Presence
@@ -147,6 +148,8 @@ def main() -> int:
             return 2  # INVALIDARGUMENT, see systemd.exec(5)
     journal.set_up(logging.DEBUG if "--debug" in sys.argv[1:] else logging.INFO)
     try:
+        if directories := os.environ.get("RUNTIME_DIRECTORY"):  # from RuntimeDirectory= of the unit
+            confinement.confine(directories.split(":"))
         return asyncio.run(run())
     except (BusError, OSError) as error:
         log.error("Cannot start: %s", in_words(error))

@@ -27,6 +27,7 @@ from polytmpd.kernel.descriptor import Descriptor
 
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
+AT_RECURSIVE: Final = 0x8000
 
 CLONE_FS: Final = 0x00000200
 CLONE_NEWNS: Final = 0x00020000
@@ -75,6 +76,7 @@ FSOPEN_CLOEXEC: Final = 1
 FSCONFIG_SET_STRING: Final = 1
 FSCONFIG_CMD_CREATE: Final = 6
 FSMOUNT_CLOEXEC: Final = 1
+MOUNT_ATTR_RDONLY: Final = 0x1
 MOUNT_ATTR_NOSUID: Final = 0x2
 MOUNT_ATTR_NODEV: Final = 0x4
 MOUNT_ATTR_NOEXEC: Final = 0x8
@@ -194,10 +196,16 @@ def move_mount(from_fd: int, to_fd: int, flags: int = 0) -> None:
     )
 
 
+def mount_setattr(tree: int, *, attributes: int = 0, propagation: int = 0, recursive: bool = False) -> None:
+    """mount_setattr(2), Linux 5.12: set attributes of a mount, and of all below it if recursive."""
+    values = struct.pack("=QQQQ", attributes, 0, propagation, 0)
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    _check(_libc.mount_setattr(tree, b"", flags, values, len(values)))
+
+
 def set_propagation(tree: int, propagation: int) -> None:
-    """mount_setattr(2), Linux 5.12: MS_PRIVATE or such, also of a tree that is not mounted yet."""
-    attributes = struct.pack("=QQQQ", 0, 0, propagation, 0)
-    _check(_libc.mount_setattr(tree, b"", AT_EMPTY_PATH, attributes, len(attributes)))
+    """MS_PRIVATE or such, also of a tree that is not mounted yet."""
+    mount_setattr(tree, propagation=propagation)
 
 
 def fsmount(source: str, fstype: str, options: Sequence[tuple[str, str]]) -> Descriptor:
