@@ -67,6 +67,9 @@ NS_GET_MNTNS_ID: Final = HERE.ior(0xB7, 5, 8)
 NS_MNT_GET_NEXT: Final = HERE.ior(0xB7, 11, 16)
 NS_MNT_GET_PREV: Final = HERE.ior(0xB7, 12, 16)
 
+FD_NSFS_ROOT: Final = -10003
+FILEID_NSFS: Final = 0xF1
+
 LSMT_ROOT: Final = 0xFFFFFFFFFFFFFFFF
 STATMOUNT_SB_BASIC: Final = 0x1
 STATMOUNT_MNT_BASIC: Final = 0x2
@@ -103,6 +106,7 @@ for _name, _argtypes in {
     "fsconfig": (_int, _uint, _path, ctypes.c_char_p, _int),
     "fsmount": (_int, _uint, _uint),
     "renameat2": (_int, _path, _int, _path, _uint),
+    "open_by_handle_at": (_int, ctypes.c_char_p, _int),
     "inotify_init1": (_int,),
     "inotify_add_watch": (_int, _path, ctypes.c_uint32),
     "inotify_rm_watch": (_int, _int),
@@ -291,6 +295,15 @@ def neighbour(fd: int, request: int) -> Descriptor:
     ENOENT at the end. EPERM in a PID namespace other than the initial one, since Linux 6.18.
     """
     return Descriptor(fcntl.ioctl(fd, request, bytearray(struct.pack("=IIQ", 16, 0, 0))))
+
+
+def open_by_handle_at(mount_fd: int, handle_type: int, handle: bytes, flags: int) -> Descriptor:
+    """open_by_handle_at(2). mount_fd: FD_NSFS_ROOT for a namespace, Linux 6.18. O_CLOEXEC is added.
+
+    ESTALE if what the handle names has ended, and also if the kernel refuses to open it.
+    """
+    buffer = struct.pack("=Ii", len(handle), handle_type) + handle
+    return Descriptor(_check(_libc.open_by_handle_at(mount_fd, buffer, flags | os.O_CLOEXEC)))
 
 
 def listmount(namespace_id: int, mount_id: int, after: int, count: int) -> list[int]:

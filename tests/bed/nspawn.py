@@ -10,6 +10,7 @@ systemd-nspawn hard facts (252 and 257):
 - Without SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 it passes on a legacy or hybrid outer hierarchy, from which
   systemd 257 does not boot.
 - --register=no leaves /run/systemd/nspawn/propagate/NAME behind on the outer system.
+- It allows open_by_handle_at(2) only if it is told to. A system outside of a container has it.
 - /proc/sys and /sys are read-only inside, unless SYSTEMD_NSPAWN_API_VFS_WRITABLE=1.
 - root has the same UID inside and outside, and so one limit of inotify(7) instances: by default 128. A
   booted Debian takes about 20.
@@ -59,6 +60,7 @@ def command(name: str, root: Path, options: Sequence[str]) -> list[str]:
         "--link-journal=no",
         "--resolv-conf=off",
         "--timezone=off",
+        "--system-call-filter=open_by_handle_at",
         *options,
     ]
 
