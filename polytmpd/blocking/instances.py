@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -26,7 +26,7 @@ from polytmpd.core.model import (
 )
 from polytmpd.core.names import INNER
 from polytmpd.journal import MessageId, fields
-from polytmpd.kernel import host, inside, mountns, processes
+from polytmpd.kernel import host, inside, mountns, nsfs, processes
 from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.mountinfo import Mount
 
@@ -176,20 +176,51 @@ def release(entries: Sequence[InstanceDirectory]) -> None:
 
 
 def open_living(instance: Instance) -> Descriptor | None:
-    """Open the instance's namespace; None if no process lives in it or holds it open.
+    """Open the instance's namespace; None if it has ended.
+
+    By its ID if the kernel does that. Otherwise a process must live in it or hold it open, and all of /proc
+    is read. Raises OSError if the mounts cannot be read, TimeoutError as processes.open_namespace() does.
+    """
+    if (fd := open_identified(instance)) is not None:
+        return fd
+    if instance.namespace_id and nsfs.finds_all():
+        return None
+    return _if_its(instance, processes.open_namespace(instance.namespace))
+
+
+def open_identified(instance: Instance, peers: Collection[int | None] = ()) -> Descriptor | None:
+    """Open the instance's namespace by its ID; None if it has ended, or if the kernel does not do that.
+
+    The caller closes it. peers: what recovery.host_peers() said a moment ago. Raises OSError if the mounts
+    cannot be read.
+    """
+    if not instance.namespace_id:
+        return None
+    return _if_its(instance, nsfs.open_namespace(instance.namespace_id, instance.namespace), peers)
+
+
+def identified(instance: Instance, namespace: int) -> Instance:
+    """The instance with the ID of its namespace, which is open."""
+    return replace(instance, namespace_id=nsfs.identify(namespace))
+
+
+def _if_its(
+    instance: Instance, namespace: Descriptor | None, peers: Collection[int | None] = ()
+) -> Descriptor | None:
+    """The same namespace if it is the instance's; else it is closed.
 
     The kernel reuses inode numbers, the lowest first: the number may belong to another namespace by now,
-    even to one that the user made from their own. So the mounts decide. Raises OSError if they cannot be
-    read, and TimeoutError as processes.open_namespace() does.
+    even to one that the user made from their own. And what a state file says is not proof. So the mounts
+    decide. Raises OSError if they cannot be read.
     """
-    fd = processes.open_namespace(instance.namespace)
-    if fd is None:
+    if namespace is None:
         return None
-    with fd:
-        mounts = inside.mounts_in(fd) if mountns.is_privileged(fd) else []
-        mounted = {recovery.barrier_of(mount) for mount in mounts}
-        if recovery.is_host_peer(mounts) and all(entry.barrier in mounted for entry in instance.directories):
-            return Descriptor(fd.detach())
+    with namespace:
+        mounts = inside.mounts_in(namespace) if mountns.is_privileged(namespace) else []
+        if not recovery.has_mounted(instance, mounts):
+            return None
+        if recovery.is_host_peer(mounts, peers or recovery.host_peers()):
+            return Descriptor(namespace.detach())
     return None
 
 

@@ -19,17 +19,22 @@ from polytmpd.core import names
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, shared_by_all
 from polytmpd.core.names import INNER
 from polytmpd.kernel import host, inside, mountinfo, mountns, namespaces, patience
+from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.mountinfo import Mount
 
 log = logging.getLogger(__name__)
 
 
 class Living(NamedTuple):
-    """A namespace that polytmp made and a process lives in: its user, its inode, and its mounts."""
+    """A namespace that polytmp made and a process lives in: its user, its inode, and its mounts.
+
+    fd: valid until the next one is asked for.
+    """
 
     uid: int
     namespace: int
     mounts: tuple[Mount, ...]
+    fd: Descriptor
 
 
 def barrier_of(mount: Mount) -> str | None:
@@ -60,27 +65,38 @@ def _private(mounts: Sequence[Mount], directories: Sequence[Directory]) -> dict[
     return found
 
 
-def is_host_peer(mounts: Sequence[Mount]) -> bool:
+def host_peers() -> Collection[int | None]:
+    """The peer group of the host's root directory, for is_host_peer(). Raises OSError."""
+    return _peers(mountinfo.read("1"))
+
+
+def is_host_peer(mounts: Sequence[Mount], peers: Collection[int | None]) -> bool:
     """Whether the host's mounts propagate to the namespace with this table, and back.
 
     This holds for namespaces that polytmp makes, not for those made from them (unshare, bwrap, a unit's).
     """
-    return bool(_peers(mounts) & _peers(mountinfo.read("1")))
+    return not _peers(mounts).isdisjoint(peers)
 
 
 def _peers(mounts: Sequence[Mount]) -> set[int | None]:
     return {mount.shared for mount in mounts if mount.mount_point == "/"}
 
 
+def has_mounted(instance: Instance, mounts: Iterable[Mount]) -> bool:
+    """Whether all directories of the instance are among the mounts of a namespace."""
+    mounted = {barrier_of(mount) for mount in mounts}
+    return all(entry.barrier in mounted for entry in instance.directories)
+
+
 def living(directories: Sequence[Directory], known: Collection[int] = ()) -> Iterator[Living]:
     """The namespaces that polytmp made and a process lives in, without those that users made from them.
 
-    known: inodes of namespaces that need not be read: a millisecond each, and there may be ten thousand.
-    A user's own (unshare, bwrap) has the same directories mounted, but is no longer in the host's peer
-    group. Blocks: reads all of /proc, but no tables of namespaces that a user can make without privilege,
-    because users decide how long those are. Logs which namespaces cannot be read.
+    known: inodes of namespaces that are left out: to read one takes a millisecond, and there may be ten
+    thousand. A user's own (unshare, bwrap) has the same directories mounted, but is no longer in the host's
+    peer group. Blocks: reads all of /proc, but no tables of namespaces that a user can make without
+    privilege, because users decide how long those are. Logs which namespaces cannot be read.
     """
-    peers = _peers(mountinfo.read("1"))
+    peers = host_peers()
     hosts_own = host.namespace_inode()
     for found in namespaces.inhabited(known=known):
         if found.inode == hosts_own or not mountns.is_privileged(found.fd):
@@ -92,8 +108,13 @@ def living(directories: Sequence[Directory], known: Collection[int] = ()) -> Ite
             log.error("Failed to read the mounts of the namespace of process %d: %s", found.pid, error)
             continue
         owner = names.owner(next(iter(_private(mounts, directories).values()), ""))
-        if owner is not None and _peers(mounts) & peers:
-            yield Living(owner, found.inode, tuple(mounts))
+        if owner is not None and is_host_peer(mounts, peers):
+            yield Living(owner, found.inode, tuple(mounts), found.fd)
+
+
+def is_its(living: Living, instance: Instance) -> bool:
+    """Whether that is the instance's namespace."""
+    return living.namespace == instance.namespace and has_mounted(instance, living.mounts)
 
 
 def reconstruct(

@@ -147,6 +147,7 @@ def encode(instance: Instance) -> dict[str, Any]:
         "created": instance.created_usec,
         "created_monotonic": instance.created_monotonic_usec,
         "namespace": instance.namespace,
+        "namespace_id": instance.namespace_id,
         "watches": sorted(instance.watches),
         "directories": [
             {
@@ -207,7 +208,10 @@ def _absolute(value: Any) -> str:
 
 
 def decode(value: Any) -> Instance:
-    """Decode what encode() wrote. Raises ValueError, KeyError or TypeError for anything else."""
+    """Decode what encode() wrote, here or in another release. Keys that it does not know are ignored.
+
+    Raises ValueError, KeyError or TypeError for anything else.
+    """
     if not isinstance(value, dict):
         raise TypeError("not a JSON object")
     if value["version"] != VERSION:
@@ -226,4 +230,5 @@ def decode(value: Any) -> Instance:
         directories,
         _number(value["namespace"]),
         frozenset(_number(watch) for watch in value["watches"]),
+        _number(value.get("namespace_id", 0)),
     )

@@ -49,7 +49,8 @@ class Instance:
     """A user's instance as it was made. Times are in microseconds, as in systemd's tools.
 
     namespace: the inode of the mount namespace. watches: the watch descriptors of its sentinels. While one
-    of them is left, the namespace (or an earlier one over the same files) has not ended.
+    of them is left, the namespace (or an earlier one over the same files) has not ended. namespace_id: what
+    the kernel calls this namespace and no other until the next boot; 0 if it does not say.
     """
 
     uid: int
@@ -59,6 +60,7 @@ class Instance:
     directories: tuple[InstanceDirectory, ...]
     namespace: int = 0
     watches: frozenset[int] = frozenset()
+    namespace_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)

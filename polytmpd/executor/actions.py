@@ -102,22 +102,20 @@ class Executor:
         for problem in problems:
             log.warning("%s", problem)
         restored = Restored()
-        for instance, fd in restoration.left(
-            self._stored.namespaces, recorded, directories, self._stored.discard
-        ):
-            self._restore_one(instance, fd, instance.watches & living, restored)
-            if (now := self._instances.get(instance.uid)) not in {None, recorded.get(instance.uid)}:
+        for left in restoration.left(self._stored.namespaces, recorded, directories, self._stored.discard):
+            self._restore_one(left, left.instance.watches & living, restored)
+            uid = left.instance.uid
+            if (now := self._instances.get(uid)) not in {None, recorded.get(uid)}:
                 self._namespaces.record(now)
         return restored
 
-    def _restore_one(
-        self, instance: Instance, fd: Descriptor | None, watches: frozenset[int], restored: Restored
-    ) -> None:
+    def _restore_one(self, left: restoration.Left, watches: frozenset[int], restored: Restored) -> None:
         """watches: the instance's watches that still exist. While one does, the namespace lives."""
+        instance, fd = left.instance, left.stored
         uid = instance.uid
         if not watches:
             try:
-                watch = restoration.renew_sentinel(instance, fd, self._sentinels.watch)
+                watch = restoration.renew_sentinel(instance, left.namespace, self._sentinels.watch)
             except OSError as error:
                 log.error(
                     "Failed to watch for the end of the instance of user %s, keeping it until the next "
@@ -414,7 +412,7 @@ class Executor:
         if watch is not None:
             self._sentinels.add(uid, frozenset({watch}))
         # Not the watches in instance: a former namespace over the same files may have ended meanwhile.
-        instance = replace(instance, watches=self._sentinels.watches(uid))
+        instance = replace(instances.identified(instance, fd), watches=self._sentinels.watches(uid))
         self._instances[uid] = instance
         self._namespaces.hold(instance, fd)
         self._losses.look(uid)

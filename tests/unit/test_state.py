@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ INSTANCE = Instance(
     ),
     4026532000,
     frozenset({1, 7}),
+    231917,
 )
 
 
@@ -83,6 +85,7 @@ INSTANCES = st.builds(
     st.lists(DIRECTORIES, max_size=3).map(tuple),
     NUMBERS,
     st.frozensets(NUMBERS, max_size=3),
+    NUMBERS,
 )
 
 
@@ -117,6 +120,15 @@ def test_decode_raises_only_what_it_documents(value: Any, key: str, inner: str) 
         assert decode(encode(found)) == found
 
 
+def test_other_releases(place: Path) -> None:
+    """An earlier one recorded no ID of the namespace, and a later one may record more."""
+    place.mkdir()
+    record = encode(INSTANCE) | {"from a later release": {"a": [1]}}
+    del record["namespace_id"]
+    (place / "1000").write_text(json.dumps(record))
+    assert StateDirectory(place).load() == ({1000: replace(INSTANCE, namespace_id=0)}, [])
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -132,6 +144,8 @@ def test_decode_raises_only_what_it_documents(value: Any, key: str, inner: str) 
         ({"user": "\ud800"}, "is not Unicode"),
         ({"created": 1 << 64}, "is not a natural number"),
         ({"namespace": 1.0}, "is not a natural number"),
+        ({"namespace_id": "1"}, "is not a natural number"),
+        ({"namespace_id": None}, "is not a natural number"),
         ({"watches": 3}, "Not what polytmpd writes"),
         ({"watches": ["a"]}, "is not a natural number"),
         ({"directories": [{"path": "/tmp"}]}, "Without a value for 'lifetime'"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from polytmpd.blocking import instances, recovery, removal, tmpfiles
+from polytmpd.blocking import instances, recovery, removal, restoration, tmpfiles
 from polytmpd.executor.actions import Executor
 from polytmpd.kernel import inside
 from tests.unit.executor.world import BARRIER, INSTANCE, NOBODY, TMP, UID, World, mend, namespace
@@ -17,6 +17,8 @@ from tests.unit.executor.world import BARRIER, INSTANCE, NOBODY, TMP, UID, World
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     made = World(tmp_path / "instances")
     monkeypatch.setattr(recovery, "living", lambda *_: [])
+    monkeypatch.setattr(recovery, "host_peers", set)
+    monkeypatch.setattr(restoration, "_are_all_known", lambda *_: False)
     monkeypatch.setattr(removal, "find_leftovers", lambda *_: [])
     monkeypatch.setattr(tmpfiles, "write", lambda _: None)
     monkeypatch.setattr(recovery, "mounted_barriers", made.mounted_barriers)

@@ -40,7 +40,7 @@ async def test_a_stored_namespace_that_cannot_be_examined(
     monkeypatch.setattr(inside, "mounts_in", mounts_in)
     monkeypatch.setattr(inside, "renew_sentinel", lambda *_: 1)
     if lives:
-        monkeypatch.setattr(recovery, "living", lambda *_: [Living(UID, 42, table)])
+        monkeypatch.setattr(recovery, "living", lambda *_: [Living(UID, 42, table, stored)])
     restored = await world.executor.restore([TMP])
     world.executor.start()
     assert [entry.namespace for entry in restored.draining] == ([42] if lives else [])
