@@ -112,6 +112,28 @@ def test_the_state_is_lost(host: Host) -> None:
         assert_found_again(host, bob)
 
 
+SEARCH = "SystemCallFilter=~open_by_handle_at"
+
+
+@pytest.fixture(params=["by ID", "by search"])
+def way(request: pytest.FixtureRequest, host: Host) -> Iterator[str]:
+    """How the daemon finds a namespace: by ID on kernels that do that, and otherwise in /proc."""
+    if request.param == "by ID":
+        if not opens_by_id(host):
+            pytest.skip("expected: needs Linux 6.18, before 6.18.50: the machine is a container")
+        yield request.param
+    else:
+        with host.setting(SEARCH):
+            yield request.param
+
+
+def opens_by_id(host: Host) -> bool:
+    script = "import sys; from polytmpd.kernel import nsfs; sys.exit(not nsfs.finds_all())"
+    argv = ("unshare", "--mount", "python3", "-I", "-c", script)
+    return host.machine.run(*argv, check=False).returncode == 0
+
+
+@pytest.mark.usefixtures("way")
 def test_the_fd_store_is_lost(host: Host) -> None:
     with bob_and_the_end(host) as bob:
         stop_and_clear_the_store(host)
@@ -119,12 +141,94 @@ def test_the_fd_store_is_lost(host: Host) -> None:
         assert_found_again(host, bob)
 
 
+@pytest.mark.usefixtures("way")
 def test_state_and_fd_store_are_lost(host: Host) -> None:
     with bob_and_the_end(host) as bob:
         stop_and_clear_the_store(host)
         host.machine.sh(f"rm -r {STATES}")
         host.machine.run("systemctl", "start", "polytmpd")
         assert_found_again(host, bob)
+
+
+IN_FLIGHT = """
+import os, signal, socket, sys
+ours, theirs = socket.socketpair()
+fd = os.open(f"/proc/{sys.argv[1]}/ns/mnt", os.O_RDONLY)
+socket.send_fds(ours, [b"."], [fd])
+os.close(fd)
+print("sent", flush=True)
+signal.pause()
+"""
+
+
+def test_no_process_is_left_to_be_found(host: Host, way: str) -> None:
+    """Only a descriptor in flight keeps the namespace. Its ID opens it; without, bob gets another one."""
+    machine = host.machine
+    with contextlib.ExitStack() as stack:
+        with resident(machine) as bob:
+            pid = machine.run("pgrep", "-u", "bob", "-x", "bash").stdout.split()[0]
+            keeper = machine.popen("python3", "-I", "-c", IN_FLIGHT, pid)
+            stack.callback(keeper.communicate)
+            stack.callback(keeper.kill)
+            assert keeper.stdout is not None
+            assert keeper.stdout.readline() == b"sent\n"
+        eventually(lambda: not machine.sh("pgrep -u bob; true").stdout, 60, "bob is gone")
+        eventually(lambda: host.state(BOB) == "draining", 60, "the namespace is kept")
+        stop_and_clear_the_store(host)
+        machine.run("systemctl", "start", "polytmpd")
+        again = host.login("bob", f"{observe.NAMESPACE}; cat /tmp/mine", check=False).stdout.split()
+        assert (again == [bob.namespace, "mine"]) == (way == "by ID")
+    host.wait_gone()
+
+
+MANY = 50
+PEOPLE = f"""
+for uid in $(seq 20001 {20000 + MANY}); do
+  echo "many$uid:x:$uid:$uid::/:/bin/sh" >>/etc/passwd
+  systemd-run --quiet --collect --unit=many-$uid --slice=user-$uid.slice sh -c "
+    busctl call org.polytmp1 /org/polytmp1 org.polytmp1.Manager AcquireNamespace u $uid >/dev/null
+    exec polytmpctl enter many$uid sh -c 'echo mine >/tmp/mine; exec sleep infinity'"
+done
+"""
+SEEN = f"""
+for uid in $(seq 20001 {20000 + MANY}); do
+  pid=$(systemctl show --property=MainPID --value many-$uid)
+  echo $uid $(readlink /proc/$pid/ns/mnt) $(cat /proc/$pid/root/tmp/mine)
+done
+"""
+
+
+def seen_by(host: Host) -> dict[int, str]:
+    """UID → namespace of those who have their file, as the processes in it see it."""
+    lines = [line.split() for line in host.machine.sh(SEEN).stdout.splitlines()]
+    return {int(uid): namespace for uid, namespace, mine in lines if mine == "mine"}
+
+
+@pytest.mark.usefixtures("way")
+def test_the_fd_store_is_lost_with_many_users(host: Host) -> None:
+    """All keep their namespaces, and ends are noticed: also of those who leave while no daemon runs."""
+    machine = host.machine
+    try:
+        machine.sh(PEOPLE, timeout=200)
+        eventually(lambda: len(seen_by(host)) == MANY, 60, "all have their files")
+        before = seen_by(host)
+        stop_and_clear_the_store(host)
+        machine.sh("systemctl stop many-2000{1..9}")
+        machine.run("systemctl", "start", "polytmpd")
+        left = {uid: namespace for uid, namespace in before.items() if uid > 20009}
+        eventually(lambda: host.instances().keys() == left.keys(), 120, "41 are left")
+        eventually(lambda: host.traces().held == len(left), 60, "they are held again")
+        for uid, namespace in left.items():
+            assert f"mnt:[{observe.status(machine, str(uid))['namespace']}]" == namespace
+            assert json.loads(machine.read(f"{STATES}/{uid}"))["watches"], "nothing will report the end"
+        machine.run("polytmpctl", "enter", "many20050", "test", "-e", "/tmp/mine")
+        assert (
+            machine.run("polytmpctl", "enter", "many20050", "readlink", "/proc/self/ns/mnt").stdout.strip()
+            == left[20050]
+        )
+    finally:
+        machine.sh("systemctl stop 'many-*'; sed -i /^many/d /etc/passwd")
+    host.wait_gone()
 
 
 def stop_and_clear_the_store(host: Host) -> None:

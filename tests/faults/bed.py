@@ -179,11 +179,15 @@ class Host:
             return (self.root / "run/polytmp-faults/trace").read_text().splitlines()
         return []
 
-    @contextlib.contextmanager
-    def watchdog(self) -> Iterator[None]:
+    def watchdog(self) -> contextlib.AbstractContextManager[None]:
         """Give polytmpd a watchdog timeout of four seconds."""
-        drop_in = "/run/systemd/system/polytmpd.service.d/watchdog.conf"
-        self.machine.write(drop_in, "[Service]\nWatchdogSec=4s\n")
+        return self.setting("WatchdogSec=4s")
+
+    @contextlib.contextmanager
+    def setting(self, line: str) -> Iterator[None]:
+        """Restart polytmpd with another line in the unit's [Service]."""
+        drop_in = "/run/systemd/system/polytmpd.service.d/setting.conf"
+        self.machine.write(drop_in, f"[Service]\n{line}\n")
         self.machine.sh("systemctl daemon-reload && systemctl restart polytmpd")
         try:
             yield
