@@ -17,7 +17,7 @@ import signal
 from pathlib import Path
 from typing import Final
 
-from polytmpd import __version__, config, journal, login, sdnotify
+from polytmpd import __version__, config, journal, login, sdnotify, stacks
 from polytmpd.acquisition import Acquisition
 from polytmpd.admission import Admission
 from polytmpd.blocking.state import StateDirectory
@@ -70,6 +70,7 @@ async def run() -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    stacks.answer(loop)
     settings, problems = config.load()
     for problem in problems:
         log.error("%s", problem, extra=journal.fields(journal.MessageId.BAD_CONFIG))
