@@ -117,8 +117,12 @@ demo: setup ## The five objections, one after the other, on a booted Debian
 soak: setup ## Users at work on a system under stress, and a checker of everything; SECONDS=, RELEASE=, SEED=
 	$(VENV)/bin/python -m tests.soak --seconds '$(or $(SECONDS),600)' --release '$(or $(RELEASE),both)' --seed '$(SEED)'
 
-bench: setup ## Login and namespace figures, against no polytmp and pam_namespace (nothing is asserted)
-	$(VENV)/bin/python -m bench
+# Nothing is asserted. ROUNDS=30; QUICK=1 for small numbers that are only printed; FRESH=1 forgets an interrupted run.
+bench: setup ## Measure, against plain systems, pam_namespace and rm, into docs/performance.md; ROUNDS=, QUICK=1, FRESH=1
+	$(VENV)/bin/python -m bench $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(QUICK),--quick) $(if $(FRESH),--fresh)
+
+scale: setup ## Log in USERS=1000 users through PAM and logind, restart polytmpd, and check what is left; WRITE=1
+	$(VENV)/bin/python -m bench.scale --users '$(or $(USERS),1000)' $(if $(WRITE),--write) $(SCALE_ARGS)
 
 build-pam: ## pam/pam_polytmp.so
 	$(MAKE) -C pam all
@@ -187,5 +191,5 @@ clean: ## Remove everything that was built, .venv too
 	rm -rf build dist $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find polytmpd tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup check lint format test test-unit test-kernel test-pam test-e2e demo soak bench build-pam deb install \
+.PHONY: help setup check lint format test test-unit test-kernel test-pam test-e2e demo soak bench scale build-pam deb install \
 	uninstall clean

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -99,6 +99,20 @@ def measure(base: Path, make: Callable[[int, int], None], count: int, way: Calla
     return way(base)
 
 
+def compare(
+    places: Sequence[str], shapes: Sequence[str], count: int
+) -> Iterator[tuple[str, str, Spent, Spent]]:
+    """One round: (place, shape, rm's, ours)."""
+    for place in random.sample(places, len(places)):
+        with tempfile.TemporaryDirectory(prefix="polytmp-bench-", dir=place) as name:
+            base = Path(name)
+            base.chmod(0o1777)
+            for shape in random.sample(shapes, len(shapes)):
+                ways = random.sample((ours, rm), 2)
+                spent = {way: measure(base, SHAPES[shape], count, way) for way in ways}
+                yield place, shape, spent[rm], spent[ours]
+
+
 def interval(values: list[float]) -> str:
     """The median, and the order statistics that enclose it with a probability of 90 %."""
     ordered = sorted(values)
@@ -117,14 +131,8 @@ def main() -> int:
     shapes = arguments.shape or list(SHAPES)
     found: dict[tuple[str, str], list[tuple[Spent, Spent]]] = {}
     for _ in range(arguments.rounds):
-        for place in random.sample(places, len(places)):
-            with tempfile.TemporaryDirectory(prefix="polytmp-bench-", dir=place) as name:
-                base = Path(name)
-                base.chmod(0o1777)
-                for shape in random.sample(shapes, len(shapes)):
-                    ways = random.sample((ours, rm), 2)
-                    spent = {way: measure(base, SHAPES[shape], arguments.count, way) for way in ways}
-                    found.setdefault((place, shape), []).append((spent[ours], spent[rm]))
+        for place, shape, theirs, own in compare(places, shapes, arguments.count):
+            found.setdefault((place, shape), []).append((own, theirs))
     lines = [
         f"{arguments.count} entries, medians of {arguments.rounds} (90 % interval):",
         "",
