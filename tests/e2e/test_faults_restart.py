@@ -84,6 +84,15 @@ def test_systemctl_restart(host: Host) -> None:
         assert host.pid() != before
 
 
+def test_the_socket_is_started_as_often_as_the_service(host: Host) -> None:
+    """systemd gives up on other sockets at the sixth start in ten seconds."""
+    with nobody_notices(host):
+        for _ in range(7):
+            host.machine.run("systemctl", "stop", "polytmpd.service", "polytmpd.socket")
+            host.machine.run("systemctl", "start", "polytmpd.service")
+        assert host.machine.run("systemctl", "is-active", "polytmpd.socket").stdout == "active\n"
+
+
 def test_stop_and_start(host: Host) -> None:
     """Debian 12's systemd drops the FD store at a stop: the namespace is found through its processes."""
     with nobody_notices(host):
