@@ -15,6 +15,7 @@ from typing import Any, Final
 from systemd.journal import JournalHandler
 
 _SOCKET: Final = Path("/run/systemd/journal/socket")
+_PRIORITIES: Final = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.NOTSET, 7))
 
 
 class MessageId(StrEnum):
@@ -57,11 +58,26 @@ class UserLog(logging.LoggerAdapter[logging.Logger]):
         return msg, {**kwargs, "extra": {**(self.extra or {}), **kwargs.get("extra", {})}}
 
 
+class _Journal(JournalHandler):  # type: ignore[misc]  # systemd-python has no types
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Send it to standard error: there may be no descriptor left for the journal's socket.
+
+        See SyslogLevelPrefix= in systemd.exec(5).
+        """
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError):  # our mistake
+            super().handleError(record)
+        else:
+            priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
+            sys.stderr.write(f"<{priority}>{text}\n")
+
+
 def set_up(level: int = logging.INFO) -> None:
     """Send records to the journal; in a container without one, or on a terminal, to standard error."""
     handler: logging.Handler
     if _SOCKET.exists() and not sys.stderr.isatty():
-        handler = JournalHandler(SYSLOG_IDENTIFIER="polytmpd")
+        handler = _Journal(SYSLOG_IDENTIFIER="polytmpd")
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

@@ -6,6 +6,7 @@ reaches every path of the host through PID 1's root, /proc/1/root.
 Not here: changes to the host.
 """
 
+import errno
 import os
 from typing import Final
 
@@ -13,6 +14,12 @@ from polytmpd.kernel.descriptor import Descriptor
 
 ROOT: Final = "/proc/1/root"
 _NAMESPACE: Final = "/proc/1/ns/mnt"
+_REMEDIES: Final = {
+    errno.EMFILE: "raise LimitNOFILE= of polytmpd.service",
+    errno.ENFILE: "raise fs.file-max, see sysctl(8)",
+}
+_NO_THREAD: Final = "can't start new thread"
+"""The text of Python's RuntimeError."""
 
 
 def path(absolute: str) -> str:
@@ -39,9 +46,18 @@ def namespace_inode() -> int:
 
 
 def in_words(error: BaseException) -> str:
-    """The text of an error for people: without its number, and with the paths as the host has them."""
+    """The text of an error for people: without its number, and with the paths as the host has them.
+
+    If a limit is reached, the text names it.
+    """
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         names = (error.filename, error.filename2)
-        text = ": ".join((error.strerror, *(str(name) for name in names if name is not None)))
+        what = error.strerror
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy and what == os.strerror(error.errno or 0):  # or else it names another limit
+            what = f"{what} ({remedy})"
+        text = ": ".join((what, *(str(name) for name in names if name is not None)))
+    elif text == _NO_THREAD:
+        text = f"{text} (raise TasksMax= of polytmpd.service)"
     return text.replace(f"{ROOT}/", "/")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Log records reach the journal or standard error, with their fields."""
 
+import errno
 import logging
 import re
 from collections.abc import Iterator
@@ -84,3 +85,24 @@ def test_with_a_journal_records_have_fields(
     assert sent[0]["POLYTMP_UID"] == "1000"
     assert sent[0]["SYSLOG_IDENTIFIER"] == "polytmpd"
     assert sent[1]["text"] == "shown"
+
+
+@pytest.mark.parametrize(("level", "prefix"), [(logging.DEBUG, "<7>"), (logging.WARNING, "<4>")])
+def test_what_the_journal_does_not_take_goes_to_standard_error(
+    level: int, prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sd_journal_send(3) opens its socket at the first message, and there may be no descriptor left."""
+
+    def send(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    handler = journal._Journal(SYSLOG_IDENTIFIER="polytmpd")
+    monkeypatch.setattr(handler, "send", send)
+    handler.handle(logging.LogRecord("polytmpd", level, "x.py", 1, "Failed: %s", ("because",), None))
+    assert capsys.readouterr().err == f"{prefix}Failed: because\n"
+
+
+def test_a_message_that_cannot_be_formatted_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = journal._Journal(SYSLOG_IDENTIFIER="polytmpd")
+    handler.handle(logging.LogRecord("polytmpd", logging.INFO, "x.py", 1, "%d", ("no number",), None))
+    assert "Arguments: ('no number',)" in capsys.readouterr().err
