@@ -126,6 +126,10 @@ def curves(title: str, unit: str, samples: Mapping[str, Sequence[float]]) -> str
     return _page(title, unit, bottom + 46, [*parts, *_legend(colour)])
 
 
+def empty(title: str) -> str:
+    return _page(title, "not measured", 60, [])
+
+
 def _rank(share: float, top: float, bottom: float) -> float:
     """The height of a share, stretched towards 1, as what is rare matters most."""
     stretched = -math.log10(max(1 - share, 1e-3)) / 3

@@ -134,13 +134,17 @@ class Pam:
 
     def time(self, services: list[str], user: str, count: int) -> list[float]:
         """Milliseconds that the last of the services took, for each of so many sessions."""
-        found: list[float] = self._ask(do="time", service=services, user=user, count=count)["ms"]
+        return [spent[-1] for spent in self.times(services, user, count)]
+
+    def times(self, services: list[str], user: str, count: int) -> list[list[float]]:
+        """Milliseconds that each of the services took, for each of so many sessions."""
+        found: list[list[float]] = self._ask(do="time", service=services, user=user, count=count)["ms"]
         return found
 
     def open(self, services: list[str], users: list[str], at_once: int = 1) -> list[float]:
-        """The same, for a session of each user, which stays open."""
-        found: list[float] = self._ask(do="open", service=services, users=users, at_once=at_once)["ms"]
-        return found
+        """Milliseconds that the last of them took, for a session of each user, which stays open."""
+        answer = self._ask(do="open", service=services, users=users, at_once=at_once)
+        return [spent[-1] for spent in answer["ms"]]
 
     def look(self, users: list[str]) -> dict[str, list[str]]:
         """User → [their namespace, what is in their file]."""

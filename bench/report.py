@@ -132,10 +132,11 @@ def _idle(figures: Figures) -> str:
 def _tail(figures: Figures) -> str:
     rows = []
     for figure in (name for name in figures.samples if name.startswith("tail: ")):
-        found = summary(figures.of(figure, OURS))
-        cells = [number(value) for value in (found.median, found.tail, found.maximum)]
-        rows.append([figure.removeprefix("tail: "), *cells, str(found.count)])
-    return table(["", "median, ms", "p99, ms", "maximum, ms", "samples"], rows)
+        for contestant, values in figures.samples[figure].items():
+            found = summary(values)
+            cells = [number(value) for value in (found.median, found.tail, found.maximum)]
+            rows.append([figure.removeprefix("tail: "), contestant, *cells, str(found.count)])
+    return table(["", "", "median, ms", "p99, ms", "maximum, ms", "samples"], rows)
 
 
 def _facts(figures: Figures) -> str:
@@ -164,9 +165,12 @@ def sections(figures: Figures) -> dict[str, str]:
     }
 
 
+_PLOTS: Final = ("logins.svg", "pam.svg", "deletion.svg", "start.svg", "tail.svg")
+
+
 def plots(figures: Figures) -> dict[str, str]:
     """File → SVG."""
-    found = {}
+    found = {name: chart.empty(name.removesuffix(".svg")) for name in _PLOTS}
     groups = {}
     for figure in (*_SSH, logins.STACK_WITH):
         if base := figures.of(figure, PLAIN):
@@ -203,12 +207,12 @@ def plots(figures: Figures) -> dict[str, str]:
     if starts:
         found["start.svg"] = chart.intervals("Start of polytmpd", "ms", starts, log=True)
     tails = {
-        name.removeprefix("tail: "): figures.of(name, OURS)
+        name.removeprefix("tail: ").removesuffix(", both"): figures.of(name, OURS)
         for name in figures.samples
-        if name.startswith("tail: ")
+        if name.startswith("tail: first") and name.endswith(", both")
     }
     if tails:
-        found["tail.svg"] = chart.curves("Sessions opened while others are logged in", "ms", tails)
+        found["tail.svg"] = chart.curves("First sessions while others are logged in", "ms", tails)
     return found
 
 

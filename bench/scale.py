@@ -25,7 +25,7 @@ from tests.soak.leftovers import GRACE
 from tests.soak.record import Record
 
 from . import crowd, report
-from .contestants import FIRST_UID, OURS, STACK, Contestant, Pam, booted
+from .contestants import FIRST_UID, LOGIND, MODULE, OURS, PLAIN, STACK, Contestant, Pam, booted
 from .figures import RESULTS, Figures, describe, summary
 
 _TOGETHER: Final = 4
@@ -38,8 +38,12 @@ journalctl --no-pager --boot --output=short-precise --lines=150 -u polytmpd -u s
 """
 
 
-def tail(kind: str, users: int) -> str:
-    return f"tail: {kind} session, {users:,} logged in"
+KINDS: Final = ("further", "first")
+PARTS: Final = ("pam_systemd", "module", "both")
+
+
+def tail(kind: str, part: str, users: int) -> str:
+    return f"tail: {kind} session, {users:,} logged in, {part}"
 
 
 def _tell(text: str) -> None:
@@ -87,24 +91,30 @@ class Scale:
         kept = ["alice", *self.users]
         self._pam.open([STACK], ["alice"])
         for _ in range(0, self._further, _BATCH):
-            user = random.choice(kept)
-            spent = self._pam.time([STACK], user, min(_BATCH, self._further))
-            self._figures.add(tail("further", self._there), OURS, spent)
+            self._time("further", random.choice(kept), min(_BATCH, self._further))
         self._pam.close(["alice"])
-        eventually(lambda: not self._is_there(1001), 60, "alice has left")
+        self._wait_for(self._there)
         for user in _names(5000, self._first):
-            spent = self._pam.time([STACK], user, 1)
-            self._figures.add(tail("first", self._there), OURS, spent)
-        eventually(lambda: crowd.instances(self._contestant) == self._there, 120, "the others have left")
-        for kind in ("further", "first"):
-            found = summary(self._figures.of(tail(kind, self._there), OURS))
-            _tell(
-                f"{self._there} logged in, {found.count} {kind} sessions: median {found.median:.1f} ms, "
-                f"p99 {found.tail:.1f} ms, maximum {found.maximum:.1f} ms"
-            )
+            self._time("first", user, 1)
+        self._wait_for(self._there)
+        for kind in KINDS:
+            for part in PARTS:
+                found = summary(self._figures.of(tail(kind, part, self._there), self._contestant.name))
+                _tell(
+                    f"{self._there} logged in, {found.count} {kind} sessions, {part}: median "
+                    f"{found.median:.1f} ms, p99 {found.tail:.1f} ms, maximum {found.maximum:.1f} ms"
+                )
 
-    def _is_there(self, uid: int) -> bool:
-        return (self._contestant.root / "run/polytmpd/instances" / str(uid)).exists()
+    def _time(self, kind: str, user: str, count: int) -> None:
+        for logind, module in self._pam.times([LOGIND, MODULE], user, count):
+            for part, spent in (("pam_systemd", logind), ("module", module), ("both", logind + module)):
+                self._figures.add(tail(kind, part, self._there), self._contestant.name, [spent])
+
+    def _wait_for(self, count: int) -> None:
+        users = self._contestant.root / "run/systemd/users"
+        eventually(lambda: len(list(users.iterdir())) <= count, 120, "the others have left")
+        if self._contestant.name == OURS:
+            eventually(lambda: crowd.instances(self._contestant) == count, 120, "their instances are gone")
 
     def restart(self) -> None:
         """Raises AssertionError if anyone's namespace or file is another one afterwards."""
@@ -140,6 +150,19 @@ class Scale:
         )
 
 
+def plateaus(users: int) -> list[int]:
+    return sorted({0, min(100, users), users})
+
+
+def run_plain(release: str, users: int, further: int, first: int, figures: Figures) -> None:
+    """The tail without polytmp, to know whose it is. Raises BedError."""
+    with booted(release, (PLAIN,), crowd=True) as (contestant,), contestant.pam() as pam:
+        scale = Scale(contestant, pam, further, first, figures)
+        for count in plateaus(users):
+            scale.grow(count)
+            scale.measure_tail()
+
+
 def run(release: str, users: int, further: int, first: int, figures: Figures) -> None:
     """Raises BedError, AssertionError if something is not as it must be."""
     with booted(release, (OURS,), crowd=True) as (contestant,), contestant.pam() as pam:
@@ -152,7 +175,7 @@ def run(release: str, users: int, further: int, first: int, figures: Figures) ->
             known |= {name: int(name[1:]) for name in _names(5000, first)}
             checker = Checker(machine, known, record)
             scale = Scale(contestant, pam, further, first, figures)
-            for count in sorted({0, min(100, users), users}):
+            for count in plateaus(users):
                 scale.grow(count)
                 scale.describe()
                 scale.measure_tail()
@@ -186,6 +209,7 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=1000)
     parser.add_argument("--further", type=int, default=1000, help="further sessions to measure")
     parser.add_argument("--first", type=int, default=200, help="first sessions to measure")
+    parser.add_argument("--plain", action="store_true", help="also measure a system without polytmp")
     parser.add_argument("--write", action="store_true", help="also write docs/performance.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -196,12 +220,13 @@ def main() -> int:
     try:
         require_tools()
         describe(figures, arguments.release)
-        run(arguments.release, arguments.users, arguments.further, arguments.first, figures)
+        for way in (run, *((run_plain,) if arguments.plain else ())):
+            way(arguments.release, arguments.users, arguments.further, arguments.first, figures)
     except (BedError, AssertionError) as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 1
+    figures.save()
     if arguments.write:
-        figures.save()
         report.write(figures)
     return 0
 

@@ -14,7 +14,7 @@ import faulthandler
 import logging
 import signal
 from collections import Counter
-from typing import Final
+from typing import Any, Final
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ def _write_tasks(loop: asyncio.AbstractEventLoop) -> None:
 def _stack(task: "asyncio.Task[object]") -> str:
     """Where a task waits: each coroutine that awaits another, the outermost first."""
     waits = []
-    coroutine = task.get_coro()
+    coroutine: Any = task.get_coro()
     while coroutine is not None:
-        frame = getattr(coroutine, "cr_frame", None)
+        frame = getattr(coroutine, "cr_frame", None)  # None once it has ended; a future has none
         if frame is not None:
             waits.append(f"{coroutine.__qualname__}:{frame.f_lineno}")
         coroutine = getattr(coroutine, "cr_await", None)

@@ -7,7 +7,7 @@
     {"do": "close", "users": [U, ...]}
 
 Each session has a process of its own, because the module moves its process. The process opens the session
-through the services in turn; what counts is the milliseconds that the last one took. In a session that stays
+through the services in turn; the answer has the milliseconds that each of them took. In a session that stays
 open, a child becomes the user and writes a file.
 Not here: what the services' PAM files contain.
 """
@@ -80,15 +80,15 @@ class Sessions:
         self._started: dict[int, tuple[str, int, int, float]] = {}
         """Result pipe → (user, process, pipe, time of the start), of those that are being opened."""
 
-    def time(self, services: list[str], user: str, count: int) -> list[float]:
+    def time(self, services: list[str], user: str, count: int) -> list[list[float]]:
         found = []
         for _ in range(count):
             self._start(services, user, stays=False)
             found += [spent for _, spent in self._finish()]
         return found
 
-    def open(self, services: list[str], users: list[str], at_once: int) -> list[float]:
-        found: list[float] = []
+    def open(self, services: list[str], users: list[str], at_once: int) -> list[list[float]]:
+        found: list[list[float]] = []
         for user in users:
             self._start(services, user, stays=True)
             if len(self._started) >= at_once:
@@ -139,9 +139,10 @@ class Sessions:
             self._open[user] = process, hold, 0
 
     def _session(self, services: list[str], user: str, result: int, wait: int, stays: bool) -> None:
-        handles, spent = [], 0.0
+        handles, spent = [], []
         for service in services:
-            handle, spent, status = open_session(service, user)
+            handle, took, status = open_session(service, user)
+            spent.append(took)
             if status:
                 os.write(result, json.dumps({"error": f"{service}: {status}"}).encode() + b"\n")
                 return
@@ -176,7 +177,7 @@ class Sessions:
         os.close(ready)
         return child
 
-    def _finish(self) -> list[tuple[str, float]]:
+    def _finish(self) -> list[tuple[str, list[float]]]:
         """Wait for one of those that are being opened, or more. Says which ones are slow."""
         while True:
             ready, _, _ = select.select(list(self._started), [], [], PATIENCE)
