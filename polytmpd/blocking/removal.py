@@ -7,7 +7,7 @@ Not here: when an instance is removed (executor), and emptying one directory (de
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from polytmpd.blocking import deletion, instances, recovery, storage
@@ -172,14 +172,36 @@ def delete_leftover(place: Place, cancelled: Callable[[], bool]) -> None:
         )
 
 
-def who_mounts(instance: Instance, cancelled: Callable[[], bool]) -> int | None:
-    """A process that has mounted what ends with the instance, in any namespace. Raises OSError."""
-    places = [
-        Place(entry.directory.path, entry.barrier)
-        for entry in instance.directories
-        if entry.directory.lifetime is Lifetime.INSTANCE
-    ]
-    return next(iter(recovery.mounted_barriers(places, cancelled).values()), None)
+def who_mounts(
+    instances: Sequence[Instance], cancelled: Callable[[], bool]
+) -> dict[int, int | Exception | None]:
+    """UID → a process that has mounted what ends with the instance, in any namespace; or why that is unknown.
+
+    0 for something that is no process. Raises OSError if that concerns all of them.
+    """
+    barriers = {
+        instance.uid: [
+            Place(entry.directory.path, entry.barrier)
+            for entry in instance.directories
+            if entry.directory.lifetime is Lifetime.INSTANCE
+        ]
+        for instance in instances
+    }
+    found: Mapping[str, int]
+    unread: recovery.UnreadError | None = None
+    try:
+        found = recovery.mounted_barriers(
+            [place for places in barriers.values() for place in places], cancelled
+        )
+    except recovery.UnreadError as error:
+        found, unread = error.found, error
+    answers: dict[int, int | Exception | None] = {}
+    for uid, places in barriers.items():
+        wanted = {place.barrier for place in places}
+        answers[uid] = next((found[name] for name in wanted & found.keys()), None)
+        if answers[uid] is None and unread is not None and wanted & unread.unknown:
+            answers[uid] = OSError(unread.errno, unread.strerror)
+    return answers
 
 
 def _set_aside(base: int, barrier: str) -> str:

@@ -22,9 +22,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from polytmpd.blocking import removal
 from polytmpd.core.model import Instance
 from polytmpd.executor import fdstore
+from polytmpd.executor.searches import Searches
 from polytmpd.executor.workers import Workers
 from polytmpd.journal import fields
 from polytmpd.kernel.descriptor import Descriptor
@@ -59,7 +59,7 @@ class Sentinels:
         self._inotify = Inotify(inotify)
         self._instances = instances
         self._lock = lock
-        self._searchers = searchers
+        self._searches = Searches(searchers)
         self._owners: dict[int, int] = {}
         """Watch → UID."""
         self._watches: dict[int, frozenset[int]] = {}
@@ -87,6 +87,7 @@ class Sentinels:
         """Close the inotify instance. The FD store keeps its copy."""
         for task in self._confirming.values():
             task.cancel()
+        self._searches.close()
         asyncio.get_running_loop().remove_reader(self._inotify.fd)
         self._inotify.close()
 
@@ -184,7 +185,7 @@ class Sentinels:
             looked = loop.time()
             instance = self._instances[uid]
             # Not under the lock: a login would wait for it.
-            pid = await self._searchers.run(removal.who_mounts, instance)
+            pid = await self._searches.who_mounts(instance)
             async with self._lock(uid):  # a login may be making a new namespace over the same files
                 if self.watches(uid):
                     return
