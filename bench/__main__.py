@@ -2,7 +2,7 @@
 """python -m bench: measures, and writes docs/performance.md. As root.
 
 An interrupted run goes on where it was, with the samples in build/bench.json, unless --fresh is given.
-Not here: the parts (logins, crowd, deletion, scale), what the page says (report).
+Not here: the parts (logins, crowd, deletion, kernel, scale), what the page says (report).
 """
 
 import argparse
@@ -15,13 +15,13 @@ from typing import Final
 from tests.bed import RELEASES, BedError
 from tests.bed.nspawn import require_tools
 
-from . import crowd, deletion, logins, report
+from . import crowd, deletion, kernel, logins, report
 from .contestants import NAMES, OURS, Contestant, booted
 from .figures import RESULTS, Figures, describe
 
 ROUNDS: Final = 30
 QUICK: Final = 3
-PARTS: Final = ("logins", "pam", "deletion", "crowd")
+PARTS: Final = ("logins", "pam", "deletion", "kernel", "crowd")
 SIZES: Final = (0, 1000, 10_000)
 QUICK_SIZES: Final = (0, 100)
 _DELETION_ROUNDS: Final = 6
@@ -96,6 +96,9 @@ def main() -> int:
             measure_logins(arguments.release, by_login, rounds, figures)
         if "deletion" in parts:
             measure_deletion(max(1, rounds // _DELETION_ROUNDS), 10_000 if quick else 100_000, figures)
+        while "kernel" in parts and figures.rounds.get("kernel", 0) < rounds:
+            kernel.measure(figures)
+            figures.done("kernel")
         if "crowd" in parts and not figures.rounds.get("crowd"):
             sizes, seconds = (QUICK_SIZES, 10.0) if quick else (SIZES, 60.0)
             crowd.measure(arguments.release, rounds, sizes, seconds, figures)

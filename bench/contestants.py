@@ -9,6 +9,7 @@ Not here: what is measured in them.
 import contextlib
 import json
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -171,6 +172,17 @@ class Pam:
     def _error(self) -> str:
         assert self._process.stderr is not None
         return self._process.stderr.read().decode(errors="replace")[-2000:]
+
+
+def settled(contestant: Contestant) -> float:
+    """cpu(), when polytmpd has nothing more to do."""
+    last = contestant.cpu()
+    while True:
+        time.sleep(0.3)  # how quiet it is shows only in time
+        now = contestant.cpu()
+        if now - last < 0.05:
+            return now
+        last = now
 
 
 @contextlib.contextmanager

@@ -5,11 +5,12 @@ Not here: logins while many are logged in (scale), how the instances are made (i
 """
 
 import time
+from pathlib import Path
 from typing import Final
 
 from tests.bed import eventually
 
-from .contestants import FIRST_UID, MODULE, OURS, PEER, PLAIN, Contestant, booted
+from .contestants import FIRST_UID, MODULE, OURS, PEER, PLAIN, Contestant, booted, settled
 from .figures import Figures
 
 ACQUIRE_NEW: Final = "request for a new instance"
@@ -31,6 +32,18 @@ def acquired(count: int) -> str:
 
 def memory(count: int) -> str:
     return f"RSS of polytmpd with {count:,} instances"
+
+
+def churn(count: int) -> str:
+    return f"CPU of polytmpd, a new instance and its removal, beside {count:,} instances"
+
+
+def watches(count: int) -> str:
+    return f"inotify watches of polytmpd with {count:,} instances"
+
+
+def descriptors(count: int) -> str:
+    return f"descriptors of polytmpd with {count:,} instances"
 
 
 def command(name: str, count: int) -> str:
@@ -104,8 +117,28 @@ def commands(contestant: Contestant, count: int, rounds: int, figures: Figures) 
         figures.add(command(shown, count), OURS, found[line])
 
 
-def keep_memory(contestant: Contestant, count: int, figures: Figures) -> None:
+def keep_size(contestant: Contestant, count: int, figures: Figures) -> None:
     figures.add(memory(count), OURS, [resident(contestant)])
+    process = contestant.root / "proc" / properties(contestant, "MainPID")["MainPID"]
+    held = list((process / "fdinfo").iterdir())
+    figures.add(descriptors(count), OURS, [len(held)])
+    figures.add(watches(count), OURS, [sum(_watches(entry) for entry in held)])
+
+
+def _watches(fdinfo: Path) -> int:
+    try:
+        return fdinfo.read_text().count("inotify wd:")
+    except FileNotFoundError:
+        return 0  # closed meanwhile
+
+
+def come_and_go(contestant: Contestant, count: int, times: int, figures: Figures) -> None:
+    """An instance that no session claims is removed as soon as its namespace is released."""
+    for _ in range(times):
+        before = settled(contestant)
+        contestant.python("crowd.py", "acquire", "1001")
+        eventually(lambda: instances(contestant) == count, 60, "the instance is gone")
+        figures.add(churn(count), OURS, [settled(contestant) - before])
 
 
 def switches(contestant: Contestant) -> int:
@@ -161,7 +194,8 @@ def measure(release: str, rounds: int, sizes: tuple[int, ...], seconds: float, f
         ours.wait_until_quiet()
         for count in sizes:
             grow(ours, count, figures)
-            keep_memory(ours, count, figures)
+            keep_size(ours, count, figures)
+            come_and_go(ours, count, max(3, rounds // 3), figures)
             if 0 < count <= ALIVE:
                 commands(ours, count, rounds, figures)
             starts(ours, count, max(3, rounds if count == 0 else rounds * 100 // count), figures)

@@ -12,7 +12,7 @@ from typing import Final
 
 from tests.bed import Machine, eventually
 
-from .contestants import LOGIND, MODULE, OURS, STACK, Contestant, Pam
+from .contestants import LOGIND, MODULE, OURS, STACK, Contestant, Pam, settled
 from .figures import Figures
 
 FIRST: Final = "first ssh login"
@@ -76,26 +76,15 @@ def _cpu(contestant: Contestant, figures: Figures) -> None:
     before = contestant.cpu()
     ssh_login(contestant.machine, "alice")
     contestant.wait_until_quiet()
-    figures.add(CPU_FIRST, OURS, [_settled(contestant) - before])
+    figures.add(CPU_FIRST, OURS, [settled(contestant) - before])
     with contestant.machine.session("alice"):
         sessions = contestant.sessions()
-        before = _settled(contestant)
+        before = settled(contestant)
         for _ in range(_FOR_CPU):
             ssh_login(contestant.machine, "alice")
         eventually(lambda: contestant.sessions() <= sessions, 30, "the sessions have ended")
-        figures.add(CPU_FURTHER, OURS, [(_settled(contestant) - before) / _FOR_CPU])
+        figures.add(CPU_FURTHER, OURS, [(settled(contestant) - before) / _FOR_CPU])
     contestant.wait_until_quiet()
-
-
-def _settled(contestant: Contestant) -> float:
-    """cpu(), when polytmpd has nothing more to do."""
-    last = contestant.cpu()
-    while True:
-        time.sleep(0.3)  # how quiet it is shows only in time
-        now = contestant.cpu()
-        if now - last < 0.05:
-            return now
-        last = now
 
 
 def by_pam(contestants: list[Contestant], pams: dict[str, Pam], figures: Figures) -> None:

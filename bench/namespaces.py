@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Measures what a namespace costs, with the daemon's own module: python -m bench.namespaces, JSON on stdout.
+"""Measures what a namespace costs, with the daemon's own module: python -m bench.namespaces MOUNTS, JSON on
+stdout. MOUNTS: how many mounts the host has besides its own.
 
 Run it under `unshare --mount --pid --fork --mount-proc`: then mounts do no harm, and PID 1's
 namespace is this process's.
-Not here: logins and calls (__main__.py).
+Not here: logins (logins), instances of the daemon (crowd).
 """
 
 import ctypes
@@ -20,6 +21,7 @@ from polytmpd.kernel.inotify import IN_DELETE_SELF, Inotify
 
 ALIVE = (1, 50, 200)
 REPEAT = 40
+FOR_MEMORY = 500
 CLONE_NEWNS = 0x00020000
 CLONE_FS = 0x00000200
 
@@ -31,10 +33,34 @@ def _call(result: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _slab() -> int:
-    """Kernel memory in KiB: all slabs, percpu and kernel stacks."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) for name in ("Slab", "Percpu", "KernelStack"))
+class _Memory:
+    """What the kernel charges to this process: a memory cgroup of its own, version 1 or 2.
+
+    The kernel charges in steps of up to 64 pages for each CPU: measure something large.
+    """
+
+    def __init__(self) -> None:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        first = next((line.split(":")[2] for line in groups if ":memory:" in line), None)
+        if first is not None:
+            self._group, self._file = Path("/sys/fs/cgroup/memory"), "memory.kmem.usage_in_bytes"
+            self._former = self._group / first.lstrip("/")
+        else:
+            self._group, self._file = Path("/sys/fs/cgroup"), "memory.stat"
+            self._former = self._group / groups[-1].split(":")[2].lstrip("/")
+        self._own = self._group / f"polytmp-bench-{os.getpid()}"
+        self._own.mkdir()
+        (self._own / "cgroup.procs").write_text("0")
+
+    def used(self) -> int:
+        """Bytes of kernel memory."""
+        text = (self._own / self._file).read_text()
+        fields = dict(line.split() for line in text.splitlines()) if " " in text else {"kernel": text}
+        return int(fields["kernel"])
+
+    def close(self) -> None:
+        (self._former / "cgroup.procs").write_text("0")
+        self._own.rmdir()
 
 
 def _milliseconds(work: Callable[[], object], repeat: int = REPEAT) -> float:
@@ -68,31 +94,35 @@ def main() -> int:
     _call(_libc.mount(b"none", b"/", None, (1 << 20) | (1 << 14), None))  # MS_SHARED | MS_REC
     for path in (b"/tmp", b"/var/tmp"):
         _call(_libc.mount(b"bench", path, b"tmpfs", 0, None))  # our own, so that nothing is written outside
+    for number in range(int(sys.argv[1])):
+        place = f"/mnt/{number}"
+        if number == 0:
+            _call(_libc.mount(b"bench", b"/mnt", b"tmpfs", 0, None))
+        os.mkdir(place)  # noqa: PTH102
+        _call(_libc.mount(b"bench", place.encode(), b"tmpfs", 0, None))
     builder = _Builder(root)
     result: dict[str, float] = {"mounts": len(Path("/proc/self/mountinfo").read_text().splitlines())}
     alive: list[int] = []
-    memory = 0
     for number in ALIVE:
-        before, made_before = _slab(), len(alive)
         while len(alive) < number:
             alive.append(builder.build())
-        if (
-            number == ALIVE[-1]
-        ):  # system-wide: a short interval contains less of what other processes allocate
-            memory = (_slab() - before) // (number - made_before)
         made: list[int] = []
         result[f"create, {number} alive, ms"] = _milliseconds(lambda: made.append(builder.build()))  # noqa: B023
         result[f"destroy, {number} alive, ms"] = _milliseconds(lambda: os.close(made.pop()))  # noqa: B023
         result[f"mount on the host, {number} alive, ms"] = _milliseconds(_mount_and_umount)
-    result["kernel memory per namespace, KiB"] = memory
+    memory = _Memory()
+    before = memory.used()
+    alive += [builder.build() for _ in range(FOR_MEMORY)]
+    result["kernel memory per namespace, KiB"] = (memory.used() - before) / FOR_MEMORY / 1024
+    memory.close()
     result["setns, µs"] = _setns(alive[0])
     json.dump(result, sys.stdout)
     return 0
 
 
 def _mount_and_umount() -> None:
-    _call(_libc.mount(b"probe", b"/mnt", b"tmpfs", 0, None))
-    _call(_libc.umount2(b"/mnt", 2))
+    _call(_libc.mount(b"probe", b"/media", b"tmpfs", 0, None))
+    _call(_libc.umount2(b"/media", 2))
 
 
 def _setns(fd: int) -> float:

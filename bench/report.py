@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from . import chart, crowd, logins
+from . import chart, crowd, kernel, logins
 from .contestants import AGAIN, NAMES, OURS, PEER, PLAIN, PROJECT
 from .figures import Figures, ratio, summary
 from .goals import GOALS
@@ -139,6 +139,13 @@ def _tail(figures: Figures) -> str:
     return table(["", "", "median, ms", "p99, ms", "maximum, ms", "samples"], rows)
 
 
+def _model(figures: Figures) -> str:
+    head = [""]
+    for users in kernel.USERS:
+        head += [f"{users:,} users", f"with {kernel.MORE_MOUNTS[-1]} more mounts"]
+    return table(head, kernel.model(figures))
+
+
 def _facts(figures: Figures) -> str:
     return "\n".join(f"- {name}: {text}" for name, text in figures.facts.items())
 
@@ -162,6 +169,8 @@ def sections(figures: Figures) -> dict[str, str]:
         "idle": _idle(figures),
         "mounts": _contests(figures, {crowd.MOUNT: PEER}, NAMES),
         "tail": _tail(figures),
+        "model": _model(figures),
+        "churn": _alone(figures, [crowd.churn(count) for count in _sizes(figures)], "ms"),
     }
 
 

@@ -175,7 +175,7 @@ def delete_leftover(place: Place, cancelled: Callable[[], bool]) -> None:
 def who_mounts(
     instances: Sequence[Instance], cancelled: Callable[[], bool]
 ) -> dict[int, int | Exception | None]:
-    """UID → a process that has mounted what ends with the instance, in any namespace; or why that is unknown.
+    """UID → a process that has mounted what ends with the instance, in any namespace; or why none is known.
 
     0 for something that is no process. Raises OSError if that concerns all of them.
     """
