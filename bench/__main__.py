@@ -24,8 +24,8 @@ QUICK: Final = 3
 PARTS: Final = ("logins", "pam", "deletion", "kernel", "crowd")
 SIZES: Final = (0, 1000, 10_000)
 QUICK_SIZES: Final = (0, 100)
-_DELETION_ROUNDS: Final = 6
-"""Part of ROUNDS: each makes 600,000 files twice."""
+_DELETION_ROUNDS: Final = 10
+"""By what --rounds is divided: each round makes and deletes 1,200,000 entries."""
 
 
 def _tell(text: str) -> None:
@@ -69,6 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of polytmp.")
     parser.add_argument("--release", choices=RELEASES, default="trixie")
     parser.add_argument("--rounds", type=int, default=0, help=f"default: {ROUNDS}, with --quick {QUICK}")
+    parser.add_argument("--deletion-rounds", type=int, default=0, help="default: a tenth of --rounds")
     parser.add_argument("--quick", action="store_true", help="smaller numbers, to see that it runs; no page")
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--fresh", action="store_true", help="forget what an interrupted run has measured")
@@ -95,7 +96,11 @@ def main() -> int:
         if by_login:
             measure_logins(arguments.release, by_login, rounds, figures)
         if "deletion" in parts:
-            measure_deletion(max(1, rounds // _DELETION_ROUNDS), 10_000 if quick else 100_000, figures)
+            measure_deletion(
+                arguments.deletion_rounds or max(1, rounds // _DELETION_ROUNDS),
+                10_000 if quick else 100_000,
+                figures,
+            )
         while "kernel" in parts and figures.rounds.get("kernel", 0) < rounds:
             kernel.measure(figures)
             figures.done("kernel")

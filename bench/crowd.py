@@ -195,7 +195,7 @@ def measure(release: str, rounds: int, sizes: tuple[int, ...], seconds: float, f
         for count in sizes:
             grow(ours, count, figures)
             keep_size(ours, count, figures)
-            come_and_go(ours, count, max(3, rounds // 3), figures)
+            come_and_go(ours, count, max(3, rounds // 3) if count <= ALIVE else 3, figures)
             if 0 < count <= ALIVE:
                 commands(ours, count, rounds, figures)
             starts(ours, count, max(3, rounds if count == 0 else rounds * 100 // count), figures)
