@@ -93,6 +93,21 @@ def test_the_socket_is_started_as_often_as_the_service(host: Host) -> None:
         assert host.machine.run("systemctl", "is-active", "polytmpd.socket").stdout == "active\n"
 
 
+def test_what_it_does_goes_to_the_journal(host: Host) -> None:
+    """SIGUSR1 would end a program that does not expect it."""
+    show = ("systemctl", "show", "--property=MainPID,NRestarts", "polytmpd")
+    with nobody_notices(host):
+        before, begin = host.machine.run(*show).stdout, host.machine.now()
+        host.machine.run("systemctl", "kill", "--kill-whom=main", "--signal=SIGUSR1", "polytmpd")
+
+        def written() -> bool:
+            text = host.machine.journal("-u", "polytmpd", "--since", begin, "--output=cat")
+            return "different stacks" in text and "in run_forever" in text
+
+        eventually(written, 20, "the stacks are in the journal")
+        assert host.machine.run(*show).stdout == before
+
+
 def test_stop_and_start(host: Host) -> None:
     """Debian 12's systemd drops the FD store at a stop: the namespace is found through its processes."""
     with nobody_notices(host):
