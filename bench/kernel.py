@@ -16,8 +16,9 @@ from . import crowd
 from .contestants import OURS
 from .figures import PROJECT, Figures
 
-MORE_MOUNTS: Final = (0, 100)
+MORE_MOUNTS: Final = (0, 100, 1000)
 """How many mounts are added to those that the machine has."""
+SHOWN: Final = (0, 100)
 USERS: Final = (1000, 10_000)
 COUNT: Final = "mounts of the host"
 CREATE: Final = "make a namespace, ms"
@@ -55,6 +56,13 @@ def model(figures: Figures) -> list[list[str]]:
         each = figures.median(name, case(more))
         return None if each is None else each * users
 
+    def with_runtime_directories(users: int, more: int) -> float | None:
+        """logind mounts /run/user/UID for each user, and each namespace has all of them."""
+        few, many = (figures.median(MEMORY, case(mounts)) for mounts in (0, MORE_MOUNTS[-1]))
+        if few is None or many is None:
+            return None
+        return users * (few + (many - few) / MORE_MOUNTS[-1] * (users + more))
+
     def measured(figure: Callable[[int], str]) -> Callable[[int, int], float | None]:
         return lambda users, more: None if more else figures.median(figure(users), OURS)
 
@@ -64,6 +72,9 @@ def model(figures: Figures) -> list[list[str]]:
     costs: dict[str, Callable[[int, int], float | None]] = {
         "mounts of the host": lambda _, more: figures.median(COUNT, case(more)),
         "kernel memory, MiB": lambda users, more: _scaled(of_namespaces(MEMORY, users, more), 1 / 1024),
+        "the same, with a session of logind for each, MiB": lambda users, more: _scaled(
+            with_runtime_directories(users, more), 1 / 1024
+        ),
         "RSS of polytmpd, MiB": lambda users, _: _scaled(
             figures.median(crowd.memory(users), OURS), 1 / 1024
         ),
@@ -76,7 +87,7 @@ def model(figures: Figures) -> list[list[str]]:
     }
     rows = []
     for name, cost in costs.items():
-        values = [cost(users, more) for users in USERS for more in MORE_MOUNTS]
+        values = [cost(users, more) for users in USERS for more in SHOWN]
         rows.append(
             [
                 name,

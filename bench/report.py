@@ -142,7 +142,7 @@ def _tail(figures: Figures) -> str:
 def _model(figures: Figures) -> str:
     head = [""]
     for users in kernel.USERS:
-        head += [f"{users:,} users", f"with {kernel.MORE_MOUNTS[-1]} more mounts"]
+        head += [f"{users:,} users", f"with {kernel.SHOWN[-1]} more mounts"]
     return table(head, kernel.model(figures))
 
 
