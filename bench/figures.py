@@ -92,6 +92,10 @@ class Figures:
         new.write_text(json.dumps(text))
         new.rename(self._path)
 
+    def forget(self) -> None:
+        """Begin again."""
+        self.facts, self.samples, self.rounds = {}, {}, {}
+
     def add(self, figure: str, contestant: str, values: Iterable[float]) -> None:
         self.samples.setdefault(figure, {}).setdefault(contestant, []).extend(values)
 
@@ -114,9 +118,18 @@ class Figures:
 
 
 def describe(figures: Figures, release: str) -> None:
-    """What the samples belong to, noted when the first of them are measured."""
-    if "Machine" in figures.facts:
+    """Note what the samples belong to. Those of another commit, kernel or release are forgotten."""
+    commit = subprocess.run(
+        ["git", "describe", "--always"], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    belongs = {
+        "Kernel": f"Linux {platform.release()}",
+        "System": f"Debian {release} in containers of systemd-nspawn, one for each contestant",
+        "polytmp": commit.stdout.strip(),
+    }
+    if all(figures.facts.get(name) == text for name, text in belongs.items()):
         return
+    figures.forget()
     model = next(
         (
             line.split(":")[1].strip()
@@ -126,11 +139,6 @@ def describe(figures: Figures, release: str) -> None:
         platform.machine(),
     )
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True, check=False
-    )
     figures.facts["Machine"] = f"{os.cpu_count()} CPUs ({model}), {memory:.0f} GiB of memory"
-    figures.facts["Kernel"] = f"Linux {platform.release()}"
-    figures.facts["System"] = f"Debian {release} in containers of systemd-nspawn, one for each contestant"
-    figures.facts["polytmp"] = commit.stdout.strip()
+    figures.facts.update(belongs)
     figures.facts["Day"] = f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}"

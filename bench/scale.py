@@ -215,11 +215,11 @@ def main() -> int:
     arguments = parser.parse_args()
     figures = Figures(arguments.results)
     figures.load()
-    for name in [name for name in figures.samples if name.startswith("tail: ")]:
-        del figures.samples[name]
     try:
         require_tools()
         describe(figures, arguments.release)
+        for name in [name for name in figures.samples if name.startswith("tail: ")]:
+            del figures.samples[name]
         for way in (run, *((run_plain,) if arguments.plain else ())):
             way(arguments.release, arguments.users, arguments.further, arguments.first, figures)
     except (BedError, AssertionError) as error:

@@ -11,7 +11,7 @@ import pytest
 
 from bench import chart, crowd, kernel, logins, report
 from bench.contestants import NAMES, OURS, PEER
-from bench.figures import Figures, ratio, summary
+from bench.figures import Figures, describe, ratio, summary
 from bench.goals import GOALS
 
 pytestmark = pytest.mark.unit
@@ -50,6 +50,17 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     again = Figures(tmp_path / "results/bench.json")
     again.load()
     assert (again.of("login", OURS), again.rounds, again.facts) == ([1.0, 2.0], {"logins": 1}, figures.facts)
+
+
+def test_samples_of_another_commit_are_forgotten(tmp_path: Path) -> None:
+    figures = Figures(tmp_path / "bench.json")
+    describe(figures, "trixie")
+    figures.add("login", OURS, [1.0])
+    describe(figures, "trixie")
+    assert figures.of("login", OURS) == [1.0]
+    figures.facts["polytmp"] = "another"
+    describe(figures, "trixie")
+    assert (figures.of("login", OURS), figures.rounds) == ([], {})
 
 
 def _full(path: Path) -> Figures:
