@@ -4,6 +4,7 @@
 Not here: what follows from what is found (executor).
 """
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -18,7 +19,7 @@ from polytmpd.blocking import accounts
 from polytmpd.core import names
 from polytmpd.core.model import Directory, Instance, InstanceDirectory, shared_by_all
 from polytmpd.core.names import INNER
-from polytmpd.kernel import host, inside, mountinfo, mountns, namespaces, patience
+from polytmpd.kernel import host, inside, mounted, mountinfo, mountns, namespaces, patience
 from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.mountinfo import Mount
 
@@ -158,7 +159,9 @@ class UnreadError(OSError):
 
 
 def mounted_barriers(
-    places: Iterable[tuple[str, str]], cancelled: Callable[[], bool] = lambda: False
+    places: Iterable[tuple[str, str]],
+    cancelled: Callable[[], bool] = lambda: False,
+    known: mounted.Known | None = None,
 ) -> dict[str, int]:
     """Which of the barriers, each (directory, name), are mounted in any namespace: name → a process.
 
@@ -170,25 +173,17 @@ def mounted_barriers(
     ECANCELED if cancelled. What a user makes unreadable in their own user namespace concerns their barriers
     alone, and so does what takes too long there (kernel/patience). Logs what is left out. Blocks for as long
     as users like by what is theirs, so no login may wait for it.
+
+    known: what former searches found, for this one to be faster.
     """
     wanted: dict[tuple[str, str], set[str]] = {}
     for path, name in places:
         wanted.setdefault(_identity(path), set()).add(name)
     if not wanted:
         return {}
-    found: dict[str, int] = {}
-    devices = {device for device, _ in wanted}
     owners = {name: names.owner(name) for _, name in places}
     limits = patience.Patience(cancelled, {owner for owner in owners.values() if owner is not None})
-    for namespace in namespaces.every(limits):
-        with limits.on_account_of(
-            patience.owner(namespace.fd), functools.partial(namespaces.users_of, namespace)
-        ) as over:
-            for device, root in namespaces.roots(namespace, devices, over):
-                for (its_device, directory), barriers in wanted.items():
-                    if its_device == device:
-                        for name in _lies_in(root, directory, barriers):
-                            found.setdefault(name, namespace.pid)
+    found = _search(wanted, limits, known or mounted.Known())
     unknown: dict[str, OSError] = {}
     for name in owners.keys() - found.keys():
         owner = owners[name]
@@ -202,14 +197,53 @@ def mounted_barriers(
     return found
 
 
+def _search(
+    wanted: Mapping[tuple[str, str], set[str]], limits: patience.Patience, known: mounted.Known
+) -> dict[str, int]:
+    """Name → a process, of those of the barriers that are mounted. Raises OSError."""
+    if mounted.lists_mounts():
+        return _search_with(inside.open_table, wanted, limits, known)
+
+    def search() -> dict[str, int]:
+        with inside.visiting() as open_table:
+            return _search_with(open_table, wanted, limits, known)
+
+    return inside.in_disposable_thread(search)
+
+
+def _search_with(
+    open_table: mounted.OpenTable,
+    wanted: Mapping[tuple[str, str], set[str]],
+    limits: patience.Patience,
+    known: mounted.Known,
+) -> dict[str, int]:
+    found: dict[str, int] = {}
+    devices = {device for device, _ in wanted}
+    every_name = set().union(*wanted.values())
+    with known.searching(devices):
+        for namespace in namespaces.every(limits):
+            with limits.on_account_of(
+                functools.partial(patience.owner, namespace.fd),
+                functools.partial(namespaces.users_of, namespace),
+            ) as over:
+                for device, root in mounted.roots(namespace, devices, every_name, known, open_table, over):
+                    for (its_device, directory), barriers in wanted.items():
+                        if its_device == device:
+                            for name in _lies_in(root, directory, barriers):
+                                if name not in found:
+                                    found[name] = namespaces.pid_of(namespace)
+    return found
+
+
 def _identity(path: str) -> tuple[str, str]:
     """Device and root of a directory of the host, as mountinfo shows them for a mount of it."""
     with host.open_directory(path) as fd:
         mount_id = mountinfo.mount_id_of(fd)
-    for entry in mountinfo.read("1"):
-        if entry.mount_id == mount_id:
-            below = os.path.relpath(path, entry.mount_point)
-            return entry.device, os.path.normpath(f"{entry.root.rstrip('/')}/{below}")
+    with contextlib.closing(mountinfo.lines("1")) as lines:
+        entry = mountinfo.with_ids(lines, {mount_id}).get(mount_id)
+    if entry is not None:
+        below = os.path.relpath(path, entry.mount_point)
+        return entry.device, os.path.normpath(f"{entry.root.rstrip('/')}/{below}")
     raise OSError(errno.EAGAIN, "the mount that contains it is gone", path)
 
 

@@ -15,7 +15,7 @@ from polytmpd.blocking.instances import effective
 from polytmpd.core import names
 from polytmpd.core.model import Directory, Instance, Lifetime
 from polytmpd.journal import MessageId, fields
-from polytmpd.kernel import host
+from polytmpd.kernel import host, mounted
 
 log = logging.getLogger(__name__)
 
@@ -173,11 +173,12 @@ def delete_leftover(place: Place, cancelled: Callable[[], bool]) -> None:
 
 
 def who_mounts(
-    instances: Sequence[Instance], cancelled: Callable[[], bool]
+    instances: Sequence[Instance], known: mounted.Known | None, cancelled: Callable[[], bool]
 ) -> dict[int, int | Exception | None]:
     """UID → a process that has mounted what ends with the instance, in any namespace; or why none is known.
 
-    0 for something that is no process. Raises OSError if that concerns all of them.
+    0 for something that is no process. known: what former searches found. Raises OSError if that concerns
+    all of them.
     """
     barriers = {
         instance.uid: [
@@ -191,7 +192,7 @@ def who_mounts(
     unread: recovery.UnreadError | None = None
     try:
         found = recovery.mounted_barriers(
-            [place for places in barriers.values() for place in places], cancelled
+            [place for places in barriers.values() for place in places], cancelled, known
         )
     except recovery.UnreadError as error:
         found, unread = error.found, error

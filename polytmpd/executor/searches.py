@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from polytmpd.blocking import removal
 from polytmpd.core.model import Instance
 from polytmpd.executor.workers import Workers
+from polytmpd.kernel.mounted import Known
 
 
 class Searches:
@@ -19,6 +20,7 @@ class Searches:
 
     def __init__(self, searchers: Workers) -> None:
         self._searchers = searchers
+        self._known = Known()  # of the one thread of the searchers
         self._asked: list[tuple[Instance, asyncio.Future[int | None]]] = []
         self._running: asyncio.Task[None] | None = None
 
@@ -45,7 +47,7 @@ class Searches:
                 waiting = [(instance, future) for instance, future in asked if not future.done()]
                 try:
                     found = await self._searchers.run(
-                        removal.who_mounts, [instance for instance, _ in waiting]
+                        removal.who_mounts, [instance for instance, _ in waiting], self._known
                     )
                 except Exception as error:
                     _answer(waiting, dict.fromkeys((instance.uid for instance, _ in waiting), error))

@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from polytmpd.core.names import SENTINEL
-from polytmpd.kernel import namespaces
+from polytmpd.kernel import mounted, namespaces
 from polytmpd.kernel.processes import cgroup_pids, commands, descriptor_paths, pids
 
 _DESCRIPTORS_TIMEOUT: Final = 5.0
@@ -68,7 +68,7 @@ def find(
             for each in namespaces.inhabited(cancelled):
                 is_own = each.inode == namespace
                 if is_own or _is_copy(each, roots, cancelled):
-                    for process in each.processes:
+                    for process in namespaces.inhabitants(each):
                         pid = int(process.partition("/")[0])
                         if is_own or pid not in found:  # its threads may live in both
                             found[pid] = How.NAMESPACE if is_own else How.DERIVED
@@ -113,7 +113,7 @@ def _is_copy(found: namespaces.Found, roots: Collection[str], cancelled: Callabl
     sentinel, inside = False, False
     names = [f"/{name}/".encode() for name in roots]
     with contextlib.suppress(OSError):
-        for line in namespaces.tables(found, cancelled):
+        for line in mounted.tables(found, cancelled):
             sentinel = sentinel or SENTINEL.encode() in line
             inside = inside or any(name in line for name in names)
             if sentinel and inside:

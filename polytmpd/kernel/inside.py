@@ -23,7 +23,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from polytmpd.core.names import SENTINEL
@@ -70,6 +70,28 @@ def open_table(namespace: int) -> Descriptor:
             return Descriptor.open("mountinfo", os.O_RDONLY, dir_fd=own)
 
     return in_disposable_thread(look)
+
+
+@contextlib.contextmanager
+def visiting() -> Iterator[Callable[[int], Descriptor]]:
+    """Yield an open_table() for many namespaces. Use it in a disposable thread only: it goes there and back.
+
+    Raises OSError.
+    """
+    with (
+        Descriptor.open("/proc/thread-self", os.O_PATH | os.O_DIRECTORY) as own,
+        Descriptor.open("/proc/thread-self/ns/mnt", os.O_RDONLY) as home,
+    ):
+        unshare(CLONE_FS)
+
+        def look(namespace: int) -> Descriptor:
+            setns(namespace, CLONE_NEWNS)
+            try:
+                return Descriptor.open("mountinfo", os.O_RDONLY, dir_fd=own)
+            finally:
+                setns(home, CLONE_NEWNS)
+
+        yield look
 
 
 def mounts_in(namespace: int) -> list[Mount]:

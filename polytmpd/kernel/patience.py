@@ -27,6 +27,8 @@ from polytmpd.kernel.syscalls import get_owner_uid, get_parent, get_userns
 ROOT: Final = 0
 SECONDS: Final = 5.0
 """How long everything of one user is searched at most, if nobody looks for what is theirs."""
+UNATTRIBUTED: Final = 1.0
+"""How long is searched before it is asked whose that is: mostly all of it takes less."""
 _OUR_LACK: Final = (errno.EMFILE, errno.ENFILE)
 
 Cancelled = Callable[[], bool]
@@ -41,37 +43,62 @@ class Patience:
         self.unread: dict[int, OSError] = {}
         """Users of whose namespaces or processes something was not read, and why."""
         self._unlimited = {ROOT, *searched_for}
-        self._spent: defaultdict[int, float] = defaultdict(float)
+        self._spent: defaultdict[int | None, float] = defaultdict(float)
+        self._unattributed = 0.0
 
     @contextlib.contextmanager
     def on_account_of(
-        self, uid: int, others: Callable[[], Collection[int]] = lambda: ()
+        self, whose: Callable[[], int], others: Callable[[], Collection[int]] = lambda: ()
     ) -> Iterator[Cancelled]:
         """Search what is a user's; the result says whether to give up.
 
-        If it raises OSError, that is noted, and the search goes on with what follows. others(): users who
-        may be concerned, too. Raises OSError if the search is cancelled, if root is concerned, and if we
-        lack descriptors.
+        If it raises OSError, that is noted, and the search goes on with what follows. whose(): the user; not
+        asked before the search has taken UNATTRIBUTED seconds. It may raise ProcessLookupError or
+        FileNotFoundError: then nothing is left to search. others(): users who may be concerned, too. Raises
+        OSError if the search is cancelled, if root is concerned, and if we lack descriptors.
         """
         begun = time.monotonic()
-        end = begun + SECONDS - self._spent[uid]
+        asked: list[int | None] = []
+
+        def uid() -> int | None:
+            if not asked:
+                try:
+                    asked.append(whose())
+                except (FileNotFoundError, ProcessLookupError):
+                    asked.append(None)
+            return asked[0]
 
         def is_over() -> bool:
-            return self.cancelled() or (uid not in self._unlimited and time.monotonic() > end)
+            spent = time.monotonic() - begun
+            if self.cancelled() or self._unattributed + spent <= UNATTRIBUTED:
+                return self.cancelled()
+            return uid() not in self._unlimited and self._spent[uid()] + spent > SECONDS
 
         try:
             yield is_over
         except OSError as error:
-            concerned = {uid, *others()}
-            if self.cancelled() or ROOT in concerned or error.errno in _OUR_LACK:
+            if self.cancelled() or error.errno in _OUR_LACK:
                 raise
-            if error.errno == errno.ECANCELED:
-                text = f"UID {uid} has more mounts or descriptors than can be searched in {SECONDS:.0f} s"
-                error = OSError(errno.ETIMEDOUT, text)
-            for each in concerned:
-                self.unread.setdefault(each, error)
+            self._note(error, uid(), others)
         finally:
-            self._spent[uid] += time.monotonic() - begun
+            spent = time.monotonic() - begun
+            if not asked and self._unattributed + spent <= UNATTRIBUTED:
+                self._unattributed += spent
+            else:
+                self._spent[uid()] += spent
+
+    def _note(self, error: OSError, uid: int | None, others: Callable[[], Collection[int]]) -> None:
+        """Note what was not read, or raise the error if it may concern anyone."""
+        if uid is None:
+            return
+        concerned = {uid, *others()}
+        if ROOT in concerned:
+            raise error
+        if error.errno == errno.ECANCELED:
+            text = f"UID {uid} has more mounts or descriptors than can be searched in {SECONDS:.0f} s"
+            error = OSError(errno.ETIMEDOUT, text)
+        for each in concerned:
+            self.unread.setdefault(each, error)
 
 
 def owner(namespace: int) -> int:

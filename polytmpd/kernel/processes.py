@@ -33,6 +33,11 @@ _THREADS_AT_MOST: Final = 1000
 
 Threads that live in another namespace than their leader are rare, and few: those of container runtimes.
 """
+_AT_ONCE: Final = 64
+_GIVES_UP: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECANCELED}
+"""Errors that are about us, not about the process."""
+_LINKS_OF_ONE_THREAD: Final = 3
+"""Of /proc/PID/task: each thread adds one, also a leader that has ended."""
 
 
 class Process(NamedTuple):
@@ -54,6 +59,8 @@ def namespace_paths(pid: int) -> Iterator[str]:
     """Paths that open a process's mount namespaces: the leader's, then that of every other thread."""
     yield f"/proc/{pid}/ns/mnt"
     with contextlib.suppress(OSError):
+        if os.stat(f"/proc/{pid}/task").st_nlink == _LINKS_OF_ONE_THREAD:
+            return
         for task in os.listdir(f"/proc/{pid}/task"):
             if int(task) != pid:
                 yield f"/proc/{pid}/task/{task}/ns/mnt"
@@ -67,6 +74,30 @@ def descriptor_paths(pid: int) -> Iterator[str]:
     with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in entries:
             yield entry.path
+
+
+def open_namespaces(pid: int, go_on: Callable[[], None]) -> Iterator[tuple[str, int]]:
+    """(link, inode) of each mount namespace that a process has open; none if it is gone.
+
+    go_on() is called now and then, and may raise. Raises OSError, too, if we lack descriptors or memory.
+    """
+    try:
+        with (
+            Descriptor.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY) as directory,
+            os.scandir(directory) as entries,
+        ):
+            for number, entry in enumerate(entries):
+                if not number % _AT_ONCE:
+                    go_on()
+                try:
+                    target = os.readlink(entry.name, dir_fd=directory)  # half the time of a whole path
+                except OSError:
+                    continue
+                if target.startswith("mnt:["):
+                    yield f"/proc/{pid}/fd/{entry.name}", int(target[5:-1])
+    except OSError as error:
+        if error.errno in _GIVES_UP:
+            raise
 
 
 def cgroup_pids(directory: str, cancelled: Callable[[], bool] = lambda: False) -> set[int]:

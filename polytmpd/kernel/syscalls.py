@@ -19,8 +19,9 @@ import errno
 import fcntl
 import os
 import struct
+from array import array
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from polytmpd.kernel.abi import HERE, LONG
 from polytmpd.kernel.descriptor import Descriptor
@@ -119,6 +120,9 @@ _libc.syscall.restype = ctypes.c_long
 _openat2 = _libc["syscall"]
 _openat2.argtypes = (ctypes.c_long, _int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
 _openat2.restype = ctypes.c_long
+_on_mounts = _libc["syscall"]
+_on_mounts.argtypes = (ctypes.c_long, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, _uint)
+_on_mounts.restype = ctypes.c_long
 
 StrOrBytes = str | bytes
 
@@ -306,23 +310,16 @@ def open_by_handle_at(mount_fd: int, handle_type: int, handle: bytes, flags: int
     return Descriptor(_check(_libc.open_by_handle_at(mount_fd, buffer, flags | os.O_CLOEXEC)))
 
 
-def listmount(namespace_id: int, mount_id: int, after: int, count: int) -> list[int]:
+def listmount(namespace_id: int, mount_id: int, after: int, count: int) -> "array[int]":
     """listmount(2), Linux 6.8; of another namespace, 6.11.
 
     The IDs of at most `count` mounts below a mount, in ascending order, that come after an ID. Such IDs are
     never given again.
     """
     request = struct.pack("=IIQQQ", 32, 0, mount_id, after, namespace_id)
-    found = (ctypes.c_uint64 * count)()
-    result = _on_mounts(_SYS_LISTMOUNT, request, found, count)
-    return found[: _check(result)]
-
-
-def _on_mounts(number: int, request: bytes, buffer: "ctypes.Array[Any]", size: int) -> int:
-    result: int = _libc.syscall(
-        ctypes.c_long(number), ctypes.c_char_p(request), buffer, ctypes.c_size_t(size), ctypes.c_uint(0)
-    )
-    return result
+    found = array("Q", bytes(8 * count))
+    del found[_check(_on_mounts(_SYS_LISTMOUNT, request, found.buffer_info()[0], count, 0)) :]
+    return found
 
 
 class StatMount(NamedTuple):
@@ -341,7 +338,7 @@ def statmount(namespace_id: int, mount_id: int, mask: int, size: int = 4096) -> 
     """
     request = struct.pack("=IIQQQ", 32, 0, mount_id, mask, namespace_id)
     buffer = ctypes.create_string_buffer(size)
-    _check(_on_mounts(_SYS_STATMOUNT, request, buffer, size))
+    _check(_on_mounts(_SYS_STATMOUNT, request, ctypes.addressof(buffer), size, 0))
     # struct statmount in <linux/mount.h>: the strings begin at 512.
     major, minor, own, parent, root = struct.unpack_from("=16xII16xQQ48xI", buffer)
     text = ctypes.string_at(ctypes.byref(buffer, 512 + root)) if mask & STATMOUNT_MNT_ROOT else b""

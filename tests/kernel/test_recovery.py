@@ -17,7 +17,7 @@ import pytest
 from polytmpd.blocking import recovery
 from polytmpd.blocking.removal import Place, unused
 from polytmpd.core.names import SENTINEL
-from polytmpd.kernel import holders, namespaces, patience, syscalls
+from polytmpd.kernel import holders, mounted, namespaces, patience, syscalls
 from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.patience import Patience
 from tests.kernel import children
@@ -34,7 +34,11 @@ _PR_SET_DUMPABLE = 4
 
 def _without_listmount() -> contextlib.AbstractContextManager[object]:
     refused = OSError(errno.ENOTTY, "needs Linux 6.11")
-    return mock.patch.object(namespaces, "get_mntns_id", side_effect=refused)
+    return mock.patch.object(mounted, "get_mntns_id", side_effect=refused)
+
+
+def _impatient() -> contextlib.AbstractContextManager[object]:
+    return mock.patch.multiple(patience, SECONDS=-1.0, UNATTRIBUTED=-1.0)
 
 
 def _taken_along(base: str) -> None:
@@ -209,7 +213,7 @@ def case_what_cannot_be_read_may_be_in_use() -> None:
     with cage() as it:
         pid = it.start(lambda: None)
         with (
-            mock.patch.object(namespaces, "_root", side_effect=too_long),
+            mock.patch.object(mounted, "_device_and_root", side_effect=too_long),
             pytest.raises(OSError, match="too long to be read"),
         ):
             it.users()
@@ -273,7 +277,7 @@ def junk() -> Iterator[str]:
     """A directory that lies deeper than is read here, in the file system with the barriers."""
     with (
         tempfile.TemporaryDirectory(dir="/var/tmp") as base,
-        mock.patch.object(namespaces, "_ROOT_AT_MOST", 4096),
+        mock.patch.object(mounted, "_ROOT_AT_MOST", 4096),
     ):
         for name in (BARRIER, f"polytmp-{MALLORY}", REMOVING):
             os.makedirs(f"{base}/{name}/tmp")
@@ -334,23 +338,23 @@ def case_what_root_has_put_in_an_unreadable_namespace_may_be_anyones() -> None:
 
 
 def case_one_user_does_not_keep_a_search_for_others_for_long() -> None:
-    with junk() as base, of_mallory(), mock.patch.object(patience, "SECONDS", -1.0):
+    with junk() as base, of_mallory(), _impatient():
         assert unknown(base, BARRIER) == set()
         assert unknown(base, f"polytmp-{MALLORY}") == set(), "all the time it takes"
         limits = Patience(lambda: False, {1001})
         assert list(namespaces.every(limits))
-        with limits.on_account_of(MALLORY) as over:
+        with limits.on_account_of(lambda: MALLORY) as over:
             assert over()
-        with limits.on_account_of(1001) as over:
+        with limits.on_account_of(lambda: 1001) as over:
             assert not over()
-        with limits.on_account_of(patience.ROOT) as over:
+        with limits.on_account_of(lambda: patience.ROOT) as over:
             assert not over()
 
 
 def case_one_users_descriptors_do_not_keep_a_search_for_long() -> None:
     """Of all that a user has open, so much is examined as fits."""
     refused = mock.patch.object(namespaces, "_shows_neighbours", return_value=False)
-    with of_mallory(), refused, mock.patch.object(patience, "SECONDS", -1.0):
+    with of_mallory(), refused, _impatient():
         limits = Patience(lambda: False)
         list(namespaces.every(limits))
         assert set(limits.unread) == {MALLORY}
