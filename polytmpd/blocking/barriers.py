@@ -16,7 +16,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import Final
 
 from polytmpd.kernel import syscalls
@@ -148,7 +147,7 @@ def path_in(base_fd: int, *names: str) -> str:
 def path_of(fd: int) -> str:
     """The path of an open descriptor, for messages only."""
     try:
-        return str(Path(f"/proc/self/fd/{fd}").readlink())
+        return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115  (pathlib takes ten times as long)
     except OSError:
         return f"(descriptor {fd})"
 
