@@ -59,6 +59,15 @@ def _is_gone(connection: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
+async def _receive(connection: socket.socket) -> bytes:
+    """The request; empty if the caller has hung up. Raises OSError, TimeoutError."""
+    try:
+        return connection.recv(_REQUEST_SIZE)
+    except (BlockingIOError, InterruptedError):
+        async with asyncio.timeout(REQUEST_TIMEOUT):
+            return await asyncio.get_running_loop().sock_recv(connection, _REQUEST_SIZE)
+
+
 def _is_ours(fd: Descriptor) -> bool:
     with fd.dup() as duplicate:
         try:
@@ -130,7 +139,7 @@ class Logins:
                 return
             connection.setblocking(False)
             self._open += 1
-            self._tasks.start(self._serve(connection)).add_done_callback(lambda _: self._ended())
+            self._tasks.start_here(self._serve(connection)).add_done_callback(lambda _: self._ended())
         loop.remove_reader(self._listening)  # until one has ended
 
     def _ended(self) -> None:
@@ -141,9 +150,7 @@ class Logins:
     async def _serve(self, connection: socket.socket) -> None:
         try:
             with connection, peers.peer(connection) as peer:
-                async with asyncio.timeout(REQUEST_TIMEOUT):
-                    request = await asyncio.get_running_loop().sock_recv(connection, _REQUEST_SIZE)
-                if request:
+                if request := await _receive(connection):
                     await self._answer(connection, peer, request)
         except TimeoutError:
             log.warning("A process connected to the socket of pam_polytmp and sent nothing, ignoring it")
@@ -189,10 +196,12 @@ class Logins:
                 task.cancel()
 
         self._users[uid] += 1
-        loop.add_reader(connection, hung_up)
+        # Only if it takes longer than this turn of the event loop.
+        watch = loop.call_soon(loop.add_reader, connection, hung_up)
         try:
             return await self._namespace(uid, peer.pid)
         finally:
+            watch.cancel()
             loop.remove_reader(connection)
             self._users[uid] -= 1
             if not self._users[uid]:

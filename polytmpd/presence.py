@@ -97,8 +97,16 @@ class Presence:
         """Stop following the user, until logind reports them again."""
         self._people.pop(uid, None)
 
-    def look(self, uid: int) -> "asyncio.Task[None]":
-        """Examine the user's slice and report what is new. The task ends then, or after a second."""
+    def look(self, uid: int) -> "asyncio.Future[None]":
+        """Examine the user's slice and report what is new. The future is done then, or after a second.
+
+        A slice with processes is watched: the kernel reports what is new there.
+        """
+        person = self._people.get(uid)
+        if person is not None and person.claims.populated:
+            seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            seen.set_result(None)
+            return seen
 
         async def look_for_a_while() -> None:
             await asyncio.wait((self._tasks.start(self._look_at_slice(uid)),), timeout=_LOOK_TIMEOUT)

@@ -8,10 +8,13 @@ Not here: what the tasks do.
 
 import asyncio
 import logging
+import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Final
 
 log = logging.getLogger(__name__)
+
+_EAGER: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info[:2] >= (3, 12) else {}
 
 
 class Tasks:
@@ -32,6 +35,15 @@ class Tasks:
         task.add_done_callback(self._ended)
         if self._closed:
             task.cancel()
+        return task
+
+    def start_here(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """start(), but run it up to its first pause before this returns (since Python 3.12)."""
+        if self._closed or not _EAGER:
+            return self.start(coroutine)
+        task: asyncio.Task[None] = asyncio.Task(coroutine, loop=asyncio.get_running_loop(), **_EAGER)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
         return task
 
     async def close(self) -> None:

@@ -173,7 +173,7 @@ class Logind:
     def _on_file(self, listener: Listener, session: str | None) -> None:
         if session is None:
             listener.logind_changed()
-        elif (found := self._files and self._files.read(session)) and found.is_closing:
+        elif self._files is not None and self._files.is_closing(session):
             self._note_removed(session)
             listener.session_removed(session)
 

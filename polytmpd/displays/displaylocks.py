@@ -120,8 +120,10 @@ class DisplayLocks:
                     await self._changed.wait()
             self._changed.clear()
             begun = loop.time()
-            await self._worker.call(lambda registry: registry.update(_UPDATE))
-            self._status = await self._worker.call(lambda registry: registry.status()) or self._status
+            status = await self._worker.call(_update)
+            if status is None:  # the update failed, but may have more work
+                status = await self._worker.call(lambda registry: registry.status())
+            self._status = status or self._status
             if self._status.generation != self._shared:
                 await self._share(self._status)
             await asyncio.sleep(max(_REST, (loop.time() - begun) * _REST_FACTOR))
@@ -175,6 +177,12 @@ class DisplayLocks:
         with contextlib.suppress(OSError):
             found = await asyncio.to_thread(_find_copies, place, self._stopping.is_set)
             await self._worker.call(lambda registry: registry.remove_strays(uid, place, found))
+
+
+def _update(registry: Registry) -> Status:
+    """Runs in the worker's thread."""
+    registry.update(_UPDATE)
+    return registry.status()
 
 
 def _find_copies(place: Place, cancelled: Callable[[], bool]) -> list[int]:

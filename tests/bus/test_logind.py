@@ -198,6 +198,9 @@ class Files:
     def read(self, session: str) -> SessionFile | None:
         return self.found.get(session)
 
+    def is_closing(self, session: str) -> bool:
+        return session in self.found and self.found[session].is_closing
+
     def close(self) -> None:
         self.is_closed = True
 
