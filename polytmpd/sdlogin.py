@@ -25,6 +25,10 @@ from polytmpd.kernel.inotify import IN_MOVED_TO, IN_ONLYDIR, IN_Q_OVERFLOW, Inot
 log = logging.getLogger(__name__)
 
 SESSIONS: Final = "/run/systemd/sessions"
+_SETTLE: Final = 0.2
+"""Seconds from the first change until the files are read: logind writes the file of a session several times
+when it opens and closes. Only sessions that close without an end are noticed by their files.
+"""
 
 
 class SessionFile(NamedTuple):
@@ -44,7 +48,8 @@ class SessionFiles:
         self._inotify = Inotify()
         self._changed: Callable[[str | None], None] = lambda _: None
         self._failure = ""
-        asyncio.get_running_loop().add_reader(self._inotify.fd, self._on_readable)
+        self._settling: asyncio.TimerHandle | None = None
+        self._listen()
 
     def follow(self, changed: Callable[[str | None], None]) -> None:
         """Call changed(session) in the event loop for each change; None means that any may have changed."""
@@ -68,6 +73,8 @@ class SessionFiles:
 
     def close(self) -> None:
         """Report nothing more."""
+        if self._settling is not None:
+            self._settling.cancel()
         asyncio.get_running_loop().remove_reader(self._inotify.fd)
         self._inotify.close()
 
@@ -94,12 +101,22 @@ class SessionFiles:
         else:
             self._failure = ""
 
+    def _listen(self) -> None:
+        asyncio.get_running_loop().add_reader(self._inotify.fd, self._on_readable)
+
     def _on_readable(self) -> None:
-        for event in self._inotify.read():
-            if event.mask & IN_Q_OVERFLOW:
-                self._changed(None)
-            elif event.name:
-                self._changed(event.name)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._inotify.fd)
+        self._settling = loop.call_later(_SETTLE, self._read)
+
+    def _read(self) -> None:
+        self._settling = None
+        self._listen()
+        for name in dict.fromkeys(
+            None if event.mask & IN_Q_OVERFLOW else event.name for event in self._inotify.read()
+        ):
+            if name != "":
+                self._changed(name)
 
 
 _free = ctypes.CDLL(None).free

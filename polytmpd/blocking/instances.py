@@ -42,12 +42,14 @@ def prepare(
     boot_id: str,
     watch: Callable[[str], int],
     is_former: Callable[[str], bool],
+    add: storage.Add | None = None,
 ) -> tuple[Instance, Descriptor, int]:
     """Make directories and namespace: (instance, descriptor of the namespace, watch on its sentinel).
 
     user: the name that the UID has now. watch(path) is called for the sentinel, before any process can
-    enter. is_former(name): whether a name that a kept directory remembers is a former user's. The caller
-    closes the descriptor. Raises OSError and what is_former() raises, and then leaves nothing behind.
+    enter. is_former(name): whether a name that a kept directory remembers is a former user's. add: see
+    storage.make(). The caller closes the descriptor. Raises OSError and what is_former() raises, and then
+    leaves nothing behind.
     """
     made: list[InstanceDirectory] = []
     fresh: list[InstanceDirectory] = []
@@ -62,7 +64,7 @@ def prepare(
                     shared_by_all(replace(directory, shared=_shareable(base, directory))),
                     _new_barrier(directory.lifetime, boot_id, uid),
                 )
-                inner, is_new = _make_or_adopt(base, entry, uid, user, is_former)
+                inner, is_new = _make_or_adopt(base, entry, uid, user, is_former, add)
                 made.append(entry)
                 (fresh if is_new else adopted).append(entry)
                 places.append(_place(entry, inner))
@@ -294,18 +296,23 @@ def _is_ours(instance: Instance, mount: Mount) -> bool:
 
 
 def _make_or_adopt(
-    base: int, entry: InstanceDirectory, uid: int, user: str, is_former: Callable[[str], bool]
+    base: int,
+    entry: InstanceDirectory,
+    uid: int,
+    user: str,
+    is_former: Callable[[str], bool],
+    add: storage.Add | None,
 ) -> tuple[Descriptor, bool]:
     """(descriptor of the inner directory, whether it is new).
 
     Only what persists is ever found there and adopted.
     """
     if entry.directory.lifetime is not Lifetime.PERSISTENT:
-        return storage.make(base, entry.barrier, entry.directory.shared), True
+        return storage.make(base, entry.barrier, entry.directory.shared, add=add), True
     with contextlib.suppress(FileNotFoundError):
         _keep_for_a_former_user(base, entry, uid, user, is_former)
-        return storage.adopt(base, entry.barrier, entry.directory.shared, user), False
-    return storage.make(base, entry.barrier, entry.directory.shared, user), True
+        return storage.adopt(base, entry.barrier, entry.directory.shared, user, add), False
+    return storage.make(base, entry.barrier, entry.directory.shared, user, add), True
 
 
 def _find_or_make_again(

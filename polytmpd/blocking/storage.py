@@ -41,10 +41,15 @@ _MOUNTPOINT_MODE: Final = 0o1777
 _LABEL: Final = "security.selinux"
 _ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 _NO_XATTR: Final = (errno.ENODATA, errno.EOPNOTSUPP)
-
-
+# The inner directory itself would send nothing while it is mounted, and all that its user does.
+_LOSS_IN_BARRIER: Final = inotify.IN_DELETE | inotify.IN_DELETE_SELF | inotify.IN_ONLYDIR
+_LOSS_OF_MOUNTPOINT: Final = inotify.IN_DELETE_SELF | inotify.IN_ONLYDIR
 _FOREIGN_NAMED: Final = 16
 _ATTEMPTS: Final = 16
+
+
+Add = Callable[[str, int], None]
+"""add(path, mask) watches for the removal of what is at path, see guard()."""
 
 
 class Leftovers(NamedTuple):
@@ -59,12 +64,15 @@ class Leftovers(NamedTuple):
     foreign_count: int
 
 
-def make(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") -> Descriptor:
+def make(
+    base_fd: int, name: str, mountpoints: Sequence[str], user: str = "", add: Add | None = None
+) -> Descriptor:
     """Make the barrier `name` and what is in it; returns an O_PATH descriptor of the inner directory, which
     the caller closes.
 
-    user: the name that the barrier is to remember, if any. Whatever already exists under `name` is never
-    adopted: raises FileExistsError. If anything fails, everything that was made is removed again.
+    user: the name that the barrier is to remember, if any. add: as for guard(), but it must not raise.
+    Whatever already exists under `name` is never adopted: raises FileExistsError. If anything fails,
+    everything that was made is removed again.
     """
     with ExitStack() as fds, ExitStack() as undo:
         where = barriers.path_in(base_fd, name, *mountpoints)
@@ -82,19 +90,20 @@ def make(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") ->
                 undo.callback(_unlink_quietly, barrier, MARK)
         inner_fd, furnished = _furnish(base, barrier, where, mountpoints, fds, undo)
         undo.pop_all()
-        for directory in (barrier, *furnished):
-            barriers.protect(directory)
+        _guard(barrier, furnished, add)
         return inner_fd
 
 
-def adopt(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") -> Descriptor:
+def adopt(
+    base_fd: int, name: str, mountpoints: Sequence[str], user: str = "", add: Add | None = None
+) -> Descriptor:
     """Take a kept barrier into use again; returns an O_PATH descriptor of the inner directory, which the
     caller closes.
 
     Raises FileNotFoundError if there is none, and FileExistsError, which says what is wrong, if polytmpd did
     not make it. A missing inner directory or mount point (the age cleaner may have removed it) is made. What
     the user has put where a mount point must be is renamed to `<mount point>.moved-<hex>`. A barrier that
-    remembers no user remembers `user` from now on.
+    remembers no user remembers `user` from now on. add: see make().
     """
     with ExitStack() as fds, ExitStack() as undo:
         where = barriers.path_in(base_fd, name, *mountpoints)
@@ -107,8 +116,7 @@ def adopt(base_fd: int, name: str, mountpoints: Sequence[str], user: str = "") -
             # Usually EEXIST. A full disk must not keep out a user who needs nothing new: next time will do.
             with suppress(OSError):
                 os.symlink(user, MARK, dir_fd=barrier)
-        for directory in (barrier, *furnished):
-            barriers.protect(directory)
+        _guard(barrier, furnished, add)
         return inner_fd
 
 
@@ -132,7 +140,7 @@ def remembered(base_fd: int, name: str) -> str | None:
                 raise FileExistsError(errno.EEXIST, "not a symbolic link that polytmpd made", MARK) from None
 
 
-def guard(base_fd: int, name: str, mountpoints: Sequence[str], add: Callable[[str, int], None]) -> bool:
+def guard(base_fd: int, name: str, mountpoints: Sequence[str], add: Add) -> bool:
     """Protect a barrier in use, and have it watched.
 
     add(path, mask) is called for what inotify(7) has to watch to report the removal of the barrier, its
@@ -146,8 +154,7 @@ def guard(base_fd: int, name: str, mountpoints: Sequence[str], add: Callable[[st
         try:
             barrier = barriers.open_barrier(base, name, fds)
             barriers.protect(barrier)  # one that an earlier daemon made is not
-            # The inner directory itself would send nothing while it is mounted, and all that its user does.
-            add(f"/proc/self/fd/{barrier}", inotify.IN_DELETE | inotify.IN_DELETE_SELF | inotify.IN_ONLYDIR)
+            add(f"/proc/self/fd/{barrier}", _LOSS_IN_BARRIER)
             inner = fds.enter_context(barriers.open_path(barrier, INNER))
             with barriers.naming(f"{where}/{INNER}"):
                 for mountpoint in mountpoints:
@@ -156,7 +163,7 @@ def guard(base_fd: int, name: str, mountpoints: Sequence[str], add: Callable[[st
                             return False
                         with ExitStack() as own:
                             barriers.protect(barriers.reopen(fd, own))
-                        add(f"/proc/self/fd/{fd}", inotify.IN_DELETE_SELF | inotify.IN_ONLYDIR)
+                        add(f"/proc/self/fd/{fd}", _LOSS_OF_MOUNTPOINT)
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
@@ -221,6 +228,15 @@ def leftovers(base_fd: int) -> Leftovers:
 
 
 # --- common to make and adopt ---
+
+
+def _guard(barrier: int, mountpoints: Sequence[int], add: Add | None) -> None:
+    for directory in (barrier, *mountpoints):
+        barriers.protect(directory)
+    if add is not None:
+        add(f"/proc/self/fd/{barrier}", _LOSS_IN_BARRIER)
+        for mountpoint in mountpoints:
+            add(f"/proc/self/fd/{mountpoint}", _LOSS_OF_MOUNTPOINT)
 
 
 def _furnish(

@@ -12,7 +12,8 @@ Hard facts
   parent sends IN_DELETE, or IN_MOVED_TO if another one replaces it, but the parent is the host's /tmp, where
   that happens all the time. So its watch is IN_ONESHOT: the first event ends it, and the check that follows,
   at most every CHECK_INTERVAL seconds, sets it again.
-- A file system that is mounted over the parent sends nothing. The next login notices it.
+- A file system that is mounted over the parent sends nothing. It is noticed when the next instance is made:
+  poll(2) of the mount table would wake us for every mount of the host.
 """
 
 import contextlib

@@ -188,15 +188,24 @@ class Executor:
         and what is_former() raises, and then leaves nothing behind.
         """
         loop = asyncio.get_running_loop()
+        unwatched: list[OSError] = []
 
         def ask(name: str) -> bool:  # if the name is another one than user, which is rare
             return asyncio.run_coroutine_threadsafe(is_former(name), loop).result()
 
+        def add(path: str, mask: int) -> None:
+            try:
+                self._losses.add(uid, path, mask)
+            except OSError as error:  # tried again, but not while a login waits
+                unwatched.append(error)
+
         async with self._lock(uid):
             made = await asyncio.to_thread(
-                instances.prepare, uid, user, directories, self._boot_id, self._sentinels.watch, ask
+                instances.prepare, uid, user, directories, self._boot_id, self._sentinels.watch, ask, add
             )
             instance = self._hold(*made)
+            if unwatched:
+                self._losses.look(uid)
         await self._displays.instance_came(instance)
         await self._files.instance_came(instance)
         log.info(
@@ -230,6 +239,7 @@ class Executor:
                 held = self._hold(
                     *await asyncio.to_thread(instances.rebuild, instance, self._sentinels.watch)
                 )
+            self._losses.look(instance.uid)
         await self._displays.instance_came(held)
         await self._files.instance_came(held)
         return held
@@ -415,6 +425,5 @@ class Executor:
         instance = replace(instances.identified(instance, fd), watches=self._sentinels.watches(uid))
         self._instances[uid] = instance
         self._namespaces.hold(instance, fd)
-        self._losses.look(uid)
         self._shares.add(instance)
         return instance

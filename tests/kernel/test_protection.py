@@ -4,7 +4,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from polytmpd.blocking import barriers, deletion, storage
 from polytmpd.core import names
 from polytmpd.kernel import inotify, syscalls
+from polytmpd.kernel.descriptor import Descriptor
 from polytmpd.kernel.inotify import Inotify
 from tests.kernel.children import in_namespace
 from tests.kernel.places import NAME, SOCKETS, adopt, assert_as_made, keep, make, opened, release
@@ -195,6 +196,25 @@ def test_removal_is_reported(base: Path, watches: Inotify) -> None:
             assert (f"{NAME}/tmp/{name}", inotify.IN_DELETE_SELF, "") in events
 
     in_namespace(work)
+
+
+@pytest.mark.parametrize("step", [storage.make, storage.adopt])
+def test_what_is_taken_into_use_is_watched_at_once(
+    base: Path, watches: Inotify, step: Callable[..., Descriptor]
+) -> None:
+    if step is storage.adopt:
+        keep(base)
+    masks: dict[int, int] = {}
+
+    def add(path: str, mask: int) -> None:
+        masks[watches.add_watch(path, mask)] = mask
+
+    with opened(base) as fd:
+        step(fd, NAME, SOCKETS, add=add).close()
+        again: list[int] = []
+        assert storage.guard(fd, NAME, SOCKETS, lambda _, mask: again.append(mask))
+    assert masks.keys() == watch(base, watches).keys()
+    assert list(masks.values()) == again
 
 
 def test_what_an_earlier_daemon_made_is_protected(base: Path, watches: Inotify) -> None:

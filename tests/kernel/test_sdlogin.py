@@ -71,7 +71,7 @@ async def test_lost_events(files: SessionFiles, monkeypatch: pytest.MonkeyPatch)
     changed: list[str | None] = []
     files.follow(changed.append)
     monkeypatch.setattr(files._inotify, "read", lambda: [Event(-1, IN_Q_OVERFLOW, "")])
-    files._on_readable()
+    files._read()
     assert changed == [None]
 
 
