@@ -2,9 +2,8 @@
 """The only module that imports the D-Bus library: dbus-next, or its maintained fork dbus-fast.
 
 dbus-next cannot be imported on Python 3.15 and later (typing.no_type_check_decorator is gone). dbus-fast has
-nearly the same interface, and is sound since 5.0.22. We use only what both have: MessageBus, Message and
-Variant, but not their object servers, for the reasons in server.py. Types come from dbus-fast, since
-dbus-next has none.
+nearly the same interface. We use only what both have: MessageBus, Message and Variant, but not their object
+servers, for the reasons in server.py. Types come from dbus-fast, since dbus-next has none.
 
 Not here: how the bus is used (connection.py, server.py).
 """
@@ -79,6 +78,40 @@ def signatures() -> int:
     return int(module.get_signature_tree.cache_info().currsize)
 
 
+_aio: Any = sys.modules[f"{LIBRARY}.aio.message_bus"]
+
+
+class _PatientSocket:
+    """A socket that hides EAGAIN, which the writer of both libraries takes for the end of the connection."""
+
+    def __init__(self, wrapped: socket.socket) -> None:
+        self._socket = wrapped
+        # Not select(2), which cannot handle descriptors above 1023: those of the FD store come first.
+        self._writable = select.poll()
+        self._writable.register(wrapped, select.POLLOUT)
+
+    def send(self, data: bytes) -> int:
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+
+    def sendmsg(self, buffers: Sequence[bytes], ancillary: Any) -> int:
+        while True:
+            try:
+                return self._socket.sendmsg(buffers, ancillary)
+            except BlockingIOError:  # the writer forgets the descriptors after the first call
+                self._writable.poll(1000)
+
+
+class _PatientWriter(_aio._MessageWriter):  # type: ignore[misc]  # also of type Any
+    def __init__(self, bus: Any) -> None:
+        super().__init__(bus)
+        self.sock: Any = _PatientSocket(bus._sock)
+
+
+_aio._MessageWriter = _PatientWriter
+
 if LIBRARY == "dbus_next":
     # Its cache is global and unbounded, and every variant in every caller's messages feeds it: 45 KiB for
     # each new signature. The cache of dbus-fast is bounded.
@@ -86,7 +119,6 @@ if LIBRARY == "dbus_next":
     _signature.SignatureTree._cache = _BoundedCache()
 
     _unmarshaller: Any = sys.modules["dbus_next._private.unmarshaller"]
-    _aio: Any = sys.modules["dbus_next.aio.message_bus"]
 
     class _BoundedUnmarshaller(_unmarshaller.Unmarshaller):  # type: ignore[misc]  # a base class of type Any
         """Skips the body of a large call or signal: such a message arrives with the signature UNREAD.
@@ -111,35 +143,6 @@ if LIBRARY == "dbus_next":
             self.message.signature = UNREAD
 
     _aio.Unmarshaller = _BoundedUnmarshaller
-
-    class _PatientSocket:
-        """A socket that hides EAGAIN, which the library's writer takes for the end of the connection."""
-
-        def __init__(self, wrapped: socket.socket) -> None:
-            self._socket = wrapped
-            # Not select(2), which cannot handle descriptors above 1023: those of the FD store come first.
-            self._writable = select.poll()
-            self._writable.register(wrapped, select.POLLOUT)
-
-        def send(self, data: bytes) -> int:
-            try:
-                return self._socket.send(data)
-            except BlockingIOError:
-                return 0
-
-        def sendmsg(self, buffers: Sequence[bytes], ancillary: Any) -> int:
-            while True:
-                try:
-                    return self._socket.sendmsg(buffers, ancillary)
-                except BlockingIOError:  # the writer forgets the descriptors after the first call
-                    self._writable.poll(1000)
-
-    class _PatientWriter(_aio._MessageWriter):  # type: ignore[misc]  # also of type Any
-        def __init__(self, bus: Any) -> None:
-            super().__init__(bus)
-            self.sock: Any = _PatientSocket(bus._sock)
-
-    _aio._MessageWriter = _PatientWriter
 
     def _read_some(bus: Any) -> None:
         """Read a few messages. The library reads until none is left, which in a flood is never.
