@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Removes a barrier and everything in it: root at work in a tree that a hostile user made.
 
-The user may still hold parts of it open.
-Not here: when a tree may be removed, and renaming it aside first (storage.set_aside).
+The user may still hold parts of it open. Not here: when a tree may be removed, and renaming it aside first.
 
 The method
+- Sweep first (see there). Nearly always, that leaves nothing.
 - Take possession, then empty. A directory is opened, given to root, and closed to everyone else (0700)
   before anything in it is touched. chown(2), create, and rename(2) all hold the directory's inode lock,
   permission check included. So once fchmod has returned, no unprivileged process can add, rename or exchange
@@ -35,12 +35,13 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
 from polytmpd.blocking import barriers
+from polytmpd.blocking.sweep import sweep
 from polytmpd.kernel import syscalls
 from polytmpd.kernel.descriptor import Descriptor
 
@@ -92,6 +93,7 @@ def remove_tree(
         barriers.unprotect(barrier)
         work = _Removal(barrier, where, report or (lambda _: None), cancelled or (lambda: False))
         try:
+            work.sweep()
             complete = work.run()
             if complete:
                 work.remove_barrier(base_fd, name)
@@ -105,13 +107,12 @@ def remove_tree(
 class _Frame:
     """An open directory that is being emptied. The bottom frame is the barrier."""
 
-    __slots__ = ("_listed", "_names", "empty", "fd", "name", "rounds", "stuck", "unprotected")
+    __slots__ = ("_listed", "_names", "fd", "name", "rounds", "stuck", "unprotected")
 
     def __init__(self, fd: Descriptor, name: str) -> None:
         self.fd = fd
         self.name = name
         self.rounds = 0
-        self.empty = True  # until an entry has been seen
         self.stuck = False  # something in it, or below, cannot be removed
         self.unprotected = False
         self._listed = False
@@ -148,7 +149,13 @@ class _Removal:
         self._in_the_way: OSError | None = None
         self._in_the_way_count = 0
 
-    # --- the loop ---
+    def sweep(self) -> None:
+        """Remove what is easy to remove, until cancelled."""
+        with suppress(OSError), closing(sweep(self._frames[0].fd)) as removed:
+            for entries in removed:
+                self._count(entries)
+                if self._cancelled():
+                    return
 
     def run(self) -> bool:
         """Empty the barrier; False if cancelled. Raises OSError if something is in the way."""
@@ -227,7 +234,6 @@ class _Removal:
             name = entry.name
             break
         if seen:
-            frame.empty = False
             self._gone(frame, seen if name is None else seen - 1)
         if name is None and seen < _CHUNK:
             frame.close_listing()
@@ -296,8 +302,6 @@ class _Removal:
                 self._blocked(parent, error, frame.name)
             else:
                 self._gone(parent)
-                if frame.empty:
-                    self._guesses[len(self._frames) - 2] = os.rmdir
             break
         self._pop()
 
@@ -418,10 +422,13 @@ class _Removal:
     # --- progress and failures ---
 
     def _gone(self, frame: _Frame, entries: int = 1) -> None:
-        reported = self.entries // _REPORT_EVERY
-        self.entries += entries
         if frame is self._frames[0]:
             self._waiting = max(0, self._waiting - entries)
+        self._count(entries)
+
+    def _count(self, entries: int) -> None:
+        reported = self.entries // _REPORT_EVERY
+        self.entries += entries
         if self.entries // _REPORT_EVERY != reported:
             self._report(self.entries)
 

@@ -17,6 +17,7 @@ Hard facts
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import struct
 from array import array
@@ -236,8 +237,15 @@ def renameat2(old_dirfd: int, old: StrOrBytes, new_dirfd: int, new: StrOrBytes, 
 
 def openat2(dirfd: int, path: StrOrBytes, flags: int, resolve: int, mode: int = 0) -> Descriptor:
     """openat2(2), Linux 5.6. O_CLOEXEC is added."""
-    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
-    return Descriptor(_check(_openat2(_SYS_OPENAT2, dirfd, os.fsencode(path), how, len(how)), path))
+    name = path if isinstance(path, bytes) else path.encode("utf-8", "surrogateescape")
+    result = _openat2(_SYS_OPENAT2, dirfd, name, _open_how(flags | os.O_CLOEXEC, mode, resolve), 24)
+    return Descriptor(result if result >= 0 else _check(result, path))
+
+
+@functools.cache
+def _open_how(flags: int, mode: int, resolve: int) -> bytes:
+    """struct open_how in <linux/openat2.h>. Few differ, and deletion needs one for each directory."""
+    return struct.pack("=QQQ", flags, mode, resolve)
 
 
 def get_inode_flags(fd: int) -> int:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from polytmpd import sdnotify
-from polytmpd.blocking import barriers, deletion, instances, restoration, shared, storage
+from polytmpd.blocking import barriers, deletion, instances, restoration, shared, storage, sweep
 from polytmpd.blocking.state import StateDirectory
 from polytmpd.executor.actions import Executor
 from polytmpd.executor.sentinels import Sentinels
@@ -45,6 +45,7 @@ CHANGES: Final[tuple[tuple[object, str, tuple[str, ...]], ...]] = (
     (storage, "syscalls", ("renameat2",)),
     (shared, "os", ("mkdir", "fchown", "fchmod")),
     (deletion, "os", ("unlink", "rmdir", "fchown", "fchmod")),
+    (sweep, "os", ("unlink", "rmdir", "fchown", "fchmod")),
     (sdnotify, "", ("store", "remove")),
     (StateDirectory, "", ("save", "forget")),
     (Sentinels, "", ("watch",)),

@@ -38,11 +38,11 @@ def test_taking_ownership_shuts_out_open_descriptors(base: Path, acl: bool) -> N
     if acl:
         for kind in ("access", "default"):
             os.setxattr(held, f"system.posix_acl_{kind}", value)
-    for number in range(100):
+    for number in range(200):
         (held / str(number)).touch()
     (held / "below").mkdir()
     with opened(held, os.O_RDONLY) as fd:
-        remove(base, cancelled=lambda: len(os.listdir(fd)) < 50)
+        remove(base, cancelled=lambda: len(os.listdir(fd)) < 100)
         at = os.fstat(fd)
         assert (at.st_uid, at.st_gid, stat.S_IMODE(at.st_mode)) == (0, 0, 0o700)
 
@@ -174,3 +174,71 @@ def test_an_entry_that_always_comes_back(base: Path, monkeypatch: pytest.MonkeyP
         assert caught.value.filename == str(inner / "dir")
 
     in_child(work)
+
+
+def test_a_directory_that_fills_again_is_possessed(
+    base: Path, swept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has so few entries that the first pass does not possess it. The second one shuts its owner out."""
+    inner = make(base)
+    held = inner / "held"
+    held.mkdir()
+    os.chown(held, ATTACKER, ATTACKER)
+    for number in range(5):
+        (held / str(number)).touch()
+    real = os.rmdir
+    created: list[bool] = []
+
+    def create() -> None:
+        become(ATTACKER)
+        with suppress(PermissionError):
+            os.mkdir("again", dir_fd=fd)
+
+    def rmdir(name: str, *, dir_fd: int) -> None:
+        if name == "held" and not os.listdir(fd):
+            in_child(create)
+            created.append(bool(os.listdir(fd)))
+        real(name, dir_fd=dir_fd)
+
+    with opened(held, os.O_RDONLY) as fd:
+        monkeypatch.setattr(os, "rmdir", rmdir)
+        assert remove(base).complete
+        monkeypatch.undo()
+    assert created == ([True, False] if swept else [False])
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_moved_away_while_it_is_emptied(
+    base: Path, sentinel: Path, outside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on, each directory is possessed before anything in it is removed."""
+    inner = make(base)
+    held = inner / "a" / "held"
+    held.mkdir(parents=True)
+    for number in range(5):
+        (held / str(number)).touch()
+    above, identity = inner.stat().st_ino, held.stat().st_ino
+    target = sentinel.parent / "moved" if outside else inner / "moved"
+    real, fchown = os.unlink, os.fchown
+    moved = False
+    possessed: list[int] = []
+
+    def unlink(name: str, *, dir_fd: int) -> None:
+        nonlocal moved
+        real(name, dir_fd=dir_fd)
+        if not moved and os.fstat(dir_fd).st_ino == identity:
+            moved = True
+            held.rename(target)
+
+    def possess(fd: int, uid: int, gid: int) -> None:
+        possessed.append(os.fstat(fd).st_ino)
+        fchown(fd, uid, gid)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(os, "fchown", possess)
+    assert remove(base).complete
+    monkeypatch.undo()
+    assert moved
+    assert above in possessed
+    left = ["moved", "sentinel"] if outside else ["sentinel"]
+    assert sorted(path.name for path in base.iterdir()) == left

@@ -89,6 +89,7 @@ def test_the_barrier_itself_is_a_mount(base: Path, sentinel: Path) -> None:
     in_namespace(work)
 
 
+@pytest.mark.parametrize("swept", [False], indirect=True)
 @pytest.mark.parametrize("swap", ["symlink", "bind", "tmpfs", "file"])
 def test_exchanged_between_check_and_use(
     base: Path, sentinel: Path, swap: str, monkeypatch: pytest.MonkeyPatch

@@ -107,11 +107,11 @@ def test_shapes_beyond_the_open_chain(base: Path) -> None:
     assert list(base.iterdir()) == []
 
 
-def test_barrier_stays_small(base: Path) -> None:
+def test_barrier_stays_small(base: Path, swept: bool) -> None:
     """Of thousands of directories below the chain, only a few wait in the barrier at once."""
     inner = make(base)
     at = inner
-    for _ in range(7):
+    for _ in range(31 if swept else 7):
         at = at / "d"
         at.mkdir()
     for number in range(1000):
