@@ -40,6 +40,16 @@ _LINKS_OF_ONE_THREAD: Final = 3
 """Of /proc/PID/task: each thread adds one, also a leader that has ended."""
 
 
+@contextlib.contextmanager
+def _may_be_gone() -> Iterator[None]:
+    """Suppress the errors of a process that has ended, or may not be examined. Raise those about us."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _GIVES_UP:
+            raise
+
+
 class Process(NamedTuple):
     """A process as a listing shows it: its pid, and its command line, or [comm] if it has none."""
 
@@ -56,9 +66,12 @@ def pids() -> Iterator[int]:
 
 
 def namespace_paths(pid: int) -> Iterator[str]:
-    """Paths that open a process's mount namespaces: the leader's, then that of every other thread."""
+    """Paths that open a process's mount namespaces: the leader's, then that of every other thread.
+
+    Raises OSError if we lack descriptors or memory.
+    """
     yield f"/proc/{pid}/ns/mnt"
-    with contextlib.suppress(OSError):
+    with _may_be_gone():
         if os.stat(f"/proc/{pid}/task").st_nlink == _LINKS_OF_ONE_THREAD:
             return
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -69,9 +82,10 @@ def namespace_paths(pid: int) -> Iterator[str]:
 def descriptor_paths(pid: int) -> Iterator[str]:
     """The links of a process's open descriptors, in no particular order; none if it is gone.
 
-    Reads the directory piece by piece: listing a million descriptors takes seconds.
+    Reads the directory piece by piece: listing a million descriptors takes seconds. Raises OSError if we
+    lack descriptors or memory.
     """
-    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+    with _may_be_gone(), os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in entries:
             yield entry.path
 
@@ -81,23 +95,20 @@ def open_namespaces(pid: int, go_on: Callable[[], None]) -> Iterator[tuple[str, 
 
     go_on() is called now and then, and may raise. Raises OSError, too, if we lack descriptors or memory.
     """
-    try:
-        with (
-            Descriptor.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY) as directory,
-            os.scandir(directory) as entries,
-        ):
-            for number, entry in enumerate(entries):
-                if not number % _AT_ONCE:
-                    go_on()
-                try:
-                    target = os.readlink(entry.name, dir_fd=directory)  # half the time of a whole path
-                except OSError:
-                    continue
-                if target.startswith("mnt:["):
-                    yield f"/proc/{pid}/fd/{entry.name}", int(target[5:-1])
-    except OSError as error:
-        if error.errno in _GIVES_UP:
-            raise
+    with (
+        _may_be_gone(),
+        Descriptor.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY) as directory,
+        os.scandir(directory) as entries,
+    ):
+        for number, entry in enumerate(entries):
+            if not number % _AT_ONCE:
+                go_on()
+            try:
+                target = os.readlink(entry.name, dir_fd=directory)  # half the time of a whole path
+            except OSError:
+                continue
+            if target.startswith("mnt:["):
+                yield f"/proc/{pid}/fd/{entry.name}", int(target[5:-1])
 
 
 def cgroup_pids(directory: str, cancelled: Callable[[], bool] = lambda: False) -> set[int]:
@@ -146,8 +157,8 @@ def open_namespace(inode: int) -> Descriptor | None:
     """Open the mount namespace with that inode through any process that lives in it or has it open.
 
     The caller closes it. None if there is no such process. Raises TimeoutError if no process lives in it and
-    there are more open descriptors than can be checked in a second: users decide how many. Blocking: reads
-    all of /proc.
+    there are more open descriptors than can be checked in a second: users decide how many. Raises OSError if
+    this process cannot open anything (EMFILE). Blocking: reads all of /proc.
     """
     for pid in pids():
         for path in namespace_paths(pid):
@@ -159,14 +170,21 @@ def open_namespace(inode: int) -> Descriptor | None:
             if time.monotonic() > deadline:
                 text = f"too many open descriptors to find which process holds mnt:[{inode}]"
                 raise TimeoutError(errno.ETIMEDOUT, text)
-            with contextlib.suppress(OSError):
-                if os.readlink(path) == f"mnt:[{inode}]" and (fd := _open_checked(path, inode)) is not None:
-                    return fd
+            if _target(path) == f"mnt:[{inode}]" and (fd := _open_checked(path, inode)) is not None:
+                return fd
     return None
 
 
+def _target(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
 def _open_checked(path: str, inode: int) -> Descriptor | None:
-    with contextlib.suppress(OSError), Descriptor.open(path, os.O_RDONLY) as fd:
+    """None if the process has ended, or does not have that one any more."""
+    with _may_be_gone(), Descriptor.open(path, os.O_RDONLY) as fd:
         if os.fstat(fd).st_ino == inode:
             return Descriptor(fd.detach())
     return None

@@ -4,11 +4,14 @@
 Not here: what the host mounts meanwhile (test_mount_events).
 """
 
+import contextlib
 import errno
 import os
+import resource
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -129,6 +132,19 @@ def case_a_covered_host_mount_below_is_not_taken_from_the_host() -> None:
         assert points() == before
 
 
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """All but one are in use: that reads /proc, and the next open(2) fails."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Descriptor.open("/", os.O_PATH) as next_fd:
+        number = int(next_fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number + 1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def case_the_end_is_reported_when_the_last_is_gone() -> None:
     with bed() as it:
         namespace = it.build()
@@ -140,6 +156,8 @@ def case_the_end_is_reported_when_the_last_is_gone() -> None:
         assert again is not None
         assert os.fstat(again).st_ino == namespace.inode
         os.close(again)
+        with no_descriptor_left(), pytest.raises(OSError, match="Too many open files"):
+            processes.open_namespace(namespace.inode)
         assert it.ended() == []
         assert inotify.living_watches(it.watches.fd) == {namespace.watch}
         process.kill()
