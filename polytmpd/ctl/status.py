@@ -15,9 +15,11 @@ from polytmpd.bus.protocol import BusError
 from polytmpd.core import names
 from polytmpd.core.states import Lifetime, State
 from polytmpd.ctl import output, tree, users
-from polytmpd.ctl.commands import Answer, Context
+from polytmpd.ctl.commands import Answer, Context, list_instances
 
 _LABEL: Final = 12
+_PAGES_AT_MOST: Final = 16
+"""Unless the users are named. A page takes a search for processes: a thousand of them would take minutes."""
 _PATIENCE: Final = 3.0
 """Seconds that the page waits for sizes; usage waits longer."""
 _TABLE_AT_MOST: Final = 4 << 20
@@ -35,6 +37,10 @@ _GOING: Final = {
 
 async def status(context: Context) -> Answer:
     wanted = users.chosen(context.options.words, await context.client.instances())
+    if len(wanted) > _PAGES_AT_MOST and not context.options.words and context.options.json == "off":
+        listed = await list_instances(context)
+        hint = "\n\nTo see one of them in full: polytmpctl status USER" if context.options.legend else ""
+        return listed._replace(text=listed.text + hint)
     found = [await _gather(context, uid) for uid, _ in wanted]
     if not found:
         return Answer([], "No instances." if context.options.legend else "")

@@ -2,15 +2,17 @@
 """Which users have no instance, and why."""
 
 import asyncio
+import os
 from typing import Any
 
 import pytest
 
 from polytmpd import config
+from polytmpd.bus.client import Listed, Shown
 from polytmpd.bus.connection import BusError
 from polytmpd.config import Config
 from polytmpd.core.policy import Exemptions
-from polytmpd.ctl import remove, users
+from polytmpd.ctl import remove, status, users
 from polytmpd.ctl.arguments import Options
 from polytmpd.ctl.commands import Context
 from polytmpd.ctl.output import Failure, Style
@@ -70,3 +72,33 @@ def test_failures_and_their_hints(user: str, text: str, hint: str) -> None:
     assert text in str(failure.value)
     assert hint in failure.value.hint
     assert bool(hint) == bool(failure.value.hint)
+
+
+class Busy(Bus):
+    """A daemon with many instances, which must not be asked about each of them."""
+
+    def __init__(self, count: int) -> None:
+        self.uids = range(1000, 1000 + count)
+
+    async def instances(self) -> list[Any]:
+        return [Listed(uid, f"user{uid}", "/") for uid in self.uids]
+
+    async def instances_in_full(self) -> list[Any]:
+        return [Shown(uid, f"user{uid}", "/", "active", 1) for uid in self.uids]
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "json"), [(16, (), "off"), (17, ("1003",), "off"), (17, (), "short")]
+)
+def test_a_page_for_each_instance(count: int, words: tuple[str, ...], json: str) -> None:
+    options = Options(verb="status", words=words, json=json)
+    with pytest.raises(BusError, match="no object"):  # asked about one of them
+        asyncio.run(status.status(Context(Busy(count), None, options, Style())))  # type: ignore[arg-type]  # fakes
+
+
+def test_too_many_instances_for_a_page_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    context = Context(Busy(17), None, Options(verb="status"), Style())  # type: ignore[arg-type]  # fakes
+    text = asyncio.run(status.status(context)).text
+    assert text.count("active") == 17
+    assert text.endswith("To see one of them in full: polytmpctl status USER")
