@@ -171,6 +171,8 @@ def test_a_flood_does_not_reach_our_part_of_a_login(
             ]
             flooded, flooded_first = door("alice", 100), first_logins(machine, door, 15)
             assert machine.run("systemctl", "is-active", flood.unit).stdout == "active\n"
+        machine.run("systemctl", "restart", "polytmpd")  # the bus has queued minutes of work for it
+        assert machine.run("polytmpctl", "list", "--no-legend", timeout=20).stdout.startswith("1001 alice")
     figures = (
         f"median {quiet[50]:.2f} and {flooded[50]:.2f} ms, worst {quiet[-1]:.2f} and {flooded[-1]:.2f} ms, "
         f"first login {quiet_first[7]:.2f} and {flooded_first[7]:.2f} ms, "
