@@ -127,3 +127,9 @@ def log_everybody_out(machine: Machine) -> None:
         check=False,
     )
     eventually(lambda: not instances(machine) and not on_disk(machine), 30, "all instances are gone")
+
+
+def opens_by_id(machine: Machine) -> bool:
+    """Whether the daemon opens namespaces by their ID: Linux 6.18, in a container before 6.18.50."""
+    script = "import sys; from polytmpd.kernel import nsfs; sys.exit(not nsfs.finds_all())"
+    return machine.run("unshare", "--mount", "python3", "-I", "-c", script, check=False).returncode == 0

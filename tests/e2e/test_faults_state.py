@@ -119,18 +119,12 @@ SEARCH = "SystemCallFilter=~open_by_handle_at"
 def way(request: pytest.FixtureRequest, host: Host) -> Iterator[str]:
     """How the daemon finds a namespace: by ID on kernels that do that, and otherwise in /proc."""
     if request.param == "by ID":
-        if not opens_by_id(host):
+        if not observe.opens_by_id(host.machine):
             pytest.skip("expected: needs Linux 6.18, before 6.18.50: the machine is a container")
         yield request.param
     else:
         with host.setting(SEARCH):
             yield request.param
-
-
-def opens_by_id(host: Host) -> bool:
-    script = "import sys; from polytmpd.kernel import nsfs; sys.exit(not nsfs.finds_all())"
-    argv = ("unshare", "--mount", "python3", "-I", "-c", script)
-    return host.machine.run(*argv, check=False).returncode == 0
 
 
 @pytest.mark.usefixtures("way")
