@@ -5,7 +5,8 @@ The FD store (sd_pid_notify_with_fds(3)) has a copy of each namespace that the d
 inotify instance on the sentinels. The state files say what the descriptors do not.
 FileDescriptorStoreMax= bounds the FD store. So does execve(2), since systemd passes all names in one
 environment variable: if it is longer than 128 KiB (MAX_ARG_STRLEN), the daemon cannot start. So what
-would make it too long is not stored. Such an instance is found after a restart if a process lives in it.
+would make it too long is not stored. After a restart, such a namespace is opened by its ID (Linux 6.18, not
+in a container), or found if a process lives in it.
 Not here: when a namespace is held (actions), systemd's protocol (sdnotify), and how a state file is written
 (blocking/state).
 """
@@ -105,17 +106,21 @@ class Namespaces:
         fd belongs to this object from now on.
         """
         uid = instance.uid
+        was_stored = False
         if (former := self._held.pop(uid, None)) is not None:
             former.close()
-            self._leaves(uid)
+            was_stored = self._leaves(uid)
         self._held[uid] = fd
         if obstacle := self._obstacle(uid):
             if not self._not_stored:
                 text = (
-                    "%s: after a restart, polytmpd finds the namespace of UID %d only if a process is in it"
+                    "%s: after a restart, polytmpd finds the namespace of UID %d by its ID, if the kernel "
+                    "lets it, or if a process is in it"
                 )
                 log.error(text, obstacle, uid, extra=fields(uid=uid))
             self._not_stored.add(uid)
+            if was_stored:
+                sdnotify.remove(_name(uid))
         else:
             self._bytes += _size(uid)
             sdnotify.store(_name(uid), fd)

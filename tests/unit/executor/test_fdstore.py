@@ -215,11 +215,24 @@ def test_the_fd_store_is_full(
         assert uid in namespaces
     assert [name for name, _ in stored] == [f"ns-{UID + 1}"] * 2
     (line,) = [record.message for record in caplog.records]
-    assert "only if a process is in it" in line
+    assert "or if a process is in it" in line
     assert f"UID {UID + 2}" in line
     namespaces.let_go(UID + 2)
     namespaces.let_go(UID)
     namespaces.hold(replace(INSTANCE, uid=UID + 4), namespace())
     assert removed == [f"ns-{UID}"]
     assert stored[-1][0] == f"ns-{UID + 4}"
+    namespaces.close()
+
+
+def test_what_is_stored_of_a_former_namespace_is_removed(
+    tmp_path: Path, stored: list[tuple[str, int]], removed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The FD store is smaller than what a former daemon left in it: there is no room for the new one."""
+    monkeypatch.setenv("FDSTORE", "1")
+    namespaces = Namespaces(StateDirectory(tmp_path / "instances"))
+    for uid in (UID, UID + 1, UID + 2):
+        namespaces.take_over(uid, namespace())
+    namespaces.hold(INSTANCE, namespace())
+    assert (stored, removed) == ([], [f"ns-{UID}"])
     namespaces.close()
